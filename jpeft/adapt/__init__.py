@@ -1,0 +1,1 @@
+"""The interpreter: any function of a parameter tree, for adapted leaves."""

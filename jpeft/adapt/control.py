@@ -1,0 +1,216 @@
+"""Rules of the primitives that hold programs: they are re-entered with the leaves.
+
+Leaves are pytrees, so they pass into jit, checkpoint, scan, while, cond and shard_map as
+they are.  They come out of jit and checkpoint too; out of the others they come as values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jpeft import compat
+from jpeft.adapt.interpreter import Interpreter, control_rule, has_tracer
+from jpeft.leaf import is_leaf, leaf_specs
+
+_OUT_OF_LOOP = "and an adapted weight cannot leave a loop, a branch or a shard_map"
+
+
+@control_rule("jit", "pjit")
+def _jit(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
+    params = eqn.params
+    closed = params["jaxpr"]
+    constrain = _constraints(params)
+    if not has_tracer(ins):
+        # Called eagerly: a jit made here would be compiled anew at every call.
+        return constrain(it, it.run(closed.jaxpr, closed.consts, ins))
+    if id(closed) not in it.memo:
+
+        def inner(*xs: Any) -> list[Any]:
+            return constrain(it, it.run(closed.jaxpr, closed.consts, xs))
+
+        inner.__name__ = inner.__qualname__ = str(params.get("name", "jit"))
+        options = dict(params.get("compiler_options_kvs") or ())
+        it.memo[id(closed)] = (
+            closed,
+            jax.jit(
+                inner,
+                inline=bool(params.get("inline", False)),
+                compiler_options=options or None,
+            ),
+        )
+    return it.memo[id(closed)][1](*ins)
+
+
+def _constraints(params: dict[str, Any]):
+    """An inner jit's out_shardings as constraints.  (Its in_shardings say where inputs
+    are, which inside one program is the compiler's business; donation likewise.)"""
+    wanted = params.get("out_shardings") or ()
+
+    def constrain(it: Interpreter, outs: list[Any]) -> list[Any]:
+        if not any(isinstance(s, jax.sharding.Sharding) for s in wanted):
+            return outs
+        return [
+            lax.with_sharding_constraint(o, s)
+            if isinstance(s, jax.sharding.Sharding) and not is_leaf(o)
+            else o
+            for o, s in zip(outs, wanted, strict=True)
+        ]
+
+    return constrain
+
+
+@control_rule("closed_call", "core_call")
+def _call(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
+    return it.run(*compat.open_jaxpr(eqn.params["call_jaxpr"]), ins)
+
+
+@control_rule("checkpoint", "remat2")
+def _checkpoint(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
+    jaxpr, consts = compat.open_jaxpr(eqn.params["jaxpr"])
+    body = jax.checkpoint(
+        lambda *xs: it.run(jaxpr, consts, xs),
+        policy=eqn.params["policy"],
+        prevent_cse=eqn.params["prevent_cse"],
+    )
+    return body(*ins)
+
+
+@control_rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+def _custom(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """A gradient rule of the user's own that receives the weight: to look inside would
+    replace that rule by autodiff in silence, so only the full value will do."""
+    why = (
+        "whose own gradient rule receives the weight, so the delta cannot stay low-rank "
+        "without losing that rule"
+    )
+    return it.bind(eqn, it.plain(eqn, ins, why))
+
+
+def _hoist(
+    it: Interpreter, eqn: Any, carry: Sequence[Any], jaxpr: Any, before: int
+) -> tuple[list[bool], list[Any]]:
+    """Leaves in a carry: one that the body hands back untouched is a constant, any
+    other becomes a value."""
+    same = [
+        is_leaf(x) and jaxpr.outvars[k] is jaxpr.invars[before + k]
+        for k, x in enumerate(carry)
+    ]
+    why = "in a loop's carry, where the loop changes it"
+    return same, [
+        x if s else it.densify(x, eqn, why) for x, s in zip(carry, same, strict=True)
+    ]
+
+
+def _moving(values: Sequence[Any], same: Sequence[bool]) -> list[Any]:
+    return [v for v, s in zip(values, same, strict=True) if not s]
+
+
+def _whole(carry: Sequence[Any], fixed: Sequence[Any], same: Sequence[bool]) -> list:
+    rest = iter(carry)
+    return [v if s else next(rest) for v, s in zip(fixed, same, strict=True)]
+
+
+def _folded(values: Sequence[Any], step: Any) -> list[Any]:
+    """Each step of a loop draws dropout masks of its own."""
+    return [x.fold_key(step) if is_leaf(x) else x for x in values]
+
+
+def _any_key(values: Sequence[Any]) -> bool:
+    return any(is_leaf(x) and x.has_key() for x in values)
+
+
+@control_rule("scan")
+def _scan(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
+    p = eqn.params
+    n_consts, n_carry = compat.scan_counts(eqn)
+    jaxpr, closed = compat.open_jaxpr(p["jaxpr"])
+    consts, xs = ins[:n_consts], ins[n_consts + n_carry :]
+    same, init = _hoist(it, eqn, ins[n_consts : n_consts + n_carry], jaxpr, n_consts)
+    parts = [x.unstack() if is_leaf(x) else (x, None, _first) for x in xs]
+    # The scanned part of a leaf enters the body as it is: JAX recognises a scanned input
+    # handed on unchanged and saves no copy of it for the backward pass.
+    steps = jnp.arange(p["length"]) if _any_key([*consts, *init, *xs]) else None
+
+    def body(carry: list[Any], x: tuple[list[Any], Any]):
+        scanned, step = x
+        joined = [join(s, k) for (_, k, join), s in zip(parts, scanned, strict=True)]
+        args = [*consts, *_whole(carry, init, same), *joined]
+        if step is not None:
+            args = _folded(args, step)
+        out = it.run(jaxpr, closed, args)
+        moved = it.plain(eqn, _moving(out[:n_carry], same), _OUT_OF_LOOP)
+        return moved, it.plain(eqn, out[n_carry:], _OUT_OF_LOOP)
+
+    carry, ys = lax.scan(
+        body,
+        _moving(init, same),
+        ([s for s, _, _ in parts], steps),
+        length=p["length"],
+        reverse=p["reverse"],
+        unroll=p["unroll"],
+    )
+    return _whole(carry, init, same) + list(ys)
+
+
+def _first(scanned: Any, constant: Any) -> Any:
+    return scanned
+
+
+@control_rule("while")
+def _while(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
+    p = eqn.params
+    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
+    cond, cond_consts = compat.open_jaxpr(p["cond_jaxpr"])
+    loop, loop_consts = compat.open_jaxpr(p["body_jaxpr"])
+    of_cond, of_body = ins[:n_cond], ins[n_cond : n_cond + n_body]
+    same, init = _hoist(it, eqn, ins[n_cond + n_body :], loop, n_body)
+    start = jnp.int32(0) if _any_key([*of_cond, *of_body, *init]) else None
+
+    def go_on(state: tuple[Any, list[Any]]) -> Any:
+        _, carry = state
+        return it.run(cond, cond_consts, [*of_cond, *_whole(carry, init, same)])[0]
+
+    def body(state: tuple[Any, list[Any]]):
+        step, carry = state
+        args = [*of_body, *_whole(carry, init, same)]
+        if step is not None:
+            args, step = _folded(args, step), step + 1
+        out = it.run(loop, loop_consts, args)
+        return step, it.plain(eqn, _moving(out, same), _OUT_OF_LOOP)
+
+    _, carry = lax.while_loop(go_on, body, (start, _moving(init, same)))
+    return _whole(carry, init, same)
+
+
+@control_rule("cond")
+def _cond(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
+    def branch(closed: Any):
+        jaxpr, consts = compat.open_jaxpr(closed)
+        return lambda *xs: it.plain(eqn, it.run(jaxpr, consts, xs), _OUT_OF_LOOP)
+
+    index = it.densify(ins[0], eqn)
+    return lax.switch(index, [branch(b) for b in eqn.params["branches"]], *ins[1:])
+
+
+@control_rule("shard_map")
+def _shard_map(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
+    p = eqn.params
+    jaxpr, consts = compat.open_jaxpr(p["jaxpr"])
+    specs = tuple(
+        leaf_specs(x, s) if is_leaf(x) else s
+        for x, s in zip(ins, p["in_specs"], strict=True)
+    )
+    f = jax.shard_map(
+        lambda *xs: tuple(it.plain(eqn, it.run(jaxpr, consts, xs), _OUT_OF_LOOP)),
+        mesh=p["mesh"],
+        in_specs=specs,
+        out_specs=tuple(p["out_specs"]),
+        axis_names=compat.manual_axes(p),
+        check_vma=p["check_vma"],
+    )
+    return list(f(*ins))

@@ -1,0 +1,181 @@
+"""`adapt(fn)`: the same function, for parameter trees that hold adapted leaves."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import zlib
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+
+from jpeft import compat
+from jpeft.adapt.interpreter import Interpreter
+from jpeft.boxes import same_box, unbox
+from jpeft.leaf import AdaptedLeaf, Path, innermost, is_leaf, unboxed
+from jpeft.tree.paths import is_array, segment
+from jpeft.types import DensifyWarning
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def adapt(
+    fn: Callable[P, T], *, key: jax.Array | None = None, materialize: str = "refuse"
+) -> Callable[P, T]:
+    """`fn` with the same signature, whose arguments may hold adapted leaves.
+
+    `fn` is traced with plain stand-ins for the leaves, then its program is evaluated
+    with each leaf acting in the equation that consumes it; nothing of a weight's size is
+    made.  Leaves may be anywhere in the arguments.  Arrays are traced; every other
+    argument (True, "mean", a list of collections) reaches `fn` as it is.  `fn` is traced
+    at every call, so call the result under `jax.jit`, as you would call the model.
+
+    key: turns dropout on.  Each leaf folds in its path, each use its number, each scan
+        step its index; a rematerialised forward draws the same masks.  None: no dropout.
+    materialize: what happens where an equation has no cheap form for a leaf.  "refuse"
+        raises DensifyError with the leaf's path and the source line; "allow" uses the
+        full value there, and warns once a call with all such places.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = jpeft.lora(rank=2)(jax.random.key(0), {"kernel": jnp.ones((7, 5))})
+    >>> jpeft.adapt(lambda p, x: x @ p["kernel"])(params, jnp.ones((3, 7))).shape
+    (3, 5)
+    """
+    if materialize not in ("refuse", "allow"):
+        raise ValueError(
+            f'adapt: materialize={materialize!r}: expected "refuse" or "allow"'
+        )
+
+    @functools.wraps(fn)
+    def adapted(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not any(map(is_leaf, jax.tree.leaves((args, kwargs), is_leaf=is_leaf))):
+            return fn(*args, **kwargs)
+        program = Program(fn, args, kwargs)
+        it = Interpreter(allow=materialize == "allow")
+        values = [prepare(x, key) for x in program.inputs]
+        outs = it.run(program.closed.jaxpr, program.closed.consts, values)
+        result = program.result(it, outs, values)
+        if it.densified:
+            places = sorted({f"{p} in `{q}` at {s}" for p, q, s in it.densified})
+            warnings.warn(
+                "full value used of " + "; ".join(places), DensifyWarning, stacklevel=2
+            )
+        return result
+
+    return adapted
+
+
+def prepare(x: Any, key: jax.Array | None) -> Any:
+    """A leaf ready to be evaluated: values taken, keys handed out."""
+    if not is_leaf(x):
+        return x
+    base = prepare(x.base, key)
+    x = x.replace(base=base)
+    if x.is_value:
+        return x.materialize()
+    if key is not None and getattr(x, "dropout", 0.0) > 0.0:
+        name = f"{str.__str__(x.path)}#{x.origin}"
+        x = x.replace(key=jax.random.fold_in(key, zlib.crc32(name.encode())))
+    return x
+
+
+class Program:
+    """A function traced to a jaxpr, with the arrays and leaves that go into it."""
+
+    def __init__(self, fn: Callable[..., Any], args: Any, kwargs: Any):
+        flat, treedef = jax.tree_util.tree_flatten_with_path(
+            (args, kwargs), is_leaf=is_leaf
+        )
+        values = [x for _, x in flat]
+        self.traced = [k for k, x in enumerate(values) if is_array(x)]
+        self.given = [values[k] for k in self.traced]
+        self.names = [argument_path(flat[k][0]) for k in self.traced]
+        self.inputs = [
+            with_path(x, name) if is_leaf(x) else x
+            for x, name in zip(self.given, self.names, strict=True)
+        ]
+        outputs: dict[str, Any] = {}
+
+        def call(*arrays: Any) -> list[Any]:
+            full = list(values)
+            for k, x in zip(self.traced, arrays, strict=True):
+                full[k] = same_box(innermost(values[k]), x) if is_leaf(values[k]) else x
+            a, kw = jax.tree.unflatten(treedef, full)
+            out, out_tree = jax.tree.flatten(fn(*a, **kw))
+            outputs["tree"], outputs["flat"] = out_tree, out
+            outputs["traced"] = [k for k, x in enumerate(out) if is_array(x)]
+            return [out[k] for k in outputs["traced"]]
+
+        self.closed = jax.make_jaxpr(call)(*map(stand_in, self.inputs))
+        self.out_tree = outputs["tree"]
+        self.out_traced = set(outputs["traced"])
+        # Tracers must not outlive the trace; the rest are Python values of `fn`'s own.
+        self.out_static = [
+            None if k in self.out_traced else x for k, x in enumerate(outputs["flat"])
+        ]
+
+    def result(self, it: Interpreter, outs: list[Any], values: list[Any]) -> Any:
+        """The function's own output structure, filled."""
+        invars = self.closed.jaxpr.invars
+        whole = dict(zip(invars, self.given, strict=True))
+        names = dict(zip(invars, values, strict=True))
+        filled = iter(zip(outs, self.closed.jaxpr.outvars, strict=True))
+        flat = []
+        for k, static in enumerate(self.out_static):
+            if k not in self.out_traced:
+                flat.append(static)
+                continue
+            x, var = next(filled)
+            if is_leaf(x):
+                untouched = not isinstance(var, compat.Literal) and names.get(var) is x
+                # A weight handed back as it came (a returned state) stays adapted.
+                x = unboxed(whole[var]) if untouched else self.refuse(it, x)
+            flat.append(x)
+        return jax.tree.unflatten(self.out_tree, flat)
+
+    def refuse(self, it: Interpreter, leaf: AdaptedLeaf) -> Any:
+        return it.densify(leaf, _RETURNED, "changed, which has no plain value")
+
+
+class _Returned:
+    """Stands for 'the end of the function' where a message names an equation."""
+
+    class primitive:  # noqa: N801
+        name = "return"
+
+    class source_info:  # noqa: N801
+        pass
+
+
+_RETURNED = _Returned()
+
+
+def stand_in(x: Any) -> Any:
+    """What the model is traced with: an abstract value of the weight's shape."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    if is_leaf(x):
+        base = innermost(x)
+        if tuple(base.shape) == x.shape and base.dtype == x.dtype:
+            return stand_in(base)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.typeof(x)
+
+
+def with_path(leaf: AdaptedLeaf, name: str) -> AdaptedLeaf:
+    """The leaf out of its boxes, knowing its path for messages and keys."""
+
+    def down(x: Any) -> Any:
+        return x.replace(path=Path(name), base=down(x.base)) if is_leaf(x) else unbox(x)
+
+    return down(unboxed(leaf))
+
+
+def argument_path(keys: Any) -> str:
+    """A leaf's path below its argument; Linen's `params` level is left out."""
+    names = [segment(k) for k in keys[2:]]
+    if len(names) > 1 and names[0] == "params":
+        names = names[1:]
+    return "/".join(names)

@@ -1,0 +1,238 @@
+"""Evaluates a jaxpr in which some values are adapted leaves.
+
+Runs of equations that touch no leaf go back to JAX's own evaluator, whole.  The others
+are looked up in one table of rules, (primitive, kind of leaf) -> function.  An equation
+without a rule is refused by name, or given the leaf's full value where that was allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jpeft import compat
+from jpeft.leaf import AdaptedLeaf, is_leaf
+from jpeft.types import DensifyError
+
+# A rule returns the equation's output (a list for several), or None: no cheap form.
+Rule = Callable[["Interpreter", Any, list[Any]], Any]
+
+_RULES: dict[tuple[str, type], Rule] = {}
+_CONTROL: dict[str, Rule] = {}
+
+
+def rule(*primitives: str, kind: type[AdaptedLeaf]) -> Callable[[Rule], Rule]:
+    """Enters a function in the table for leaves of `kind` and its subclasses."""
+
+    def enter(f: Rule) -> Rule:
+        for name in primitives:
+            _RULES[name, kind] = f
+        return f
+
+    return enter
+
+
+def control_rule(*primitives: str) -> Callable[[Rule], Rule]:
+    """Enters a function for a primitive that holds a program, for every kind."""
+
+    def enter(f: Rule) -> Rule:
+        for name in primitives:
+            _CONTROL[name] = f
+        return f
+
+    return enter
+
+
+def find_rule(primitive: str, leaf: AdaptedLeaf) -> Rule | None:
+    for kind in type(leaf).__mro__:
+        if (primitive, kind) in _RULES:
+            return _RULES[primitive, kind]
+    return None
+
+
+def known_primitives() -> set[str]:
+    return {name for name, _ in _RULES} | set(_CONTROL)
+
+
+class Interpreter:
+    """One call of an adapted function.
+
+    allow: give the full value of a leaf to equations without a rule.
+    densified: (path, primitive, source line) of each time that happened.
+    memo: inner jits by the identity of their program, so that one layer jitted once and
+    called twelve times stays one program.
+    """
+
+    def __init__(self, allow: bool):
+        self.allow = allow
+        self.densified: list[tuple[str, str, str]] = []
+        self.memo: dict[int, tuple[Any, Callable[..., Any]]] = {}
+        self._host: Any = None
+        self._outer: Any = None
+        self._stack: list[Any] = []
+        self._env: dict[Any, Any] = {}
+        self._producer: dict[Any, Any] = {}
+
+    # -- values -----------------------------------------------------------------------
+
+    def densify(self, x: Any, eqn: Any, why: str = "") -> Any:
+        """The full value of a leaf; raises DensifyError unless that was allowed."""
+        if not is_leaf(x):
+            return x
+        site = self.site(eqn)
+        name = str.__str__(x.path) or "a leaf"
+        if not self.allow:
+            kind = type(x).__name__
+            raise DensifyError(
+                f"{name}: {kind} {x.shape} reaches `{eqn.primitive.name}` at {site}, "
+                f"{why or f'where {kind} has no cheap form'}. Leave it out "
+                f"(exclude={name!r}), or let that one equation use its full value: "
+                'jpeft.adapt(fn, materialize="allow")'
+            )
+        self.densified.append((name, eqn.primitive.name, site))
+        return x.materialize()
+
+    def plain(self, eqn: Any, values: Sequence[Any], why: str = "") -> list[Any]:
+        return [self.densify(v, eqn, why) for v in values]
+
+    def site(self, eqn: Any) -> str:
+        """The user's source line; inside jnp's own jits that of the caller."""
+        lines = map(compat.source_line, [eqn, *reversed(self._stack)])
+        return next((line for line in lines if line), "an unknown line")
+
+    def producer(self, var: Any) -> Any:
+        """The equation of the present program that made `var`, or None."""
+        if isinstance(var, compat.Literal):
+            return None
+        return self._producer.get(var)
+
+    def read(self, var: Any) -> Any:
+        """The value of a variable that is already computed (None if it is not yet)."""
+        if isinstance(var, compat.Literal):
+            return var.val
+        return self._env.get(var)
+
+    # -- one equation -----------------------------------------------------------------
+
+    def bind(self, eqn: Any, ins: Sequence[Any]) -> Any:
+        """The equation on these values, leaves included.  A list if it has several
+        outputs."""
+        ins = list(ins)
+        for x in ins:
+            if not is_leaf(x):
+                continue
+            name = eqn.primitive.name
+            found = _CONTROL.get(name) or find_rule(name, x)
+            out = found(self, eqn, ins) if found else None
+            if out is not None:
+                return out
+            break
+        else:
+            return self._native(eqn)(*ins)
+        return self._native(eqn)(*self.plain(eqn, ins))
+
+    def base(self, eqn: Any, ins: Sequence[Any]) -> Any:
+        """The equation with every leaf replaced by its base."""
+        return self.bind(eqn, [x.base if is_leaf(x) else x for x in ins])
+
+    def _native(self, eqn: Any) -> Callable[..., Any]:
+        """The equation as JAX evaluates it (custom rules and effects included)."""
+        invars = [v for v in eqn.invars if not isinstance(v, compat.Literal)]
+        unique = list(dict.fromkeys(invars))
+        program = compat.sub_jaxpr(self._host, [eqn], unique, eqn.outvars)
+        f, outer = compat.jaxpr_as_fun(program), self._outer
+
+        def call(*ins: Any) -> Any:
+            value = {
+                v: x
+                for v, x in zip(eqn.invars, ins, strict=True)
+                if not isinstance(v, compat.Literal)
+            }
+            # The evaluator adds the equation's own name stack to the current one.
+            with compat.under_name_stack(outer):
+                out = f(*(value[v] for v in unique))
+            return out if eqn.primitive.multiple_results else out[0]
+
+        return call
+
+    def like(self, eqn: Any, x: Any) -> Any:
+        """A one-operand equation on another array of the same rank."""
+        return self._native(eqn)(x)
+
+    # -- a program --------------------------------------------------------------------
+
+    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        """Evaluates a program; outputs may be leaves."""
+        saved = self._host, self._outer, self._env, self._producer
+        self._host, self._outer = jaxpr, compat.name_stack()
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+        self._env, self._producer = env, {}
+        try:
+            return self._run(jaxpr, env)
+        finally:
+            self._host, self._outer, self._env, self._producer = saved
+
+    def _run(self, jaxpr: Any, env: dict[Any, Any]) -> list[Any]:
+        is_literal = lambda v: isinstance(v, compat.Literal)
+        last: dict[Any, int] = {}
+        for k, e in enumerate(jaxpr.eqns):
+            for v in e.invars:
+                if not is_literal(v):
+                    last[v] = k
+        end = len(jaxpr.eqns)
+        last.update((v, end) for v in jaxpr.outvars if not is_literal(v))
+        leaves = {v for v, x in env.items() if is_leaf(x)}
+        waiting: list[Any] = []
+        owed: set[Any] = set()
+        reads: dict[Any, int] = {}
+
+        def flush(now: int) -> None:
+            """Hands the waiting run of untouched equations to JAX."""
+            if not waiting:
+                return
+            outs = [v for e in waiting for v in e.outvars if last.get(v, -1) >= now]
+            used = dict.fromkeys(
+                v for e in waiting for v in e.invars if not is_literal(v)
+            )
+            ins = [v for v in used if v not in owed]
+            program = compat.sub_jaxpr(jaxpr, waiting, ins, outs)
+            values = compat.jaxpr_as_fun(program)(*(env[v] for v in ins))
+            env.update(zip(outs, values, strict=True))
+            waiting.clear()
+            owed.clear()
+
+        def read(v: Any) -> Any:
+            if is_literal(v):
+                return v.val
+            x = env[v]
+            if v in leaves and x.has_key():
+                # Two uses of one weight draw two dropout masks.
+                n = reads[v] = reads.get(v, -1) + 1
+                return x.fold_key(n) if n else x
+            return x
+
+        for k, e in enumerate(jaxpr.eqns):
+            for v in e.outvars:
+                self._producer[v] = e
+            if not any(v in leaves for v in e.invars if not is_literal(v)):
+                waiting.append(e)
+                owed.update(e.outvars)
+                continue
+            if e.effects or any(v in owed for v in e.invars if not is_literal(v)):
+                flush(k)
+            self._stack.append(e)
+            with compat.at_equation(e):
+                out = self.bind(e, [read(v) for v in e.invars])
+            self._stack.pop()
+            outs = out if e.primitive.multiple_results else [out]
+            env.update(zip(e.outvars, outs, strict=True))
+            leaves.update(v for v, x in zip(e.outvars, outs, strict=True) if is_leaf(x))
+        flush(end)
+        return [v.val if is_literal(v) else env[v] for v in jaxpr.outvars]
+
+
+def has_tracer(values: Sequence[Any]) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(list(values)))

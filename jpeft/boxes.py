@@ -1,0 +1,72 @@
+"""Boxes: what Flax puts around an array to name its axes.
+
+Linen has `nn.Partitioned` and `nn.LogicallyPartitioned`, NNX has `nnx.Variable`.  A
+method rewrites the array inside; each new array gets a box of its own, with the names
+of the axes it inherits.  (A box whose value is merely replaced keeps the old names, and
+nothing complains.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import nnx
+
+# Where NNX keeps axis names; the last two are its older spellings.
+_NNX_NAMES = ("out_sharding", "sharding_names", "sharding")
+
+
+def is_box(x: Any) -> bool:
+    return isinstance(x, (nn.meta.AxisMetadata, nnx.Variable))
+
+
+def unbox(x: Any) -> Any:
+    """The value inside, whatever the number of boxes around it."""
+    while is_box(x):
+        x = _children(x)[0][0]
+    return x
+
+
+def same_box(box: Any, value: Any) -> Any:
+    """The boxes of `box` around another value of the same axes."""
+    if not is_box(box):
+        return value
+    (inner,), treedef = _children(box)
+    return jax.tree.unflatten(treedef, [same_box(inner, value)])
+
+
+def rebox(box: Any, value: Any, axes: Sequence[int | None]) -> Any:
+    """A new box around `value`, whose k-th axis is the axis `axes[k]` of `box`.
+
+    `None` marks an axis that the boxed array does not have (the rank): it gets no name,
+    so it is replicated.
+    """
+    if not is_box(box):
+        return value
+    (inner,), _ = _children(box)
+    value = rebox(inner, value, axes)
+    if isinstance(box, nnx.Variable):
+        metadata = dict(box.get_metadata())
+        for name in _NNX_NAMES:
+            if metadata.get(name) is not None:
+                metadata[name] = _pick(metadata[name], axes)
+        return type(box)(value, **metadata)
+    if isinstance(box, nn.Partitioned):
+        return box.replace(value=value, names=_pick(box.names, axes))
+    raise TypeError(
+        f"jpeft does not know how to name the axes of a new array in a box of type "
+        f"{type(box).__name__}; unbox the tree first with flax.linen.meta.unbox"
+    )
+
+
+def _pick(names: Any, axes: Sequence[int | None]) -> tuple[Any, ...]:
+    # A specification may be shorter than the array: the rest is replicated.
+    names = tuple(names)
+    return tuple(names[k] if k is not None and k < len(names) else None for k in axes)
+
+
+def _children(box: Any) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(box, is_leaf=lambda x: x is not box)

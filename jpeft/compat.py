@@ -1,0 +1,99 @@
+"""All that depends on the JAX version, or that JAX documents as semi-public.
+
+Checked on jax 0.10.2 and 0.12.0.  Nothing here imports `jax._src`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+from jax.extend import source_info_util
+
+Literal = jex.Literal
+ClosedJaxpr = jex.ClosedJaxpr
+jaxpr_as_fun = jex.jaxpr_as_fun
+
+# Call-like primitives and the parameter that holds their program.
+CALLS: dict[str, str] = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat2": "jaxpr",
+    "shard_map": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+JITS = frozenset({"jit", "pjit"})
+CHECKPOINTS = frozenset({"checkpoint", "remat2"})
+# A rule of the user's own stands between the value and its gradient.
+CUSTOM_RULES = frozenset(
+    {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+)
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """The bare program and its constants, closed or not."""
+    if isinstance(jaxpr, jex.ClosedJaxpr):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, ()
+
+
+def sub_jaxpr(host: Any, eqns: Sequence[Any], ins: Sequence[Any], outs: Sequence[Any]):
+    """Some equations of `host` as a program of their own."""
+    inner = host.replace(
+        constvars=[], invars=list(ins), outvars=list(outs), eqns=list(eqns)
+    )
+    return jex.ClosedJaxpr(inner, [])
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many constants and how many carries a `scan` equation takes.
+
+    jax 0.10 says `num_consts` and `num_carry`; since 0.12 one tree, `ft_in`,
+    holds (constants, carries, scanned inputs).
+    """
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    names = list(range(len(eqn.invars)))
+    consts, carry, _ = eqn.params["ft_in"].update(names).unpack()
+    return len(list(consts)), len(list(carry))
+
+
+def manual_axes(params: dict[str, Any]) -> set[str]:
+    """The mesh axes a `shard_map` equation makes manual."""
+    key = "newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"
+    return set(params[key])
+
+
+def name_stack() -> Any:
+    return source_info_util.current_name_stack()
+
+
+def under_name_stack(stack: Any) -> contextlib.AbstractContextManager[Any]:
+    return source_info_util.set_name_stack(stack)
+
+
+@contextlib.contextmanager
+def at_equation(eqn: Any):
+    """Profiles and errors of what runs inside name the layer `eqn` came from."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack):
+        with eqn.ctx.manager:
+            yield
+
+
+def source_line(eqn: Any) -> str:
+    """`file:line (function)` of the user's code, or '' inside a library's own jit."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def is_key_array(x: Any) -> bool:
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)

@@ -1,0 +1,272 @@
+"""`AdaptedLeaf`: what stands in a parameter tree where an array stood.
+
+A leaf holds `base` (the array, or another adapted leaf: that is how methods compose)
+and the arrays of its method.  Each field declares its role once, in the class:
+
+    trainable   gets gradients and optimiser state, is saved
+    frozen      belongs to the base; never moves
+    static      part of the tree's structure, not an array
+    transient   put there by `adapt` for one call, absent from stored trees
+
+Laws, checked by the tests for every kind of leaf:
+
+    shape(leaf) == shape(base)   dtype(leaf) == dtype(base)
+    leaf.disable() has the leaf's structure and acts as its base
+    materialize(leaf) is the weight that acts as the leaf does, where there is one
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jpeft.boxes import is_box, rebox, unbox
+
+TRAINABLE, FROZEN, STATIC, TRANSIENT = "trainable", "frozen", "static", "transient"
+T = TypeVar("T")
+
+
+def trainable(**kwargs: Any) -> Any:
+    return dataclasses.field(metadata={"role": TRAINABLE}, **kwargs)
+
+
+def frozen(**kwargs: Any) -> Any:
+    return dataclasses.field(metadata={"role": FROZEN}, **kwargs)
+
+
+def static(**kwargs: Any) -> Any:
+    return dataclasses.field(metadata={"role": STATIC}, **kwargs)
+
+
+def transient(**kwargs: Any) -> Any:
+    return dataclasses.field(default=None, metadata={"role": TRANSIENT}, **kwargs)
+
+
+class Path(str):
+    """A leaf's path, for messages only: equal to every other `Path`.
+
+    It is part of the static structure of a leaf inside one call of `adapt`.  If two
+    layers differed by it, each would compile its own copy of an inner `jit`.
+    """
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Path)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return 0
+
+
+# Every kind of leaf by its class name, so that a checkpoint can name it.
+KINDS: dict[str, type[AdaptedLeaf]] = {}
+
+
+@dataclass_transform(
+    kw_only_default=True,
+    frozen_default=True,
+    eq_default=False,
+    field_specifiers=(trainable, frozen, static, transient),
+)
+def adapted_leaf(cls: type[T]) -> type[T]:
+    """Makes `cls` a frozen dataclass and a pytree node, and enters it in `KINDS`."""
+    cls = dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)(cls)
+    roles = {f.name: f.metadata["role"] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    jax.tree_util.register_dataclass(
+        cls,
+        data_fields=[n for n, r in roles.items() if r != STATIC],
+        meta_fields=[n for n, r in roles.items() if r == STATIC],
+    )
+    KINDS[cls.__name__] = cls  # type: ignore[assignment]
+    return cls
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class AdaptedLeaf:
+    """A weight with a method attached.  See the module's docstring for the laws."""
+
+    base: Any = frozen()
+    # The transform that made this leaf ("lora-1a2b3c4d"): the same one refuses to be
+    # applied twice.
+    origin: str = static(default="")
+    path: Path = static(default=Path(""))
+    key: Any = transient()
+
+    # True: the leaf is a weight like any other (its value may be used wherever an
+    # array may), so nothing is lost when `adapt` takes its value at once.
+    is_value: ClassVar[bool] = False
+    # True: the base plays no part in the value, only in `unload`.
+    replaces_base: ClassVar[bool] = False
+
+    __array_priority__ = 100
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(jnp.shape(unbox(self.base)))
+
+    @property
+    def dtype(self) -> Any:
+        return unbox(self.base).dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        """The effective weight, computed in float32 (or wider) and cast once.
+
+        `dtype`: of the result; default the base's.
+        """
+        raise TypeError(
+            f"{self.where()}a {type(self).__name__} is not a change of the weight, so "
+            "it has no merged value; keep it attached, or jpeft.unload(params)"
+        )
+
+    def disable(self) -> Self:
+        """The same structure with arrays that make it act as its base."""
+        raise NotImplementedError
+
+    def field_axes(self) -> Mapping[str, tuple[int | None, ...]]:
+        """For each array of the method: which axis of the weight each axis comes from.
+
+        `None` marks an axis of the method's own (the rank).
+        """
+        raise NotImplementedError
+
+    def fold_key(self, data: Any) -> Self:
+        """The leaf with `data` folded into its dropout key, and its base's."""
+        changes: dict[str, Any] = {}
+        if is_leaf(self.base):
+            changes["base"] = self.base.fold_key(data)
+        if self.key is not None:
+            changes["key"] = jax.random.fold_in(self.key, data)
+        return self.replace(**changes) if changes else self
+
+    def has_key(self) -> bool:
+        return self.key is not None or (is_leaf(self.base) and self.base.has_key())
+
+    def replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def where(self) -> str:
+        """`path: ` for a message, or nothing."""
+        return f"{str.__str__(self.path)}: " if len(self.path) else ""
+
+    def __repr__(self) -> str:
+        arrays = ", ".join(
+            f"{n}={_brief(getattr(self, n))}"
+            for n, r in roles(self).items()
+            if r not in (STATIC, TRANSIENT)
+        )
+        return f"{type(self).__name__}({arrays})"
+
+    def __jax_array__(self) -> jax.Array:
+        raise TypeError(
+            f"{self.where()}a {type(self).__name__} {self.shape} was used as an array. "
+            "Call the model through jpeft.adapt(fn), which understands adapted leaves, "
+            "or make plain arrays of them with jpeft.merge(params)"
+        )
+
+
+def _brief(x: Any) -> str:
+    if is_leaf(x) or x is None:
+        return repr(x)
+    x = unbox(x)
+    if not hasattr(x, "shape"):
+        return type(x).__name__
+    return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+
+
+def is_leaf(x: Any) -> bool:
+    return isinstance(x, AdaptedLeaf)
+
+
+def roles(leaf: AdaptedLeaf | type[AdaptedLeaf]) -> dict[str, str]:
+    """Field name -> role."""
+    return {f.name: f.metadata["role"] for f in dataclasses.fields(leaf)}  # type: ignore[arg-type]
+
+
+def array_fields(leaf: AdaptedLeaf) -> dict[str, Any]:
+    """The method's own arrays (not the base, nothing transient), boxed or not."""
+    return {
+        n: getattr(leaf, n)
+        for n, role in roles(leaf).items()
+        if n != "base" and role in (TRAINABLE, FROZEN)
+    }
+
+
+def map_fields(f: Callable[[Any], Any], leaf: AdaptedLeaf) -> AdaptedLeaf:
+    """`f` on every array of the leaf and of the leaves below it."""
+    below = leaf.base
+    changes = {n: f(x) for n, x in array_fields(leaf).items()}
+    changes["base"] = map_fields(f, below) if is_leaf(below) else f(below)
+    return leaf.replace(**changes)
+
+
+def unboxed(leaf: AdaptedLeaf) -> AdaptedLeaf:
+    """The leaf with every box around its arrays taken off."""
+    return map_fields(unbox, leaf)
+
+
+def innermost(x: Any) -> Any:
+    """The base under all adapted leaves, boxed if it was boxed."""
+    while is_leaf(x):
+        x = x.base
+    return x
+
+
+def boxed_like(box: Any, leaf: AdaptedLeaf) -> AdaptedLeaf:
+    """The leaf with boxes on its own arrays, named after the axes of `box`."""
+    if not is_box(box):
+        return leaf
+    axes = leaf.field_axes()
+    return leaf.replace(
+        **{n: rebox(box, x, axes[n]) for n, x in array_fields(leaf).items()}
+    )
+
+
+def layers(x: Any) -> list[AdaptedLeaf]:
+    """The adapted leaves standing on each other, the outermost first."""
+    found = []
+    while is_leaf(x):
+        found.append(x)
+        x = x.base
+    return found
+
+
+def named(leaf: AdaptedLeaf, path: str) -> AdaptedLeaf:
+    """The leaf without boxes and with its path on every layer, for messages."""
+
+    def down(x: Any) -> Any:
+        return x.replace(path=Path(path), base=down(x.base)) if is_leaf(x) else x
+
+    return down(unboxed(leaf))
+
+
+def leaf_specs(leaf: AdaptedLeaf, spec: PartitionSpec) -> Any:
+    """Partition specifications of a leaf's arrays, from that of its weight.
+
+    Each array is sharded as the weight's axes it inherits; the rank never is.
+    """
+    names = tuple(spec) + (None,) * (leaf.ndim - len(spec))
+    changes: dict[str, Any] = {
+        n: PartitionSpec(*(None if k is None else names[k] for k in axes))
+        for n, axes in leaf.field_axes().items()
+    }
+    changes["base"] = leaf_specs(leaf.base, spec) if is_leaf(leaf.base) else spec
+    if leaf.key is not None:
+        changes["key"] = PartitionSpec()
+    return leaf.replace(**changes)

@@ -1,0 +1,1 @@
+"""One file a method: paper, formula, leaf, rules, transform."""

@@ -1,0 +1,196 @@
+"""BitFit: only biases train.  Ben Zaken et al. 2021, arXiv:2106.10199.
+
+    b' = b + delta                        on every bias the model has
+    y' = x W + bias                       on request, where it has none
+
+delta and bias start at zero, so the model starts as its base.
+
+Where we depart from the paper: the frozen bias is kept and a delta trains, so that one
+base serves many tasks; and a bias can be given to projections that have none (as in
+Llama), which cannot be merged into the weights of such a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.adapt.interpreter import Interpreter, rule
+from jpeft.adapt.labels import Label, Labelled, align, operand_labels
+from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, trainable
+from jpeft.transform import LeafMethod, check_float, method
+from jpeft.tree.layout import BIAS, LINEAR, MATRIX, LeafUse
+from jpeft.tree.paths import Slots
+from jpeft.tree.where import Where, check_where
+
+
+@adapted_leaf
+class Delta(AdaptedLeaf):
+    """base + delta.  delta: of the base's shape."""
+
+    delta: Any = trainable()
+
+    is_value: ClassVar[bool] = True
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        base = self.base.materialize(wide) if is_leaf(self.base) else self.base
+        out = jnp.asarray(base).astype(wide) + jnp.asarray(self.delta).astype(wide)
+        return out.astype(self.dtype if dtype is None else dtype)
+
+    def disable(self) -> Self:
+        base = self.base.disable() if is_leaf(self.base) else self.base
+        return self.replace(base=base, delta=jax.tree.map(jnp.zeros_like, self.delta))
+
+    def field_axes(self) -> dict[str, tuple[int | None, ...]]:
+        return {"delta": tuple(range(self.ndim))}
+
+
+@adapted_leaf
+class AddedBias(Labelled):
+    """A bias on the output of a weight that has none.  bias: (*stack, *out)."""
+
+    bias: Any = trainable()
+
+    @classmethod
+    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
+        s, o = ([k for k, c in enumerate(axes) if c == g] for g in "so")
+        return {"bias": [*s, *o]}
+
+    def disable(self) -> Self:
+        base = self.base.disable() if is_leaf(self.base) else self.base
+        return self.replace(base=base, bias=jax.tree.map(jnp.zeros_like, self.bias))
+
+
+@rule("dot_general", kind=AddedBias)
+def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    if all(map(is_leaf, ins)):
+        return None
+    side = 0 if is_leaf(ins[0]) else 1
+    leaf, x = ins[side], ins[1 - side]
+    _, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+    labels = leaf.labels()["bias"]
+    inputs = [k for k, c in enumerate(leaf.axes) if c == "i" and leaf.shape[k] > 1]
+    if not set(labels) <= set(out) or set(inputs) & set(out):
+        return None  # used the other way round: there is no output to add to
+    y = it.base(eqn, ins)
+    order = [k for k in out if k in labels]
+    bias = align(leaf.bias, labels, order)
+    shape = [leaf.shape[k] if k in labels else 1 for k in out]  # type: ignore[index]
+    return y + bias.reshape(shape).astype(y.dtype)
+
+
+@method("bitfit")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BitFit(LeafMethod):
+    """See `bitfit`."""
+
+    where: Where | None = "bias"
+    add: Where | None = None
+    exclude: Where = ()
+    dtype: str | None = None
+
+    needs_axes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_float("bitfit", self.dtype)
+        if self.where is None and self.add is None:
+            raise ValueError(
+                "bitfit: where=None and add=None leave nothing to train; where= selects "
+                "biases the model has, add= weights that get one"
+            )
+        for name in ("where", "add", "exclude"):
+            if getattr(self, name) is not None:
+                value = check_where(getattr(self, name), name)
+                object.__setattr__(self, name, value)
+
+    def accepts(self, use: LeafUse) -> bool:
+        return use.kind == BIAS
+
+    def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> AdaptedLeaf:
+        return Delta(base=base, delta=jnp.zeros(use.shape, self.adapter_dtype(base)))
+
+    def targets(
+        self, flat: Slots, uses: Mapping[str, LeafUse] | None
+    ) -> dict[str, LeafUse]:
+        if self.where is None:
+            return {}
+        return super().targets(flat, uses)
+
+    def __call__(
+        self, key: jax.Array, params: Any, *, uses: Mapping[str, LeafUse] | None = None
+    ) -> Any:
+        params = super().__call__(key, params, uses=uses)
+        if self.add is not None:
+            added = _AddBias(where=self.add, exclude=self.exclude, dtype=self.dtype)
+            params = added(key, params, uses=uses)
+        return params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _AddBias(LeafMethod):
+    """The second half of `bitfit(add=...)`."""
+
+    where: Where
+    exclude: Where
+    dtype: str | None
+
+    name: ClassVar[str] = "bitfit"
+
+    def accepts(self, use: LeafUse) -> bool:
+        return use.kind in (LINEAR, MATRIX) and not use.tied
+
+    def targets(
+        self, flat: Slots, uses: Mapping[str, LeafUse] | None
+    ) -> dict[str, LeafUse]:
+        found = super().targets(flat, uses)
+        paths = set(flat.paths)
+        beside = lambda p, name: p.rpartition("/")[0] + "/" + name in paths
+        bare = {
+            p: u
+            for p, u in found.items()
+            if not beside(p, "bias") and not beside(p, "b")
+        }
+        if not bare:
+            raise ValueError(
+                f"bitfit: every weight of add={self.where!r} has a bias already; "
+                "add= is for projections without one"
+            )
+        return bare
+
+    def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> AddedBias:
+        assert use.axes is not None
+        labels = AddedBias.labels_of(use.axes)["bias"]
+        shape = tuple(use.shape[k] for k in labels)  # type: ignore[index]
+        bias = jnp.zeros(shape, self.adapter_dtype(base))
+        return AddedBias(base=base, axes=use.axes, bias=bias)
+
+
+def bitfit(
+    *,
+    where: Where | None = "bias",
+    add: Where | None = None,
+    exclude: Where = (),
+    dtype: Any = None,
+) -> BitFit:
+    """A transform that trains the model's biases, and on request adds some.
+
+    Ben Zaken et al. 2021, arXiv:2106.10199.
+
+    where: which of the model's biases; None for none of them.
+    add: weights without a bias that get one, such as "linear"; such a bias has no place
+        in the model, so `merge` refuses it.
+    exclude: what neither touches.  dtype: of the deltas; None means float32.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"dense": {"kernel": jnp.ones((7, 5)), "bias": jnp.zeros(5)}}
+    >>> params = jpeft.bitfit()(jax.random.key(0), params)
+    >>> jpeft.count(params)
+    Count(trainable=5, frozen=40)
+    """
+    dtype = None if dtype is None else jnp.dtype(dtype).name
+    return BitFit(where=where, add=add, exclude=exclude, dtype=dtype)

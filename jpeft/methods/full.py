@@ -1,0 +1,90 @@
+"""Full fine-tuning of chosen leaves: new heads, norms, whatever must train whole.
+
+    W' = value        value starts as W, and W is kept for `unload`
+
+The value trains, not a delta to it, so weight decay and the optimiser see what they
+would see without jpeft.  Where the base is not float32, the value is: small steps would
+vanish in bfloat16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, trainable
+from jpeft.transform import LeafMethod, check_float, method
+from jpeft.tree.layout import LeafUse
+from jpeft.tree.where import Where, check_where
+
+
+@adapted_leaf
+class Whole(AdaptedLeaf):
+    """value: the weight that is used, of the base's shape."""
+
+    value: Any = trainable()
+
+    is_value: ClassVar[bool] = True
+    replaces_base: ClassVar[bool] = True
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        return jnp.asarray(self.value).astype(self.dtype if dtype is None else dtype)
+
+    def disable(self) -> Self:
+        base = self.base.disable().materialize() if is_leaf(self.base) else self.base
+        old = jax.tree.leaves(base)[0]
+        return self.replace(
+            value=jax.tree.map(lambda v: jnp.asarray(old).astype(v.dtype), self.value)
+        )
+
+    def field_axes(self) -> dict[str, tuple[int | None, ...]]:
+        return {"value": tuple(range(self.ndim))}
+
+
+@method("full")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Full(LeafMethod):
+    """See `full`."""
+
+    where: Where
+    exclude: Where = ()
+    dtype: str | None = None
+
+    needs_axes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_float("full", self.dtype)
+        object.__setattr__(self, "where", check_where(self.where))
+        object.__setattr__(self, "exclude", check_where(self.exclude, "exclude"))
+
+    def accepts(self, use: LeafUse) -> bool:
+        return True
+
+    def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Whole:
+        if is_leaf(base):
+            raise ValueError(
+                f"{path}: already carries {type(base).__name__}; a weight trains either "
+                f"whole or through an adapter: exclude={path!r} in one of the two"
+            )
+        # Not the base's own buffer: a training step may donate the one and not the other.
+        value = jnp.array(base, dtype=self.adapter_dtype(base), copy=True)
+        return Whole(base=base, value=value)
+
+
+def full(where: Where, *, exclude: Where = (), dtype: Any = None) -> Full:
+    """A transform that makes the selected leaves train whole.
+
+    where, exclude: which leaves, any floating-point array; see `jpeft.tree.where`.
+    dtype: of the trained value; None means float32, or float64 beside float64.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"classifier": {"kernel": jnp.ones((7, 2)), "bias": jnp.zeros(2)}}
+    >>> params = jpeft.full("classifier/.*")(jax.random.key(0), params)
+    >>> jpeft.count(params).trainable
+    16
+    """
+    dtype = None if dtype is None else jnp.dtype(dtype).name
+    return Full(where=where, exclude=exclude, dtype=dtype)

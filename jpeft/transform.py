@@ -1,0 +1,426 @@
+"""The contract of every method: `(key, params, *, uses=None) -> params`.
+
+Laws, checked by the tests for every method:
+
+    transform(key, params) is pure; params is not touched
+    unload(transform(key, params)) is params, bit for bit
+    from_config(transform.to_config()) == transform
+    a leaf's key derives from its path: another layer more changes no other leaf
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jpeft.boxes import unbox
+from jpeft.leaf import (
+    AdaptedLeaf,
+    array_fields,
+    boxed_like,
+    innermost,
+    is_leaf,
+    layers,
+    leaf_specs,
+)
+from jpeft.tree.layout import LeafUse, layouts
+from jpeft.tree.paths import Slots, slots, suggest, weight
+from jpeft.tree.where import Where, select
+from jpeft.types import PyTree
+
+# Every method by its name, for configurations.
+METHODS: dict[str, type[Transform]] = {}
+T = TypeVar("T", bound="type[Transform]")
+Pattern = tuple[tuple[str, Any], ...]
+
+
+def method(name: str) -> Callable[[T], T]:
+    """Enters a transform's class in the table of methods."""
+
+    def enter(cls: T) -> T:
+        cls.name = name
+        METHODS[name] = cls
+        return cls
+
+    return enter
+
+
+class Transform:
+    """A frozen, hashable rewriting of a parameter tree."""
+
+    name: ClassVar[str]
+
+    def __call__(
+        self,
+        key: jax.Array,
+        params: PyTree,
+        *,
+        uses: Mapping[str, LeafUse] | None = None,
+    ) -> PyTree:
+        raise NotImplementedError
+
+    def to_config(self) -> dict[str, Any]:
+        """The transform as plain data; `jpeft.from_config` makes it again.
+
+        Raises ValueError where `where` is a Python function, which data cannot hold.
+        """
+        return {"method": self.name, **self._fields(_refuse_callable)}
+
+    def describe(self) -> dict[str, Any]:
+        """As `to_config`, with the names of functions where it has any."""
+        return {"method": self.name, **self._fields(_name_callable)}
+
+    def origin(self) -> str:
+        """A mark for the leaves this transform makes."""
+        text = json.dumps(self.describe(), sort_keys=True)
+        return f"{self.name}-{zlib.crc32(text.encode()):08x}"
+
+    def _fields(self, of_callable: Callable[[Any], Any]) -> dict[str, Any]:
+        out = {}
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            default = (
+                f.default_factory()
+                if f.default_factory is not dataclasses.MISSING
+                else f.default
+            )
+            if value is not None and (
+                value != default or default is dataclasses.MISSING
+            ):
+                pattern = f.name.endswith("_pattern")
+                out[f.name] = dict(value) if pattern else _data(value, of_callable)
+        return out
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Transform:
+        """From a configuration without its `method`; unknown keys are refused."""
+        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for key in fields:
+            if key not in known:
+                raise ValueError(
+                    f"{cls.name}: unknown key {key!r}; did you mean "
+                    f"{suggest(known, key, 1)[0]!r}? Known: {', '.join(sorted(known))}"
+                )
+        missing = [
+            f.name
+            for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+            if f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+            and f.name not in fields
+        ]
+        if missing:
+            raise ValueError(f"{cls.name}: the configuration lacks {missing}")
+        return cls(**{k: freeze_value(v) for k, v in fields.items()})
+
+
+class LeafMethod(Transform):
+    """A method that rewrites each selected weight by itself."""
+
+    where: Where
+    exclude: Where
+    # False: the method acts on the whole array and asks nothing of its axes.
+    needs_axes: ClassVar[bool] = True
+
+    def accepts(self, use: LeafUse) -> bool:
+        """Whether the method can act on such a weight."""
+        raise NotImplementedError
+
+    def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> AdaptedLeaf:
+        """The leaf over `base` (unboxed); its key is the leaf's own."""
+        raise NotImplementedError
+
+    def patterns(self) -> dict[str, Pattern]:
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if f.name.endswith("_pattern")
+        }
+
+    def adapter_dtype(self, base: Any) -> Any:
+        """float32, or what was asked for; float64 beside float64."""
+        dtype = getattr(self, "dtype", None)
+        return (
+            jnp.promote_types(jnp.float32, base.dtype)
+            if dtype is None
+            else (jnp.dtype(dtype))
+        )
+
+    def __call__(
+        self,
+        key: jax.Array,
+        params: PyTree,
+        *,
+        uses: Mapping[str, LeafUse] | None = None,
+    ) -> PyTree:
+        flat = slots(params)
+        chosen = self.targets(flat, uses)
+        at = dict(flat.items())
+        check_finite({p: at[p] for p in chosen}, self.name)
+        made = {p: self.adapted(key, p, at[p], use) for p, use in chosen.items()}
+        return flat.rebuild(made.get(p, x) for p, x in flat.items())
+
+    def targets(
+        self, flat: Slots, uses: Mapping[str, LeafUse] | None
+    ) -> dict[str, LeafUse]:
+        """The weights this transform rewrites, each checked."""
+        known = layouts(flat, uses)
+        at = dict(flat.items())
+        candidates = {p: u for p, u in known.items() if self.accepts(u)}
+        others = [p for p in flat.paths if p not in candidates]
+        chosen = select(
+            candidates, at, self.where, self.exclude, method=self.name, others=others
+        )
+        out = {}
+        for path, explicit in chosen.items():
+            use = candidates[path]
+            if not check_target(self, path, at[path], use, explicit):
+                continue
+            out[path] = use
+        self._check_patterns(out)
+        return out
+
+    def _check_patterns(self, chosen: Mapping[str, LeafUse]) -> None:
+        for name, pattern in self.patterns().items():
+            for regex, _ in pattern:
+                if not any(re.fullmatch(regex, p) for p in chosen):
+                    raise ValueError(
+                        f"{self.name}: {name} key {regex!r} matches none of the "
+                        f"selected weights; nearest: {suggest(list(chosen), regex)}"
+                    )
+
+    def adapted(
+        self, key: jax.Array, path: str, slot: Any, use: LeafUse
+    ) -> AdaptedLeaf:
+        """The slot with this method's leaf over it, boxed and placed as its base is."""
+        base = weight(slot)
+        leaf = self.attach(path_key(key, path), path, base, use)
+        leaf = place_beside(leaf, unbox(innermost(slot)))
+        leaf = leaf.replace(base=slot, origin=self.origin())
+        return boxed_like(innermost(slot), leaf)
+
+
+def path_key(key: jax.Array, path: str) -> jax.Array:
+    """A leaf's key.  crc32, never `hash`: that one differs from run to run."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def place_beside(leaf: AdaptedLeaf, base: Any) -> AdaptedLeaf:
+    """New arrays on the mesh of their base, sharded as the axes they share with it."""
+    if isinstance(base, jax.core.Tracer) or not isinstance(base, jax.Array):
+        return leaf
+    if not isinstance(base.sharding, NamedSharding):
+        return leaf
+    mesh = base.sharding.mesh
+    specs = leaf_specs(leaf, base.sharding.spec)
+    put = {}
+    for name, x in array_fields(leaf).items():
+        spec = getattr(specs, name)
+        put[name] = jax.device_put(x, NamedSharding(mesh, spec))
+    return leaf.replace(**put)
+
+
+# --- checks --------------------------------------------------------------------------
+
+
+def check_target(
+    transform: LeafMethod, path: str, slot: Any, use: LeafUse, explicit: bool
+) -> bool:
+    """Raises if the method must not act here.  False: leave it out (a preset met an
+    array that does not train, such as a counter)."""
+    x, name = weight(slot), transform.name
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        if not explicit and not transform.needs_axes:
+            return False
+        raise ValueError(
+            f"{path}: {name} needs a real floating-point weight, this one is {x.dtype}; "
+            f"exclude={path!r}, or cast it first"
+        )
+    if transform.needs_axes and use.doubt and (use.axes is None or not explicit):
+        remedy = (
+            "pass uses=jpeft.find_uses(fn, params, *args), which looks at how the "
+            f"model uses it, or exclude={path!r}"
+            if not use.uses
+            else f"exclude={path!r}, or name it in where= and call "
+            'jpeft.adapt(fn, materialize="allow")'
+            if use.axes is not None
+            else f"exclude={path!r}"
+        )
+        raise ValueError(
+            f"{path}: {name} cannot tell input from output axes of shape {use.shape} "
+            f"({use.doubt}); {remedy}"
+        )
+    for leaf in layers(slot):
+        if leaf.origin == transform.origin():
+            raise ValueError(
+                f"{path}: this very {name} transform is already applied here; apply it "
+                "to the base, jpeft.unload(params), or change where= or exclude="
+            )
+        if leaf.replaces_base:
+            raise ValueError(
+                f"{path}: this leaf trains whole ({type(leaf).__name__}), so {name} "
+                f"would add nothing; exclude={path!r}"
+            )
+    return True
+
+
+def check_finite(targets: Mapping[str, Any], name: str) -> None:
+    """Raises if a weight holds NaN or infinity (skipped while JAX traces)."""
+    found = {}
+    for path, slot in targets.items():
+        x = unbox(innermost(slot))
+        if isinstance(x, jax.core.Tracer) or not isinstance(x, (jax.Array, np.ndarray)):
+            continue
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            found[path] = jnp.all(jnp.isfinite(x))
+    bad = [p for p, ok in jax.device_get(found).items() if not ok]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ValueError(
+            f"{bad[0]}{more}: the base holds NaN or infinity, which no {name} adapter "
+            "can train away; check how the weights were loaded"
+        )
+
+
+def check_positive(
+    method: str, name: str, value: Any, *, integer: bool = False
+) -> None:
+    kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+        kind = "an integer of at least 1" if integer else "a number above 0"
+        raise ValueError(f"{method}: {name}={value!r}: expected {kind}")
+
+
+def check_float(method: str, dtype: str | None) -> None:
+    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise ValueError(f"{method}: dtype={dtype!r}: expected a floating-point dtype")
+
+
+def check_pattern(
+    method: str, name: str, pattern: Any, *, integer: bool = False
+) -> Pattern:
+    """A {regex: value} mapping as a hashable tuple; the first match wins."""
+    items = pattern.items() if isinstance(pattern, Mapping) else pattern
+    out = tuple((str(k), v) for k, v in items)
+    for regex, value in out:
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise ValueError(
+                f"{method}: {name} key {regex!r} is no regular expression: {error}"
+            ) from None
+        check_positive(method, f"{name}[{regex!r}]", value, integer=integer)
+    return out
+
+
+def matched(pattern: Pattern, path: str, default: Any) -> Any:
+    """The value of the first pattern that matches the whole path."""
+    return next((v for regex, v in pattern if re.fullmatch(regex, path)), default)
+
+
+# --- data ----------------------------------------------------------------------------
+
+
+def freeze_value(x: Any) -> Any:
+    """Lists become tuples, so that transforms hash and compare."""
+    if isinstance(x, (list, tuple)):
+        return tuple(map(freeze_value, x))
+    return x
+
+
+def _data(x: Any, of_callable: Callable[[Any], Any]) -> Any:
+    if isinstance(x, tuple):
+        return [_data(y, of_callable) for y in x]
+    if isinstance(x, Transform):
+        return x.to_config() if of_callable is _refuse_callable else x.describe()
+    if callable(x):
+        return of_callable(x)
+    return x.item() if isinstance(x, np.generic) else x
+
+
+def _callable_name(f: Any) -> str:
+    return f"{getattr(f, '__module__', '?')}.{getattr(f, '__qualname__', repr(f))}"
+
+
+def _refuse_callable(f: Any) -> Any:
+    raise ValueError(
+        f"where={_callable_name(f)} is a Python function, which a configuration cannot "
+        "hold; select the same weights with a regular expression or a list of paths"
+    )
+
+
+def _name_callable(f: Any) -> Any:
+    return {"callable": _callable_name(f)}
+
+
+# --- chain ---------------------------------------------------------------------------
+
+
+@method("chain")
+@dataclasses.dataclass(frozen=True)
+class Chain(Transform):
+    """See `chain`."""
+
+    transforms: tuple[Transform, ...]
+
+    def __call__(
+        self,
+        key: jax.Array,
+        params: PyTree,
+        *,
+        uses: Mapping[str, LeafUse] | None = None,
+    ) -> PyTree:
+        for k, transform in enumerate(self.transforms):
+            params = transform(jax.random.fold_in(key, k), params, uses=uses)
+        return params
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Transform:
+        if set(fields) != {"transforms"}:
+            raise ValueError(
+                f"chain: expected the one key 'transforms', got {sorted(fields)}"
+            )
+        return chain(*map(transform_from_config, fields["transforms"]))
+
+
+def chain(*transforms: Transform) -> Chain:
+    """One transform after the other, each on what the one before made.
+
+    The k-th gets the key with k folded in.
+    """
+    for t in transforms:
+        if not isinstance(t, Transform):
+            raise TypeError(
+                f"chain: expected transforms such as jpeft.lora(rank=8), got {t!r}"
+            )
+    if not transforms:
+        raise ValueError("chain: expected at least one transform")
+    return Chain(tuple(transforms))
+
+
+def transform_from_config(config: Mapping[str, Any]) -> Transform:
+    """The transform a `to_config` describes."""
+    if not isinstance(config, Mapping) or "method" not in config:
+        raise ValueError(
+            f"a transform's configuration needs a key 'method', one of "
+            f"{sorted(METHODS)}; got {config!r}"
+        )
+    name = config["method"]
+    if name not in METHODS:
+        near = suggest(sorted(METHODS), str(name), 1)[0]
+        raise ValueError(
+            f"unknown method {name!r}; did you mean {near!r}? Known: {sorted(METHODS)}"
+        )
+    return METHODS[name].from_fields({k: v for k, v in config.items() if k != "method"})
+
+
+def is_adapted(params: PyTree) -> bool:
+    return any(is_leaf(x) for x in slots(params).values)

@@ -1,0 +1,1 @@
+"""Parameter trees: paths, selection, layout of weights, trainable and frozen."""

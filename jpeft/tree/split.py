@@ -1,0 +1,208 @@
+"""Trainable and frozen: the tree taken apart, put together, counted, described."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from jpeft.boxes import same_box, unbox
+from jpeft.leaf import (
+    FROZEN,
+    STATIC,
+    TRAINABLE,
+    innermost,
+    is_leaf,
+    layers,
+    named,
+    roles,
+)
+from jpeft.tree.paths import Slots, is_array, slots
+from jpeft.types import PyTree
+
+NOTHING_TRAINS = (
+    "nothing in this tree is trainable: no leaf was adapted. Apply a transform first: "
+    "params = jpeft.lora(rank=8, alpha=16)(jax.random.key(0), params)"
+)
+
+
+def _marked(x: Any, role: str) -> Any:
+    """The tree below a slot with its role in place of every array."""
+    if is_leaf(x):
+        return x.replace(
+            **{n: _marked(getattr(x, n), r) for n, r in roles(x).items() if r != STATIC}
+        )
+    return jax.tree.map(lambda _: role, x)
+
+
+def _role_tree(tree: PyTree) -> PyTree:
+    flat = slots(tree)
+    return flat.rebuild(_marked(x, FROZEN) for x in flat.values)
+
+
+def trainable_mask(params: PyTree) -> PyTree:
+    """A tree of bools of the same structure: True where an array trains.
+
+    Beware of `optax.masked(tx, mask)`: it passes the raw gradient through to what it
+    masks out.  `jpeft.freeze(tx)` does what is wanted.
+    """
+    mask = jax.tree.map(lambda r: r == TRAINABLE, _role_tree(params))
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError(NOTHING_TRAINS)
+    return mask
+
+
+def partition(params: PyTree) -> tuple[PyTree, PyTree]:
+    """`(trainable, frozen)`: two trees of one structure, None where the other has it.
+
+    Gradients and optimiser state of the first exist for the adapters only.  Raises
+    ValueError if nothing is trainable.
+    """
+    mask = trainable_mask(params)
+    pick = lambda side: jax.tree.map(
+        lambda m, x: x if m is side else None, mask, params
+    )
+    return pick(True), pick(False)
+
+
+def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
+    """The tree again: `combine(*partition(params))` is `params`."""
+
+    def one(t: Any, f: Any) -> Any:
+        if t is not None and f is not None:
+            raise ValueError(
+                "combine: both trees hold an array in the same place; pass the two "
+                "trees of one jpeft.partition(params)"
+            )
+        return f if t is None else t
+
+    try:
+        return jax.tree.map(one, trainable, frozen, is_leaf=lambda x: x is None)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"combine: the trees differ in structure: {error}") from error
+
+
+class Count(NamedTuple):
+    """Numbers of parameters."""
+
+    trainable: int
+    frozen: int
+
+    @property
+    def total(self) -> int:
+        return self.trainable + self.frozen
+
+    @property
+    def percent(self) -> float:
+        """Trainable parameters in percent of all."""
+        return 100.0 * self.trainable / max(1, self.total)
+
+
+def count(params: PyTree) -> Count:
+    """How many parameters train and how many do not.
+
+    The old value that a `full` leaf keeps for `unload` is part of neither: the model
+    does not use it.
+    """
+    total = {TRAINABLE: 0, FROZEN: 0}
+    for slot in slots(params).values:
+        for role, n, _ in _arrays(slot):
+            total[role] += n
+    return Count(total[TRAINABLE], total[FROZEN])
+
+
+def _arrays(slot: Any) -> list[tuple[str, int, int]]:
+    """(role, parameters, bytes) of every array of a slot that the model uses."""
+    out = []
+    for leaf in layers(slot):
+        for name, role in roles(leaf).items():
+            x = unbox(getattr(leaf, name)) if role in (TRAINABLE, FROZEN) else None
+            if name != "base" and x is not None:
+                out.append((role, math.prod(x.shape), _bytes(x)))
+        if leaf.replaces_base:
+            return out
+    base = unbox(innermost(slot))
+    if is_array(base):
+        out.append((FROZEN, math.prod(base.shape), _bytes(base)))
+    return out
+
+
+def _bytes(x: Any) -> int:
+    return math.prod(x.shape) * x.dtype.itemsize
+
+
+def summary(params: PyTree) -> str:
+    """A table: path, shape, method, trainable and frozen parameters, bytes; totals."""
+    rows, sums = [], [0, 0, 0]
+    for path, slot in slots(params).items():
+        arrays = _arrays(slot)
+        trains = sum(n for r, n, _ in arrays if r == TRAINABLE)
+        still = sum(n for r, n, _ in arrays if r == FROZEN)
+        size = sum(b for *_, b in arrays)
+        if not arrays:
+            continue
+        method = " over ".join(type(x).__name__ for x in layers(slot)) or "-"
+        shape = "x".join(map(str, unbox(innermost(slot)).shape)) or "scalar"
+        rows.append((path, shape, method, f"{trains:,}", f"{still:,}", f"{size:,}"))
+        sums = [a + b for a, b in zip(sums, (trains, still, size), strict=True)]
+    percent = 100 * sums[0] / max(1, sums[0] + sums[1])
+    total = ("total", "", f"trainable {percent:.4g}%", *(f"{n:,}" for n in sums))
+    head = ("path", "shape", "method", "trainable", "frozen", "bytes")
+    return _table([head, *rows, total])
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(r[k]) for r in rows) for k in range(len(rows[0]))]
+    line = lambda r: "  ".join(
+        x.ljust(w) if k < 3 else x.rjust(w)
+        for k, (x, w) in enumerate(zip(r, widths, strict=True))
+    ).rstrip()
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    lines = [line(r) for r in rows]
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+# --- leaving the adapters ------------------------------------------------------------
+
+
+def _adapted(flat: Slots, verb: str) -> None:
+    if not any(is_leaf(x) for x in flat.values):
+        raise ValueError(f"{verb}: no leaf of this tree is adapted")
+
+
+def merge(params: PyTree, *, dtype: Any = None) -> PyTree:
+    """Plain arrays again: every adapted leaf becomes its effective weight.
+
+    Computed in float32 (float64 for float64 weights) and cast once.  dtype: of the
+    merged weights; default each base's own.  Weights that were not adapted stay as
+    they are.
+    """
+
+    def one(path: str, slot: Any) -> Any:
+        if not is_leaf(slot):
+            return slot
+        box = innermost(slot)
+        return same_box(box, named(slot, path).materialize(dtype))
+
+    flat = slots(params)
+    _adapted(flat, "merge")
+    return flat.rebuild(one(p, x) for p, x in flat.items())
+
+
+def unload(params: PyTree) -> PyTree:
+    """The base, bit for bit: every adapted leaf is taken off."""
+    flat = slots(params)
+    _adapted(flat, "unload")
+    return flat.rebuild(innermost(x) for x in flat.values)
+
+
+def disable(params: PyTree) -> PyTree:
+    """The same structure with adapters that do nothing: the model acts as its base.
+
+    For a reference model in the same compiled step, where `unload` would change the
+    tree.  The adapters given are not touched.
+    """
+    flat = slots(params)
+    _adapted(flat, "disable")
+    return flat.rebuild(x.disable() if is_leaf(x) else x for x in flat.values)

@@ -1,0 +1,180 @@
+"""`where` and `exclude`: presets, regular expressions, callables, lists of these.
+
+A preset or a pattern selects among the weights a method can act on.  What matches
+nothing is an error; so is a selected weight whose axes are in doubt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from jpeft.tree.layout import (
+    BIAS,
+    EMBEDDING,
+    LINEAR,
+    MATRIX,
+    NORM,
+    LeafUse,
+)
+from jpeft.tree.paths import suggest
+
+One = str | Callable[[str, Any], bool]
+Where = One | Sequence[One]
+
+PRESETS = ("attention", "mlp", "linear", "embedding", "bias", "norm", "all")
+
+_ATTENTION = re.compile(
+    r"attn|attention|^(q|k|v|o|query|key|value|qkv|kv|q_proj|k_proj|v_proj|o_proj"
+    r"|qkv_proj|out_proj|to_q|to_k|to_v|to_out|wq|wk|wv|q_einsum|kv_einsum|qkv_einsum"
+    r"|attn_vec_einsum)$",
+    re.I,
+)
+_MLP = re.compile(
+    r"mlp|ffn|ffw|feed_?forward|densereludense|intermediate|expert|moe|gating_einsum"
+    r"|^(fc|fc_?\d|c_fc|wi|wi_\d|wo|w[123]|up|down|gate|up_proj|down_proj|gate_proj"
+    r"|gate_up_proj|output|lin[12]|linear[12]?)$",
+    re.I,
+)
+
+
+def in_attention(path: str) -> bool:
+    return any(_ATTENTION.search(s) for s in path.split("/"))
+
+
+def in_mlp(path: str) -> bool:
+    return not in_attention(path) and any(_MLP.search(s) for s in path.split("/"))
+
+
+def _preset(name: str, use: LeafUse) -> bool:
+    if name == "attention":
+        return use.kind in (LINEAR, MATRIX) and in_attention(use.path)
+    if name == "mlp":
+        return use.kind in (LINEAR, MATRIX) and in_mlp(use.path)
+    # An unknown matrix may be linear: it is selected so that it is refused by name
+    # rather than passed over in silence.
+    if name == "linear":
+        return use.kind in (LINEAR, MATRIX)
+    if name == "embedding":
+        return use.kind == EMBEDDING
+    if name == "bias":
+        return use.kind == BIAS
+    if name == "norm":
+        return use.kind == NORM or (use.kind == BIAS and _in_norm(use.path))
+    return True
+
+
+def _in_norm(path: str) -> bool:
+    return bool(re.search(r"norm|(^|/)ln|_ln(/|$)", path.rsplit("/", 1)[0], re.I))
+
+
+def check_where(where: Any, name: str = "where") -> Where:
+    """`where` as a str, a callable or a tuple of these; raises on anything else."""
+    if isinstance(where, str) and where not in PRESETS:
+        try:
+            re.compile(where)
+        except re.error as error:
+            raise ValueError(
+                f"{name}={where!r} is neither one of {PRESETS} nor a regular "
+                f"expression: {error}"
+            ) from None
+    if isinstance(where, str) or callable(where):
+        return where
+    if isinstance(where, Iterable):
+        items = tuple(check_where(w, name) for w in where)
+        if items or name == "exclude":
+            return items  # type: ignore[return-value]
+    raise ValueError(
+        f"{name}={where!r}: expected one of {PRESETS}, a regular expression for the "
+        "whole path, a callable (path, leaf) -> bool, or a list of these"
+    )
+
+
+def select(
+    candidates: dict[str, LeafUse],
+    slots: dict[str, Any],
+    where: Where,
+    exclude: Where,
+    *,
+    method: str,
+    others: Sequence[str] = (),
+) -> dict[str, bool]:
+    """The paths selected, in tree order, each with whether it was named explicitly
+    (by a pattern or a callable, not by a preset alone).
+
+    candidates: the weights the method can act on; others: all further paths, for the
+    messages.  Each item of `where` must match something.
+    """
+    chosen: set[str] = set()
+    named: set[str] = set()
+    for item in _items(where):
+        hits = {p for p, use in candidates.items() if _matches(item, use, slots[p])}
+        if not hits:
+            raise ValueError(_nothing(item, candidates, others, method))
+        chosen |= hits
+        if item not in PRESETS:
+            named |= hits
+    for item in _items(exclude):
+        hits = {p for p, use in candidates.items() if _matches(item, use, slots[p])}
+        typed = isinstance(item, str) and item not in PRESETS
+        if typed and not hits and not any(_full(item, p) for p in others):
+            raise ValueError(
+                f"{method}: exclude={item!r} matches no path; nearest: "
+                f"{suggest([*candidates, *others], item)}"
+            )
+        chosen -= hits
+    if not chosen:
+        raise ValueError(
+            f"{method}: exclude={exclude!r} leaves nothing of where={where!r}"
+        )
+    return {p: p in named for p in candidates if p in chosen}
+
+
+def _items(where: Where) -> tuple[One, ...]:
+    if isinstance(where, str) or callable(where):
+        return (where,)
+    return tuple(where)
+
+
+def _full(pattern: str, path: str) -> bool:
+    return re.fullmatch(pattern, path) is not None
+
+
+def _matches(item: One, use: LeafUse, slot: Any) -> bool:
+    if not isinstance(item, str):
+        return bool(item(use.path, slot))
+    return _preset(item, use) if item in PRESETS else _full(item, use.path)
+
+
+def _nothing(
+    item: One, candidates: dict[str, LeafUse], others: Sequence[str], method: str
+) -> str:
+    if not isinstance(item, str):
+        item_name = getattr(item, "__qualname__", repr(item))
+        return (
+            f"{method}: where={item_name} is true of no weight; it was asked about "
+            f"{list(candidates)[:5]}"
+        )
+    start = f"{method}: where={item!r} matches nothing. "
+    if item in PRESETS:
+        return start + (
+            "By name no weight of this tree is one; pass "
+            "uses=jpeft.find_uses(fn, params, *args), or a pattern such as "
+            f"{suggest(list(candidates), item)}"
+        )
+    unfit = [p for p in others if _full(item, p)]
+    if unfit:
+        return start + (
+            f"It matches {unfit[:3]}, which {method} cannot act on (a weight with an "
+            "input and an output axis is needed)"
+            if method not in ("full", "bitfit", "norm_tuning")
+            else f"It matches {unfit[:3]}, which {method} cannot act on"
+        )
+    part = [p for p in candidates if re.search(item, p)]
+    if part:
+        return start + (
+            f"A pattern must match the whole path: write {'.*' + item + '.*'!r} for "
+            f"{part[:3]}"
+        )
+    return start + f"Nearest paths: {suggest(list(candidates), item)}"

@@ -1,0 +1,19 @@
+"""Names shared by every floor: errors and warnings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PyTree = Any
+
+
+class DensifyError(NotImplementedError):
+    """An adapted weight reached an equation in which its delta has no cheap form."""
+
+
+class DensifyWarning(UserWarning):
+    """`adapt(fn, materialize="allow")` used the full value of an adapted weight."""
+
+
+class CheckpointError(ValueError):
+    """An adapter on disk is damaged, or does not belong to the given base."""
