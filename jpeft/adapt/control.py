@@ -15,7 +15,7 @@ from jax import lax
 
 from jpeft import compat
 from jpeft.adapt.interpreter import Interpreter, control_rule, has_tracer
-from jpeft.leaf import is_leaf, leaf_specs
+from jpeft.leaf import array_fields, is_leaf, leaf_specs
 
 _OUT_OF_LOOP = "and an adapted weight cannot leave a loop, a branch or a shard_map"
 
@@ -43,7 +43,8 @@ def _jit(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
                 compiler_options=options or None,
             ),
         )
-    return it.memo[id(closed)][1](*ins)
+    outs = it.memo[id(closed)][1](*ins)
+    return _handed_back(closed.jaxpr, ins, outs)
 
 
 def _constraints(params: dict[str, Any]):
@@ -77,7 +78,27 @@ def _checkpoint(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
         policy=eqn.params["policy"],
         prevent_cse=eqn.params["prevent_cse"],
     )
-    return body(*ins)
+    return _handed_back(jaxpr, ins, body(*ins))
+
+
+def _handed_back(jaxpr: Any, ins: Sequence[Any], outs: Sequence[Any]) -> list[Any]:
+    """Leaves returned as they came are the very objects that came in, so that who
+    called can tell."""
+    at = {v: x for v, x in zip(jaxpr.invars, ins, strict=True) if is_leaf(x)}
+    return [
+        o if isinstance(v, compat.Literal) else at.get(v, o)
+        for v, o in zip(jaxpr.outvars, outs, strict=True)
+    ]
+
+
+def _same_weight(x: Any, y: Any) -> bool:
+    """Whether two leaves are one, dropout keys apart."""
+    if not (is_leaf(x) and is_leaf(y)):
+        return x is y
+    mine, theirs = array_fields(x), array_fields(y)
+    return mine.keys() == theirs.keys() and (
+        all(mine[n] is theirs[n] for n in mine) and _same_weight(x.base, y.base)
+    )
 
 
 @control_rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
@@ -135,6 +156,9 @@ def _scan(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     # The scanned part of a leaf enters the body as it is: JAX recognises a scanned input
     # handed on unchanged and saves no copy of it for the backward pass.
     steps = jnp.arange(p["length"]) if _any_key([*consts, *init, *xs]) else None
+    # A body may hand its layer back (nnx.scan returns the module's state): stacked
+    # again, that is the leaf that was scanned.
+    whole: dict[int, Any] = {}
 
     def body(carry: list[Any], x: tuple[list[Any], Any]):
         scanned, step = x
@@ -144,7 +168,14 @@ def _scan(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
             args = _folded(args, step)
         out = it.run(jaxpr, closed, args)
         moved = it.plain(eqn, _moving(out[:n_carry], same), _OUT_OF_LOOP)
-        return moved, it.plain(eqn, out[n_carry:], _OUT_OF_LOOP)
+        rows = args[n_consts + n_carry :]
+        ys = out[n_carry:]
+        for k, y in enumerate(ys):
+            if is_leaf(y):
+                found = [j for j, row in enumerate(rows) if _same_weight(y, row)]
+                if found:
+                    whole[k], ys[k] = xs[found[0]], None
+        return moved, it.plain(eqn, ys, _OUT_OF_LOOP)
 
     carry, ys = lax.scan(
         body,
@@ -154,7 +185,8 @@ def _scan(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
         reverse=p["reverse"],
         unroll=p["unroll"],
     )
-    return _whole(carry, init, same) + list(ys)
+    ys = [whole.get(k, y) for k, y in enumerate(ys)]
+    return _whole(carry, init, same) + ys
 
 
 def _first(scanned: Any, constant: Any) -> Any:

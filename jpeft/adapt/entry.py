@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 
 from jpeft import compat
+from jpeft.adapt import control as _control  # noqa: F401  enters its rules
 from jpeft.adapt.interpreter import Interpreter
 from jpeft.boxes import same_box, unbox
 from jpeft.leaf import AdaptedLeaf, Path, innermost, is_leaf, unboxed

@@ -1,4 +1,38 @@
-"""Public Flax models, at tiny random size, as test subjects."""
+"""Public Flax models from PyPI, at tiny random size, as test subjects.
+
+Each function returns a `Subject` whose ``fn(params, *args)`` is the package's own
+model as a pure function of its parameters, in float32 and without dropout. Packages
+are imported inside the functions, so that a missing one is an `ImportError` of its
+own subjects only. `LINEN` and `NNX` map names to functions, `REQUIRES` names to the
+package and version that each was run with. Nothing downloads weights.
+
+All subjects run on Python 3.11 with jax 0.10.2 and flax 0.12.8, and on Python 3.13
+with jax 0.12.0 and flax 0.12.12. None needs torch or tensorflow. Downloads besides
+jax and flax (where nothing else is said, with the packages' own requirements)::
+
+    # 22 MB; the last transformers with Flax models, all of them Linen
+    pip install transformers==4.57.6
+    # 4 MB, NNX; newer tokamax asks for xprof and with it for 80 MB more
+    pip install jax-image-models==0.4.0 tokamax==0.0.12
+    # 0.6 MB, NNX; its own requirements include tensorflow_datasets and numba
+    pip install --no-deps google-tunix==0.1.7 && pip install jaxtyping
+    # 0.3 MB, NNX; its own requirements are plots, samplers, and jax < 0.10
+    pip install --no-deps gensbi==0.3.4 && pip install einops jaxtyping
+    # 0.1 MB, Linen; its own requirements include kauldron and so tensorflow
+    pip install --no-deps gemma==2.0.2
+    # 1.1 MB plus transformers, Linen
+    pip install --no-deps clip-jax==0.0.6 einshape aqtp
+
+What does not run, and why:
+
+- gemma 3: its ``gm`` models (with ``nn.jit``) import kauldron, whose array types
+  import tensorflow; gemma 2.0.2 still has the plain ``gemma.transformer``.
+- T5 of transformers as it is: it calls ``jnp.clip(a_max=...)``, see `t5`.
+- BLOOM of transformers with a number of heads that is no power of two: ``jnp.cat``.
+- jimmy-vision 0.0.7: imports ``flax.nnx.nnx``, which newer flax does not have.
+- jaxnn 0.2.0 requires torch. bonsai and jimm on PyPI are not model packages; the
+  module ``jimm`` is in jax-image-models.
+"""
 
 from __future__ import annotations
 
@@ -646,7 +680,7 @@ def tunix_gemma2() -> Subject:
 
 
 def tunix_qwen3_moe() -> Subject:
-    """Qwen 3 of tunix with experts: weights ``(expert, in, out)`` indexed one by one."""
+    """Qwen 3 of tunix with experts: weights ``(expert, in, out)`` sliced in turn."""
     from flax import nnx
 
     module = _import_without_init("tunix.models.qwen3.model")
