@@ -1,11 +1,20 @@
 """jpeft: parameter-efficient fine-tuning of any JAX model."""
 
+from jpeft import config as config
+from jpeft import optim as optim
+from jpeft import sharding as sharding
 from jpeft.adapt.entry import adapt as adapt
 from jpeft.adapt.uses import find_uses as find_uses
+from jpeft.checkpoint.adapter import load as load
+from jpeft.checkpoint.adapter import save as save
+from jpeft.checkpoint.manager import CheckpointManager as CheckpointManager
+from jpeft.config import from_config as from_config
 from jpeft.leaf import AdaptedLeaf as AdaptedLeaf
 from jpeft.methods.bitfit import bitfit as bitfit
 from jpeft.methods.full import full as full
 from jpeft.methods.lora import lora as lora
+from jpeft.optim.freeze import freeze as freeze
+from jpeft.optim.freeze import value_and_grad as value_and_grad
 from jpeft.transform import Transform as Transform
 from jpeft.transform import chain as chain
 from jpeft.tree.split import combine as combine
@@ -16,5 +25,6 @@ from jpeft.tree.split import partition as partition
 from jpeft.tree.split import summary as summary
 from jpeft.tree.split import trainable_mask as trainable_mask
 from jpeft.tree.split import unload as unload
+from jpeft.types import CheckpointError as CheckpointError
 from jpeft.types import DensifyError as DensifyError
 from jpeft.types import DensifyWarning as DensifyWarning

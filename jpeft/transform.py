@@ -84,6 +84,10 @@ class Transform:
         text = json.dumps(self.describe(), sort_keys=True)
         return f"{self.name}-{zlib.crc32(text.encode()):08x}"
 
+    def origins(self) -> frozenset[str]:
+        """The marks of all leaves this transform makes."""
+        return frozenset({self.origin()})
+
     def _fields(self, of_callable: Callable[[Any], Any]) -> dict[str, Any]:
         out = {}
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -381,6 +385,9 @@ class Chain(Transform):
         for k, transform in enumerate(self.transforms):
             params = transform(jax.random.fold_in(key, k), params, uses=uses)
         return params
+
+    def origins(self) -> frozenset[str]:
+        return frozenset().union(*(t.origins() for t in self.transforms))
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Transform:

@@ -436,7 +436,7 @@ def _verdict(
             u = blurred[0]
             return dataclasses.replace(
                 made,
-                kind=LINEAR,
+                kind=CONSUMERS[u.primitive],
                 doubt=f"the model changes it before `{u.primitive}` at "
                 f"{u.site or 'a library line'}",
             )

@@ -125,10 +125,15 @@ class BitFit(LeafMethod):
         self, key: jax.Array, params: Any, *, uses: Mapping[str, LeafUse] | None = None
     ) -> Any:
         params = super().__call__(key, params, uses=uses)
-        if self.add is not None:
-            added = _AddBias(where=self.add, exclude=self.exclude, dtype=self.dtype)
-            params = added(key, params, uses=uses)
-        return params
+        return params if self.add is None else self._added()(key, params, uses=uses)
+
+    def origins(self) -> frozenset[str]:
+        own = super().origins()
+        return own if self.add is None else own | self._added().origins()
+
+    def _added(self) -> _AddBias:
+        assert self.add is not None
+        return _AddBias(where=self.add, exclude=self.exclude, dtype=self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

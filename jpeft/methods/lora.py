@@ -222,7 +222,7 @@ def _gather_factor(
         mine,
         sizes,
         mode=p["mode"],
-        fill_value=p["fill_value"],
+        fill_value=0,  # the base says what a row out of range is; its delta is nothing
         indices_are_sorted=p["indices_are_sorted"] and not batching,
         unique_indices=p["unique_indices"]
         and len(columns) == len(numbers.start_index_map),

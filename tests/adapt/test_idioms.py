@@ -78,7 +78,9 @@ def low_rank(params, uses, axes=None, rank=3):
             leaf = t.adapted(key, path, slot, use)
         except ValueError:  # a matrix too small for the rank
             leaf = small.adapted(key, path, slot, use)
-        b = jax.tree.map(lambda x: 0.3 * jax.random.normal(key, x.shape, x.dtype), leaf.b)
+        b = jax.tree.map(
+            lambda x: 0.3 * jax.random.normal(key, x.shape, x.dtype), leaf.b
+        )
         return leaf.replace(b=b)
 
     return map_slots(one, params)
@@ -190,9 +192,12 @@ case(
     [X],
     axes="ioo",
 )
-case("bfloat16 first", lambda w, x: (
-    x.astype(jnp.bfloat16).astype(jnp.float32) @ w.astype(jnp.float32)
-), [n(8, 6)], [X])
+case(
+    "bfloat16 first",
+    lambda w, x: x.astype(jnp.bfloat16).astype(jnp.float32) @ w.astype(jnp.float32),
+    [n(8, 6)],
+    [X],
+)
 case("scaled and negated", lambda w, x: x @ (-(w * 2.0) / 3.0), [n(8, 6)], [X])
 case(
     "scaled along the output",
@@ -360,13 +365,9 @@ case("w[ids]", lambda w, i: w[i], [n(11, 8)], [IDS])
 case("one hot", lambda w, i: jax.nn.one_hot(i, 11) @ w, [n(11, 8)], [IDS])
 case("tied", lambda w, i: jnp.tanh(w[i]) @ w.T, [n(11, 8)], [IDS])
 case("take along axis 1", lambda w, i: jnp.take(w, i, axis=1), [n(8, 11)], [IDS])
-case(
-    "rows of matrices", lambda w, i: w[:, i], [n(2, 11, 8)], [IDS], axes="oio"
-)
+case("rows of matrices", lambda w, i: w[:, i], [n(2, 11, 8)], [IDS], axes="oio")
 case("two indices", lambda w, i: w[i, i], [n(11, 11, 8)], [jnp.array([1, 2, 3])])
-case(
-    "vmap over ids", lambda w, i: jax.vmap(lambda i: w[i])(i), [n(11, 8)], [IDS]
-)
+case("vmap over ids", lambda w, i: jax.vmap(lambda i: w[i])(i), [n(11, 8)], [IDS])
 case(
     "vmap over tables and ids",
     lambda w, i: jax.vmap(lambda t, i: t[i])(w, i),
@@ -457,9 +458,9 @@ case(
 )
 case(
     "scan in groups",
-    lambda w, x: lax.scan(
-        lambda c, w: lax.scan(TANH, c, w), x, w.reshape(2, 3, 8, 8)
-    )[0],
+    lambda w, x: lax.scan(lambda c, w: lax.scan(TANH, c, w), x, w.reshape(2, 3, 8, 8))[
+        0
+    ],
     [n(6, 8, 8)],
     [X],
 )
@@ -505,9 +506,7 @@ case(
     [X],
 )
 case("vmap over x", lambda w, x: jax.vmap(lambda x: x @ w)(x), [n(8, 8)], [X])
-case(
-    "vmap over x and w", lambda w, x: jax.vmap(jnp.dot)(x, w), [n(3, 8, 6)], [X]
-)
+case("vmap over x and w", lambda w, x: jax.vmap(jnp.dot)(x, w), [n(3, 8, 6)], [X])
 case(
     "grad of the activations inside",
     lambda w, x: jax.grad(lambda x: jnp.sum(jnp.tanh(x @ w)))(x),
@@ -516,7 +515,9 @@ case(
 )
 case(
     "one jitted layer called three times",
-    lambda w, v, x: (lambda f: f(f(f(x, w), v), w))(jax.jit(lambda x, w: TANH(x, w)[0])),
+    lambda w, v, x: (lambda f: f(f(f(x, w), v), w))(
+        jax.jit(lambda x, w: TANH(x, w)[0])
+    ),
     [n(8, 8), n(8, 8, k=4)],
     [X],
 )
@@ -562,7 +563,7 @@ case(
     [n(8, 8)],
     [X],
     axes="io",
-    densified=("div",),
+    densified=("mul",),
 )
 case(
     "masked weight",
@@ -610,9 +611,11 @@ case(
 )
 case(
     "sharding constraint on the weight",
-    lambda w, x: x
-    @ lax.with_sharding_constraint(
-        w, jax.sharding.NamedSharding(mesh(), P(None, "m"))
+    lambda w, x: (
+        x
+        @ lax.with_sharding_constraint(
+            w, jax.sharding.NamedSharding(mesh(), P(None, "m"))
+        )
     ),
     [n(8, 8)],
     [X],
@@ -623,9 +626,7 @@ case(
 
 
 def linen(name, module, *args, **options):
-    params = nn.meta.unbox(
-        jax.jit(module.init)(jax.random.key(0), *args)
-    )["params"]
+    params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(0), *args))["params"]
     noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(5), x.shape, x.dtype)
     CASES[f"linen {name}"] = Case(
         lambda p, *a: module.apply({"params": p}, *a),
@@ -701,10 +702,17 @@ linen("Embed, tied", Tied(), IDS)
 linen("Conv 1-D", nn.Conv(6, (3,)), X)
 linen("Conv 1-D strided", nn.Conv(6, (3,), strides=2), X)
 linen("Conv 2-D grouped", nn.Conv(6, (3, 2), feature_group_count=2), n(2, 5, 7, 8))
-linen("Conv 2-D causal dilated", nn.Conv(6, (3,), padding="CAUSAL", kernel_dilation=2), X)
+linen(
+    "Conv 2-D causal dilated", nn.Conv(6, (3,), padding="CAUSAL", kernel_dilation=2), X
+)
 linen("ConvTranspose", nn.ConvTranspose(6, (3,), strides=(2,)), X)
 linen("MultiHeadDotProductAttention", nn.MultiHeadDotProductAttention(2), X)
-linen("MultiHeadAttention GQA-like cross", nn.MultiHeadAttention(2, qkv_features=6), X, n(3, 4, 8, k=2))
+linen(
+    "MultiHeadAttention GQA-like cross",
+    nn.MultiHeadAttention(2, qkv_features=6),
+    X,
+    n(3, 4, 8, k=2),
+)
 linen("block", Block(), X)
 linen("scan", Scanned(), X)
 linen("scan of remat", Scanned(remat=True), X)
@@ -746,7 +754,9 @@ class Stack(nnx.Module):
 
     def __call__(self, x):
         step = nnx.remat(lambda x, layer: jnp.tanh(layer(x)))
-        return nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+        return nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+            x, self.layers
+        )
 
 
 nnx_case("scan of remat", Stack, X)

@@ -1,0 +1,410 @@
+"""`save` and `load`: the adapter alone, with a description of itself and of its base.
+
+    folder/jpeft.json   what it is: format, versions, transform, every leaf, the base
+    folder/arrays/      the adapter's arrays, by Orbax
+
+The description is enough to attach the adapter to its base again; no code of the
+training run is needed.  Each array has a digest, because Orbax itself loads flipped bits
+without a word, and the base has one for every leaf, so that another base is refused.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, Sharding
+
+from jpeft.boxes import unbox
+from jpeft.checkpoint import _orbax
+from jpeft.checkpoint.digest import digests
+from jpeft.leaf import (
+    KINDS,
+    STATIC,
+    TRAINABLE,
+    AdaptedLeaf,
+    array_fields,
+    boxed_like,
+    innermost,
+    is_leaf,
+    layers,
+    leaf_specs,
+    roles,
+)
+from jpeft.transform import Transform, is_adapted
+from jpeft.tree.paths import Slots, is_array, segment, slots, suggest, weight
+from jpeft.tree.split import NOTHING_TRAINS
+from jpeft.types import CheckpointError, PyTree
+
+FORMAT, VERSION = "jpeft-adapter", 1
+MANIFEST, ARRAYS = "jpeft.json", "arrays"
+Fingerprint = dict[str, dict[str, Any]]
+
+
+def save(
+    path: str | os.PathLike[str],
+    params: PyTree,
+    transform: Transform,
+    *,
+    step: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    fingerprint: Fingerprint | None = None,
+) -> None:
+    """Writes the adapter's arrays and what they are into the folder `path`.
+
+    params: an adapted tree.  transform: what adapted it; kept as a configuration.
+    metadata: anything JSON can hold.  overwrite: replace an adapter that is there.
+    fingerprint: of the base, if `base_fingerprint` was called before.
+
+    The folder appears whole or not at all.  Raises ValueError if nothing is adapted or
+    by another transform, FileExistsError if the folder exists.
+    """
+    target = Path(path)
+    if target.exists() and not overwrite:
+        raise FileExistsError(
+            f"{target} exists; choose another folder or pass overwrite=True"
+        )
+    manifest, arrays = describe(params, transform, fingerprint)
+    manifest |= {"step": step, "metadata": dict(metadata or {})}
+    text = json.dumps(manifest, indent=1)
+
+    def fill(folder: Path) -> None:
+        _orbax.write(folder / ARRAYS, arrays)
+        if jax.process_index() == 0:
+            (folder / MANIFEST).write_text(text)
+
+    whole_folder(target, fill)
+
+
+def load(
+    path: str | os.PathLike[str],
+    base_params: PyTree,
+    *,
+    shardings: Any = None,
+    check: str = "content",
+) -> PyTree:
+    """The adapted tree: the adapter in `path` on the base it was trained on.
+
+    base_params: the plain base.  shardings: of the adapter's arrays, one `Sharding` for
+    all or a tree as `jpeft.sharding.shardings` gives; None puts each beside its base.
+    check: "content" compares a digest of every base leaf, "structure" only paths, shapes
+    and dtypes.
+
+    Raises CheckpointError, naming the leaf, for another base, a missing, misshapen or
+    damaged array, a truncated folder.
+    """
+    if check not in ("content", "structure"):
+        raise ValueError(f'load: check={check!r}: expected "content" or "structure"')
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if is_adapted(base_params):
+        raise ValueError(
+            "load: base_params carries adapters already; pass the base, "
+            "jpeft.unload(params)"
+        )
+    flat = slots(base_params)
+    compare_bases(folder, manifest["base"], flat, content=check == "content")
+    at = dict(flat.items())
+    wanted = dict(_shardings(shardings))
+    abstract: dict[str, jax.ShapeDtypeStruct] = {}
+    for leaf_path, described in manifest["leaves"].items():
+        base = unbox(at[leaf_path])
+        for k, layer in enumerate(described):
+            specs = _sharding_beside(layer, base)
+            for field, array in layer["arrays"].items():
+                place = wanted.get(f"{leaf_path}/{field}", wanted.get(""))
+                abstract[_name(leaf_path, k, field)] = jax.ShapeDtypeStruct(
+                    tuple(array["shape"]),
+                    jnp.dtype(array["dtype"]),
+                    sharding=place or specs.get(field) or _one_device(),
+                )
+    arrays = _orbax.read(folder / ARRAYS, abstract)
+    check_digests(folder, manifest, arrays)
+    made = {
+        p: _rebuild(p, described, at[p], arrays)
+        for p, described in manifest["leaves"].items()
+    }
+    return flat.rebuild(made.get(p, x) for p, x in flat.items())
+
+
+# --- the description -----------------------------------------------------------------
+
+
+def describe(
+    params: PyTree, transform: Transform, fingerprint: Fingerprint | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(manifest, {name: array}) of an adapted tree."""
+    flat = slots(params)
+    adapted = {p: x for p, x in flat.items() if is_leaf(x)}
+    if not adapted:
+        raise ValueError("save: " + NOTHING_TRAINS)
+    _check_origin(adapted, transform)
+    arrays: dict[str, Any] = {}
+    leaves: dict[str, list[dict[str, Any]]] = {}
+    for path, leaf in adapted.items():
+        leaves[path] = []
+        for k, layer in enumerate(layers(leaf)):
+            fields = {n: unbox(x) for n, x in array_fields(layer).items()}
+            leaves[path].append(
+                {
+                    "kind": type(layer).__name__,
+                    "static": {
+                        n: getattr(layer, n)
+                        for n, role in roles(layer).items()
+                        if role == STATIC and n != "path"
+                    },
+                    "arrays": {
+                        n: {"shape": list(x.shape), "dtype": str(x.dtype)}
+                        for n, x in fields.items()
+                    },
+                }
+            )
+            arrays |= {_name(path, k, n): x for n, x in fields.items()}
+    found = digests(arrays)
+    for path, described in leaves.items():
+        for k, layer in enumerate(described):
+            for n, array in layer["arrays"].items():
+                array["digest"] = found[_name(path, k, n)]
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "jpeft": importlib.metadata.version("jpeft"),
+        "jax": jax.__version__,
+        "transform": transform.describe(),
+        "leaves": leaves,
+        "base": fingerprint or base_fingerprint(params),
+    }
+    return manifest, arrays
+
+
+def base_fingerprint(params: PyTree) -> Fingerprint:
+    """Path, shape, dtype and digest of every base leaf (adapted or plain tree).
+
+    A leaf that trains whole has no digest: its base plays no part in the model.
+    """
+    bases, unused = {}, set()
+    for path, slot in slots(params).items():
+        base = unbox(innermost(slot))
+        if is_array(base):
+            bases[path] = base
+        if any(x.replaces_base for x in layers(slot)):
+            unused.add(path)
+    found = digests({p: x for p, x in bases.items() if p not in unused})
+    return {
+        p: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": found.get(p)}
+        for p, x in bases.items()
+    }
+
+
+def _check_origin(adapted: Mapping[str, AdaptedLeaf], transform: Transform) -> None:
+    known = transform.origins()
+    for path, leaf in adapted.items():
+        for layer in layers(leaf):
+            if layer.origin not in known:
+                raise ValueError(
+                    f"save: {path} was adapted by {layer.origin or 'hand'}, not by the "
+                    f"transform given ({', '.join(sorted(known))}); pass the transform "
+                    "that made this tree"
+                )
+
+
+def _name(path: str, layer: int, field: str) -> str:
+    """A name for Orbax, which joins and splits keys at '.' and '/'."""
+    safe = path.replace("%", "%25").replace(".", "%2E").replace("/", ":")
+    return f"{safe}:{layer}:{field}"
+
+
+# --- reading -------------------------------------------------------------------------
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    file = folder / MANIFEST
+    if not file.is_file():
+        near = suggest([p.name for p in folder.iterdir()] or ["nothing"], MANIFEST)
+        raise CheckpointError(
+            f"{folder}: not an adapter, or a truncated one: {MANIFEST} is missing "
+            f"(there is {near})"
+        )
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file}: damaged: {error}") from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{file}: not a {FORMAT} file")
+    if manifest["version"] > VERSION:
+        raise CheckpointError(
+            f"{file}: format {manifest['version']}, this jpeft reads up to {VERSION}; "
+            f"it was written by jpeft {manifest['jpeft']}: upgrade"
+        )
+    missing = [k for k in ("leaves", "base", "transform") if k not in manifest]
+    if missing:
+        raise CheckpointError(f"{file}: damaged: {missing} missing")
+    return manifest
+
+
+def compare_bases(
+    folder: Path, saved: Fingerprint, flat: Slots, *, content: bool
+) -> None:
+    """Raises, naming the leaves, unless this is the base the adapter was trained on."""
+    here = {p: unbox(x) for p, x in flat.items() if is_array(weight(x))}
+    wrong = [f"{p} is missing" for p in saved if p not in here]
+    wrong += [f"{p} is not in the saved base" for p in here if p not in saved]
+    if wrong:
+        near = suggest(list(here) or ["nothing"], next(iter(saved), ""))
+        raise CheckpointError(
+            f"{folder}: trained on another base: {_some(wrong)}. The saved paths begin "
+            f"with {list(saved)[:2]}, the nearest here are {near}"
+        )
+    for p, x in here.items():
+        for field, value in (("shape", list(x.shape)), ("dtype", str(x.dtype))):
+            if saved[p][field] != value:
+                wrong.append(f"{p} has {field} {value}, saved was {saved[p][field]}")
+    if not wrong and content:
+        told = {p: saved[p]["digest"] for p in here if saved[p]["digest"] is not None}
+        found = digests({p: here[p] for p in told})
+        wrong = [f"{p} has other values" for p in told if told[p] != found[p]]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: trained on another base: {_some(wrong)}. Pass the base it was "
+            'trained on (check="structure" skips the comparison of values)'
+        )
+
+
+def _some(items: list[str], most: int = 4) -> str:
+    more = f"; and {len(items) - most} more" if len(items) > most else ""
+    return "; ".join(items[:most]) + more
+
+
+def check_digests(
+    folder: Path, manifest: Mapping[str, Any], arrays: Mapping[str, Any]
+) -> None:
+    found = digests(arrays)
+    for path, described in manifest["leaves"].items():
+        for k, layer in enumerate(described):
+            for field, array in layer["arrays"].items():
+                if found[_name(path, k, field)] != array["digest"]:
+                    raise CheckpointError(
+                        f"{folder}: {path}/{field} is damaged: its bits differ from "
+                        "those saved"
+                    )
+
+
+def _kind(path: str, layer: Mapping[str, Any]) -> type[AdaptedLeaf]:
+    if layer["kind"] not in KINDS:
+        raise CheckpointError(
+            f"{path}: a leaf of kind {layer['kind']!r}, which this jpeft does not know "
+            f"(it knows {sorted(KINDS)}); import the module that defines it, or upgrade"
+        )
+    return KINDS[layer["kind"]]
+
+
+def _rebuild(
+    path: str, described: list[Any], slot: Any, arrays: Mapping[str, Any]
+) -> Any:
+    leaf = slot
+    for k in reversed(range(len(described))):
+        layer = described[k]
+        kind = _kind(path, layer)
+        fields = {n: arrays[_name(path, k, n)] for n in layer["arrays"]}
+        expected = {n for n, r in roles(kind).items() if r == TRAINABLE}
+        if missing := sorted(expected - set(fields)):
+            raise CheckpointError(
+                f"{path}: the saved {layer['kind']} lacks {', '.join(missing)}"
+            )
+        made = kind(base=leaf, **layer["static"], **fields)
+        check_shapes(path, made, unbox(innermost(slot)).shape)
+        leaf = boxed_like(innermost(slot), made)
+    return leaf
+
+
+def check_shapes(path: str, leaf: AdaptedLeaf, shape: tuple[int, ...]) -> None:
+    """Raises if an array does not fit the weight it stands beside."""
+    own: dict[str, set[int]] = {}
+    for field, axes in leaf.field_axes().items():
+        x = getattr(leaf, field)
+        want = tuple(
+            n if k is None else shape[k] for k, n in zip(axes, x.shape, strict=False)
+        )
+        if len(axes) != len(x.shape) or want != tuple(x.shape):
+            raise CheckpointError(
+                f"{path}/{field}: shape {tuple(x.shape)} does not fit a weight of shape "
+                f"{shape}"
+            )
+        own.setdefault("rank", set()).update(
+            n for k, n in zip(axes, x.shape, strict=True) if k is None
+        )
+    if len(own.get("rank", ())) > 1:
+        raise CheckpointError(
+            f"{path}: its arrays disagree on the rank: {sorted(own['rank'])}"
+        )
+
+
+# --- where arrays go -----------------------------------------------------------------
+
+
+def _sharding_beside(layer: Mapping[str, Any], base: Any) -> dict[str, Sharding]:
+    sharding = getattr(base, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return {}
+    kind = _kind("", layer)
+    empty = dict.fromkeys(layer["arrays"])
+    leaf = kind(base=base, **layer["static"], **empty)
+    specs = leaf_specs(leaf, sharding.spec)
+    return {n: NamedSharding(sharding.mesh, getattr(specs, n)) for n in empty}
+
+
+def _shardings(tree: Any) -> list[tuple[str, Sharding]]:
+    if tree is None:
+        return []
+    if isinstance(tree, Sharding):
+        return [("", tree)]
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: isinstance(x, Sharding)
+    )
+    return [("/".join(map(segment, p)).replace("/value", ""), s) for p, s in flat]
+
+
+def _one_device() -> Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+# --- folders -------------------------------------------------------------------------
+
+
+def whole_folder(target: Path, fill: Any) -> None:
+    """Fills a folder beside `target` and renames it, so that none is half there."""
+    unfinished = target.with_name(target.name + ".tmp")
+    first = jax.process_index() == 0
+    if first:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    _meet("made")
+    fill(unfinished)
+    _meet("filled")
+    if first:
+        if target.exists():
+            old = target.with_name(target.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+            unfinished.rename(target)
+            shutil.rmtree(old)
+        else:
+            unfinished.rename(target)
+    _meet("named")
+
+
+def _meet(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"jpeft-{name}")

@@ -1,0 +1,4 @@
+"""Optimisers, on Optax."""
+
+from jpeft.optim.freeze import freeze as freeze
+from jpeft.optim.freeze import value_and_grad as value_and_grad
