@@ -1,9 +1,9 @@
 """One small decoder in four forms, each with LoRA in it and without.
 
-The forms are the ways a Flax model is commonly written: layers in a Python loop, layers
-under `nn.scan`, the same with `nn.remat`, and NNX.  Of each there is the plain model and
-its **twin**: the same model with LoRA written into it by hand, with the same weights and
-the same factors.  The twin is what `jpeft.adapt` is measured against.
+The forms are the ways a Flax model is commonly written: layers in a Python loop,
+layers under `nn.scan`, the same with `nn.remat`, and NNX.  Of each there is the plain
+model and its **twin**: the same model with LoRA written into it by hand, on the same
+weights and the same factors.  The twin is what `jpeft.adapt` is measured against.
 
     y = x W + (s (x A)) B       A (in, rank)   B (rank, out)   s = alpha / rank
 """
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from flax import nnx, traverse_util
@@ -49,9 +50,17 @@ class Sizes:
         return self.alpha / self.rank
 
 
-# No two axes of a weight and an activation agree, so that a copy of a weight shows.
+# No activation has the shape of a weight, so that a saved copy of a weight shows.
 SMALL = Sizes(
-    layers=3, width=32, hidden=128, heads=4, vocab=48, batch=2, tokens=6, rank=4, alpha=8
+    layers=3,
+    width=32,
+    hidden=128,
+    heads=4,
+    vocab=48,
+    batch=2,
+    tokens=6,
+    rank=4,
+    alpha=8,
 )
 
 
@@ -187,12 +196,12 @@ def attached(apply: Callable[..., Any], base: PyTree, ids: jax.Array, sizes: Siz
     uses = jpeft.find_uses(apply, base, ids)
     lora = jpeft.lora(rank=sizes.rank, alpha=sizes.alpha, where=ADAPTED)
     params = lora(jax.random.key(2), base, uses=uses)
-    keys = iter(jax.random.split(jax.random.key(3), len(jax.tree.leaves(params))))
+    rng = np.random.default_rng(3)
 
     def start(x: Any) -> Any:
         if not is_adapted(x):
             return x
-        draw = lambda b: 0.02 * jax.random.normal(next(keys), b.shape, b.dtype)
+        draw = lambda b: jnp.asarray(0.02 * rng.standard_normal(b.shape), b.dtype)
         return x.replace(b=jax.tree.map(draw, x.b))
 
     return jax.tree.map(start, params, is_leaf=is_adapted)
@@ -298,7 +307,7 @@ class LinenDecoder(nn.Module):
 
 def _linen(form: str, sizes: Sizes, tokens: jax.Array) -> Decoder:
     model, ids = LinenDecoder(sizes, form), tokens[:, :-1]
-    base = model.init(jax.random.key(0), ids)["params"]
+    base = jax.jit(model.init)(jax.random.key(0), ids)["params"]
     apply = lambda params, ids: model.apply({"params": params}, ids)
     adapted = attached(apply, base, ids, sizes)
     twin = LinenDecoder(sizes, form, twin=True)
@@ -398,8 +407,8 @@ def _nnx(form: str, sizes: Sizes, tokens: jax.Array) -> Decoder:
 # --- twelve equal layers, each a call of one inner jit -------------------------------
 
 
-def jitted_layers(sizes: Sizes, count: int, twin: bool) -> Callable[..., jax.Array]:
-    """(list of `count` trees of kernels, x) -> x, through one `jax.jit`ted layer.
+def jitted_layers(sizes: Sizes, twin: bool) -> Callable[..., jax.Array]:
+    """(list of trees of kernels, x) -> x, each through the one `jax.jit`ted layer.
 
     With `twin`, each kernel is a triple (W, A, B).
     """
@@ -415,7 +424,6 @@ def jitted_layers(sizes: Sizes, count: int, twin: bool) -> Callable[..., jax.Arr
         return layer(x, linear, lambda _: lambda x: x, sizes)
 
     def apply(layers: list[dict[str, Any]], x: jax.Array) -> jax.Array:
-        assert len(layers) == count
         for params in layers:
             x = one_layer(params, x)
         return x
@@ -426,10 +434,8 @@ def jitted_layers(sizes: Sizes, count: int, twin: bool) -> Callable[..., jax.Arr
 def layer_kernels(sizes: Sizes, count: int) -> Iterator[dict[str, Any]]:
     """Weights for `jitted_layers`."""
     d, f = sizes.width, sizes.hidden
-    shapes = dict.fromkeys(("q", "k", "v", "o"), (d, d)) | {"up": (d, f), "down": (f, d)}
-    for k in range(count):
-        keys = jax.random.split(jax.random.key(k), len(shapes))
-        yield {
-            name: {"kernel": jax.random.normal(key, shape) / math.sqrt(shape[0])}
-            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-        }
+    shapes = {n: (d, d) for n in ("q", "k", "v", "o")} | {"up": (d, f), "down": (f, d)}
+    rng = np.random.default_rng(4)
+    draw = lambda shape: rng.standard_normal(shape, np.float32) / math.sqrt(shape[0])
+    for _ in range(count):
+        yield {n: {"kernel": jnp.asarray(draw(shape))} for n, shape in shapes.items()}

@@ -53,7 +53,13 @@ def rebox(box: Any, value: Any, axes: Sequence[int | None]) -> Any:
         for name in _NNX_NAMES:
             if metadata.get(name) is not None:
                 metadata[name] = _pick(metadata[name], axes)
-        return type(box)(value, **metadata)
+        # NNX would place a new variable on the mesh in force, or refuse where there is
+        # none; the value is where it belongs already.
+        eager = metadata.pop("eager_sharding", None)
+        new = type(box)(value, eager_sharding=False, **metadata)
+        if eager is not None:
+            new.set_metadata("eager_sharding", eager)
+        return new
     if isinstance(box, nn.Partitioned):
         return box.replace(value=value, names=_pick(box.names, axes))
     raise TypeError(

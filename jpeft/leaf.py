@@ -221,6 +221,11 @@ def unboxed(leaf: AdaptedLeaf) -> AdaptedLeaf:
     return map_fields(unbox, leaf)
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype that deltas are kept and summed in: float32, float64 beside float64."""
+    return jnp.dtype("float64" if jnp.dtype(dtype) == jnp.float64 else "float32")
+
+
 def innermost(x: Any) -> Any:
     """The base under all adapted leaves, boxed if it was boxed."""
     while is_leaf(x):

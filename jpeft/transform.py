@@ -31,6 +31,7 @@ from jpeft.leaf import (
     is_leaf,
     layers,
     leaf_specs,
+    wide_dtype,
 )
 from jpeft.tree.layout import LeafUse, layouts
 from jpeft.tree.paths import Slots, slots, suggest, weight
@@ -152,11 +153,7 @@ class LeafMethod(Transform):
     def adapter_dtype(self, base: Any) -> Any:
         """float32, or what was asked for; float64 beside float64."""
         dtype = getattr(self, "dtype", None)
-        return (
-            jnp.promote_types(jnp.float32, base.dtype)
-            if dtype is None
-            else (jnp.dtype(dtype))
-        )
+        return wide_dtype(base.dtype) if dtype is None else jnp.dtype(dtype)
 
     def __call__(
         self,

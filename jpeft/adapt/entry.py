@@ -13,7 +13,7 @@ import jax
 from jpeft import compat
 from jpeft.adapt import control as _control  # noqa: F401  enters its rules
 from jpeft.adapt.interpreter import Interpreter
-from jpeft.boxes import same_box, unbox
+from jpeft.boxes import is_box, same_box, unbox
 from jpeft.leaf import AdaptedLeaf, Path, innermost, is_leaf, unboxed
 from jpeft.tree.paths import is_array, segment
 from jpeft.types import DensifyWarning
@@ -132,9 +132,12 @@ class Program:
             if is_leaf(x):
                 untouched = not isinstance(var, compat.Literal) and names.get(var) is x
                 # A weight handed back as it came (a returned state) stays adapted.
-                x = unboxed(whole[var]) if untouched else self.refuse(it, x)
+                x = whole[var] if untouched else self.refuse(it, x)
             flat.append(x)
-        return jax.tree.unflatten(self.out_tree, flat)
+        # The function boxes what it returns; an adapted leaf has boxes of its own.
+        lift = lambda x: unbox(x) if is_box(x) and is_leaf(unbox(x)) else x
+        out = jax.tree.unflatten(self.out_tree, flat)
+        return jax.tree.map(lift, out, is_leaf=lambda x: is_box(x) or is_leaf(x))
 
     def refuse(self, it: Interpreter, leaf: AdaptedLeaf) -> Any:
         return it.densify(leaf, _RETURNED, "changed, which has no plain value")

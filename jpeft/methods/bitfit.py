@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import Label, Labelled, align, operand_labels
-from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, trainable
+from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, trainable, wide_dtype
 from jpeft.transform import LeafMethod, check_float, method
 from jpeft.tree.layout import BIAS, LINEAR, MATRIX, LeafUse
 from jpeft.tree.paths import Slots
@@ -37,7 +37,7 @@ class Delta(AdaptedLeaf):
     is_value: ClassVar[bool] = True
 
     def materialize(self, dtype: Any = None) -> jax.Array:
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        wide = wide_dtype(self.dtype)
         base = self.base.materialize(wide) if is_leaf(self.base) else self.base
         out = jnp.asarray(base).astype(wide) + jnp.asarray(self.delta).astype(wide)
         return out.astype(self.dtype if dtype is None else dtype)

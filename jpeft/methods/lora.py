@@ -35,7 +35,7 @@ from jpeft.adapt.labels import (
     operand_labels,
     relabel,
 )
-from jpeft.leaf import adapted_leaf, is_leaf, static, trainable
+from jpeft.leaf import adapted_leaf, is_leaf, static, trainable, wide_dtype
 from jpeft.transform import (
     LeafMethod,
     Pattern,
@@ -74,7 +74,7 @@ class LowRank(Labelled):
         return self.b.shape[self.labels()["b"].index(R)]
 
     def materialize(self, dtype: Any = None) -> jax.Array:
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        wide = wide_dtype(self.dtype)
         base = self.base.materialize(wide) if is_leaf(self.base) else self.base
         delta = low_rank_product(self.a, self.b, self.axes, wide)
         out = jnp.asarray(base).astype(wide) + self.scale * delta

@@ -77,10 +77,14 @@ def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
             )
         return f if t is None else t
 
-    try:
-        return jax.tree.map(one, trainable, frozen, is_leaf=lambda x: x is None)
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"combine: the trees differ in structure: {error}") from error
+    is_none = lambda x: x is None
+    of_t, of_f = (jax.tree.structure(t, is_leaf=is_none) for t in (trainable, frozen))
+    if of_t != of_f:
+        raise ValueError(
+            f"combine: the trees differ in structure: {of_t.num_leaves} places against "
+            f"{of_f.num_leaves}; pass the two trees of one jpeft.partition(params)"
+        )
+    return jax.tree.map(one, trainable, frozen, is_leaf=is_none)
 
 
 class Count(NamedTuple):

@@ -1,0 +1,99 @@
+"""Recipes: what trains (``[[peft]]``, jpeft reads it) and how (``[train]``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jpeft
+from jpeft import config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _setting(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """The ``[train]`` table of a recipe, with the defaults of what it leaves out."""
+
+    learning_rate: float = _setting(1e-3, "the highest one")
+    epochs: int = _setting(2, "passes through the training data")
+    batch_size: int = _setting(32, "examples in a step")
+    length: int = _setting(48, "tokens after which a text is cut off")
+    weight_decay: float = _setting(0.0, "of AdamW")
+    schedule: str = _setting("linear", "linear (falls to 0) or constant")
+    warmup: float = _setting(0.06, "part of the steps in which the rate rises")
+    seed: int = _setting(0, "of the split, the order, the new weights and dropout")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), str(field.type))
+        at_least = {"epochs": 1, "batch_size": 1, "length": 3, "seed": 0}
+        for name, least in at_least.items():
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name} must be {least} or more, found {value}")
+        # Written so that nan, which compares as False, is refused.
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(
+                f"learning_rate must be above 0, found {self.learning_rate}"
+            )
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"weight_decay must be 0 or more, found {self.weight_decay}"
+            )
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup must lie between 0 and 1, found {self.warmup}")
+        if self.schedule not in ("linear", "constant"):
+            raise ValueError(
+                f"schedule must be 'linear' or 'constant', found {self.schedule!r}"
+            )
+
+
+def _check_type(name: str, value: Any, expected: str) -> None:
+    kinds: dict[str, Any] = {"int": int, "float": int | float, "str": str}
+    if isinstance(value, bool) or not isinstance(value, kinds[expected]):
+        raise ValueError(f"{name} must be of the type {expected}, found {value!r}")
+
+
+def find(path: str | Path) -> Path:
+    """The recipe's file: the path itself, or below the repository of this script."""
+    for candidate in (Path(path), ROOT / path):
+        if candidate.is_file():
+            return candidate
+    known = sorted(file.stem for file in (ROOT / "configs").glob("*.toml"))
+    raise FileNotFoundError(
+        f"no recipe {path}; the repository has configs/<name>.toml for the names "
+        f"{', '.join(known)}"
+    )
+
+
+def read(path: Path, overrides: Mapping[str, Any]) -> tuple[jpeft.Transform, Train]:
+    """What trains, and how; overrides that are not None replace the recipe's."""
+    try:
+        transform, table = config.read(path)
+        known = [field.name for field in dataclasses.fields(Train)]
+        for key in table:
+            if key not in known:
+                raise ValueError(
+                    f"[train] has no key {key!r}; {_nearest(key, known)}known: "
+                    f"{', '.join(known)}"
+                )
+        train = Train(**table)
+    except (ValueError, TypeError) as error:
+        # jpeft names the file itself.
+        text = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: {text}") from error
+    given = {k: overrides[k] for k in known if overrides.get(k) is not None}
+    return transform, dataclasses.replace(train, **given)
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0)
+    return f"did you mean {near[0]!r}? " if near else ""

@@ -1,0 +1,473 @@
+"""Fine-tune a BERT checkpoint on text classification, with any recipe of jpeft.
+
+    python examples/finetune.py                                    # LoRA, default data
+    python examples/finetune.py --config configs/bitfit.toml
+    python examples/finetune.py --data train.tsv --eval test.tsv --label-column label
+    python examples/finetune.py --base path/to/bert --epochs 3 --out runs/mine
+    python examples/finetune.py --resume                           # after Ctrl-C
+
+The default base is all-MiniLM-L6-v2, and the default data are the docstrings of
+Python's standard library, labelled by the part they come from. A recipe
+(``configs/*.toml``) says what trains and how; the options override its ``[train]``.
+
+The folder ``--out`` receives the adapter, ``metrics.json``, ``curves.png`` and the
+checkpoints. An interrupted run that is resumed ends with the same adapter, bit for bit,
+as one that was not interrupted. Exit codes: 0, 1 if a check or the training failed, 2
+for input that cannot be used, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jpeft
+
+try:
+    import _bert
+    import _encoded
+    import _recipe
+    import _report
+    import _runs
+    import _text
+    from safetensors import SafetensorError
+    from tqdm import tqdm
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"error: {missing.name} is not installed; type: "
+        "pip install -e '.[examples,plots]'"
+    ) from None
+
+EVALUATIONS_PER_EPOCH = 2
+# Points of the accuracy curve and the checks of saved and merged weights use so many
+# held-out examples; the scores before and after use all.
+SUBSET = 256
+MERGE_TOLERANCE = 1e-4  # float32 sums in another order, on logits of order 1 to 10
+
+
+class Failed(Exception):
+    """The training or a check of its result failed."""
+
+
+# -------------------------------------------------------------------------- the heart
+
+
+def attach(
+    peft: jpeft.Transform, model: _bert.BertClassifier, base: Any, key: jax.Array
+) -> Any:
+    """The base with adapted leaves where the recipe wants them."""
+    ids = mask = jax.ShapeDtypeStruct((2, 16), jnp.int32)  # traced, never computed
+    forward = lambda p, ids, mask: model.apply({"params": p}, ids, mask)
+    uses = jpeft.find_uses(forward, base, ids, mask)
+    return peft(key, base, uses=uses)
+
+
+def make_step(
+    model: _bert.BertClassifier, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[Any, Any, jax.Array]]:
+    """One step of training: gradients exist for the trainable leaves only."""
+
+    def loss_of(trainable, frozen, ids, mask, labels, key):
+        apply = jpeft.adapt(model.apply, key=key)  # the key is for the recipe's dropout
+        logits = apply({"params": jpeft.combine(trainable, frozen)}, ids, mask)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(trainable, opt_state, frozen, ids, mask, labels, key):
+        loss, grads = jax.value_and_grad(loss_of)(
+            trainable, frozen, ids, mask, labels, key
+        )
+        updates, opt_state = optimizer.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state, loss
+
+    return step
+
+
+def make_optimizer(recipe: _recipe.Train, steps: int) -> optax.GradientTransformation:
+    """AdamW after a linear warm-up; then the rate falls to 0 or stays."""
+    peak, warmup = recipe.learning_rate, max(1, round(recipe.warmup * steps))
+    end = 0.0 if recipe.schedule == "linear" else peak
+    rate = optax.join_schedules(
+        [
+            # The first step already moves: its rate is peak / warmup, not 0.
+            optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1)),
+            optax.linear_schedule(peak, end, max(1, steps - warmup)),
+        ],
+        [warmup],
+    )
+    return optax.adamw(rate, weight_decay=recipe.weight_decay)
+
+
+# -------------------------------------------------------------------------- preparing
+
+
+class Keys(NamedTuple):
+    """What is random, each with a stream of its own."""
+
+    head: jax.Array
+    peft: jax.Array
+    dropout: jax.Array
+
+
+def keys(seed: int) -> Keys:
+    """The keys of a run."""
+    return Keys(*jax.random.split(jax.random.key(seed), 3))
+
+
+@dataclasses.dataclass(eq=False)
+class Run:
+    """What is trained, on what, and how far it is."""
+
+    out: Path
+    name: str
+    recipe: _recipe.Train
+    settings: dict[str, Any]
+    base_folder: Path
+    classes: tuple[str, ...]
+    train: _encoded.Encoded
+    held_out: _encoded.Encoded
+    model: _bert.BertClassifier
+    peft: jpeft.Transform
+    optimizer: optax.GradientTransformation
+    manager: jpeft.CheckpointManager
+    params: Any
+    opt_state: Any
+    step: int
+    history: dict[str, Any]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train) // self.recipe.batch_size
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.epochs * self.steps_per_epoch
+
+    @property
+    def subset(self) -> _encoded.Encoded:
+        return self.held_out.sample(SUBSET, self.recipe.seed)
+
+
+def read_base(
+    folder: Path, num_classes: int, key: jax.Array
+) -> tuple[_bert.BertClassifier, Any]:
+    """The model, and its parameters: the checkpoint's, and a new classifier."""
+    config, encoder = _bert.load_base(folder)
+    model = _bert.BertClassifier(config, num_classes)
+    ids = jnp.zeros((1, 3), jnp.int32)
+    classifier = jax.jit(model.init)(key, ids, ids)["params"]["classifier"]
+    # On the device once, not from NumPy again at every step.
+    return model, jax.device_put({"bert": encoder, "classifier": classifier})
+
+
+def prepare(args: argparse.Namespace) -> Run:
+    """Everything up to the first step; what the user can get wrong is found here."""
+    path = _recipe.find(args.config)
+    peft, recipe = _recipe.read(path, vars(args))
+    out = args.out or Path("runs") / path.stem
+    folder = args.base or _bert.default_base()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"--base {folder}: no such directory; expected one of a Hugging Face BERT "
+            "(config.json, tokenizer.json, model.safetensors)"
+        )
+    texts = _encoded.read(
+        *(args.data, args.eval),
+        columns={"text": args.text_column, "label": args.label_column},
+        limits=(args.max_train, args.max_eval),
+        seed=recipe.seed,
+    )
+    if recipe.batch_size > len(texts[0]):
+        raise ValueError(
+            f"batch_size {recipe.batch_size}: there are only {len(texts[0])} examples "
+            "to train on; choose a smaller --batch-size"
+        )
+    classes = texts[0].classes
+    model, base = read_base(folder, len(classes), keys(recipe.seed).head)
+    if recipe.length > (positions := model.config.max_position_embeddings):
+        raise ValueError(
+            f"length {recipe.length}: the base has only {positions} positions; choose "
+            "a smaller --length"
+        )
+    tokenize = _bert.load_tokenizer(folder, recipe.length)
+    train, held_out = (
+        _encoded.encode(x, tokenize, model.config.vocab_size) for x in texts
+    )
+    params = attach(peft, model, base, keys(recipe.seed).peft)
+    run = Run(
+        out=out,
+        name=path.stem,
+        recipe=recipe,
+        settings={
+            "peft": peft.to_config(),
+            **dataclasses.asdict(recipe),
+            "classes": list(classes),
+            "train_checksum": train.checksum(),
+            "held_out_checksum": held_out.checksum(),
+        },
+        base_folder=folder,
+        classes=classes,
+        train=train,
+        held_out=held_out,
+        model=model,
+        peft=peft,
+        optimizer=optax.identity(),
+        manager=jpeft.CheckpointManager(out / _runs.CHECKPOINTS, peft, max_to_keep=2),
+        params=params,
+        opt_state=None,
+        step=0,
+        history={"before": None, "loss": [], "accuracy": []},
+    )
+    run.optimizer = make_optimizer(recipe, run.steps)
+    run.opt_state = run.optimizer.init(jpeft.partition(params)[0])
+    if args.resume:
+        _runs.check_same(out, run.settings)
+        restore(run, base)
+    else:
+        _runs.begin(out, run.settings, overwrite=args.overwrite)
+    return run
+
+
+def restore(run: Run, base: Any) -> None:
+    """Puts the run where its latest checkpoint was."""
+    if (step := run.manager.latest_step()) is None:
+        raise _runs.nothing_to_resume(run.out)
+    run.params, run.opt_state, metadata = run.manager.restore(
+        base, run.opt_state, step=step
+    )
+    run.step, run.history = step, metadata["history"]
+
+
+# --------------------------------------------------------------------------- training
+
+
+def train(run: Run, logits: Callable[..., jax.Array], stop_after: int | None) -> float:
+    """Trains to the end and leaves the result in ``run``; gives examples per second."""
+    size, history = run.recipe.batch_size, run.history
+    step, dropout = make_step(run.model, run.optimizer), keys(run.recipe.seed).dropout
+    trainable, frozen = jpeft.partition(run.params)
+    opt_state, subset = run.opt_state, run.subset
+    first, seconds = run.step, 0.0
+    with _runs.Interrupt() as interrupt, _progress(run) as bar:
+        for rows in _batches_from(run, run.step):
+            began, batch = time.perf_counter(), run.train.take(rows)
+            key = jax.random.fold_in(dropout, run.step)
+            trainable, opt_state, loss = step(
+                trainable, opt_state, frozen, batch.ids, batch.mask, batch.labels, key
+            )
+            run.step += 1
+            history["loss"].append(float(loss))
+            seconds += time.perf_counter() - began
+            if not np.isfinite(history["loss"][-1]):
+                raise Failed(
+                    f"the loss is {history['loss'][-1]} at step {run.step}; try a "
+                    f"--learning-rate below {run.recipe.learning_rate:g}"
+                )
+            bar.set_postfix(loss=f"{np.mean(history['loss'][-20:]):.3f}", refresh=False)
+            bar.update(size)
+            run.params, run.opt_state = jpeft.combine(trainable, frozen), opt_state
+            if _is_evaluated(run):
+                found = _encoded.predict(logits, run.params, subset).argmax(1)
+                accuracy = float(np.mean(found == subset.labels))
+                history["accuracy"].append([run.step, accuracy])
+            stop = interrupt.asked or run.step == stop_after
+            if stop or run.step % run.steps_per_epoch == 0:
+                run.manager.save(
+                    *(run.step, run.params),
+                    state=run.opt_state,
+                    metadata={"history": history},
+                )
+            if stop:
+                raise _runs.Interrupted
+    return size * (run.step - first) / seconds if seconds else 0.0
+
+
+def _is_evaluated(run: Run) -> bool:
+    n = run.steps_per_epoch
+    ends = (n * (k + 1) // EVALUATIONS_PER_EPOCH for k in range(EVALUATIONS_PER_EPOCH))
+    return (run.step - 1) % n + 1 in ends
+
+
+def _batches_from(run: Run, start: int) -> Iterator[np.ndarray]:
+    size, seed = run.recipe.batch_size, run.recipe.seed
+    for epoch in range(start // run.steps_per_epoch, run.recipe.epochs):
+        rows = _text.batches(len(run.train), size, seed=seed, epoch=epoch)
+        done = max(0, start - epoch * run.steps_per_epoch)
+        yield from list(rows)[done:]
+
+
+def _progress(run: Run) -> Any:
+    size = run.recipe.batch_size
+    return tqdm(
+        total=run.steps * size,
+        initial=run.step * size,
+        unit=" examples",
+        desc=run.name,
+        dynamic_ncols=True,
+        # A log that is no terminal gets a line now and then.
+        mininterval=0.2 if sys.stderr.isatty() else 5,
+    )
+
+
+# ----------------------------------------------------------------- saved, merged, told
+
+
+def work(run: Run, stop_after: int | None, full_summary: bool) -> None:
+    """Trains, proves, reports, writes."""
+    started = time.perf_counter()
+
+    @jax.jit
+    def logits(params, ids, mask):
+        return jpeft.adapt(run.model.apply)({"params": params}, ids, mask)
+
+    print(_report.table(jpeft.summary(run.params), full=full_summary))
+    print(
+        f"\n{len(run.train)} examples to train on, {len(run.held_out)} held out, "
+        f"{len(run.classes)} classes; {run.recipe.epochs} x {run.steps_per_epoch} steps"
+    )
+    if run.history["before"] is None:
+        run.history["before"] = _scores(run, _classes_of(run, logits))
+    start = f"resuming after step {run.step}" if run.step else "training"
+    print(f"{start}; Ctrl-C saves a checkpoint and stops", flush=True)
+    speed = train(run, logits, stop_after)
+    majority = np.full_like(run.held_out.labels, np.bincount(run.train.labels).argmax())
+    results = {
+        "majority": _scores(run, majority),
+        "before": run.history["before"],
+        "after": _scores(run, _classes_of(run, logits)),
+    }
+    print(_report.results(results))
+    count = jpeft.count(run.params)
+    metrics = {
+        "recipe": run.name,
+        "settings": run.settings,
+        "parameters": {"trainable": count.trainable, "frozen": count.frozen},
+        "examples": {"train": len(run.train), "held_out": len(run.held_out)},
+        **results,
+        **save_and_prove(run, logits),
+        "examples_per_second": round(speed, 1),
+        "seconds": round(time.perf_counter() - started, 1),
+        "history": {k: run.history[k] for k in ("loss", "accuracy")},
+    }
+    _report.curves(run.out / _runs.CURVES, metrics, run.steps_per_epoch)
+    _runs.write_json(run.out / _runs.METRICS, metrics)
+    print(f"written  {run.out}: {_runs.ADAPTER}, {_runs.METRICS}, {_runs.CURVES}")
+    print(f"time     {metrics['seconds']:.0f} s, {speed:.0f} examples/s in training")
+
+
+def _classes_of(run: Run, logits: Callable[..., jax.Array]) -> np.ndarray:
+    return _encoded.predict(logits, run.params, run.held_out).argmax(1)
+
+
+def _scores(run: Run, found: np.ndarray) -> dict[str, float]:
+    accuracy, f1 = _text.accuracy_f1(run.held_out.labels, found, len(run.classes))
+    return {"accuracy": accuracy, "macro_f1": f1}
+
+
+def save_and_prove(run: Run, logits: Callable[..., jax.Array]) -> dict[str, Any]:
+    """Saves the adapter; Failed unless it can be loaded and merged."""
+    adapter, subset = run.out / _runs.ADAPTER, run.subset
+    jpeft.save(adapter, run.params, run.peft, step=run.step, overwrite=True)
+    size, base_size = _report.size(adapter), _report.weights_size(run.base_folder)
+    print(
+        f"adapter  {adapter}: {_report.megabytes(size)}, "
+        f"{100 * size / base_size:.2g}% of the base's {_report.megabytes(base_size)}"
+    )
+    trained = _encoded.predict(logits, run.params, subset)
+
+    head = keys(run.recipe.seed).head
+    _, fresh = read_base(run.base_folder, len(run.classes), head)
+    loaded = _encoded.predict(logits, jpeft.load(adapter, fresh), subset)
+    reloaded = float(np.abs(loaded - trained).max())
+    print(f"reload   onto a fresh base: max |difference of logits| {reloaded:g}")
+    # Written so that nan, which compares as False, fails.
+    if not reloaded == 0:
+        raise Failed("the reloaded adapter does not give the logits it was saved with")
+
+    plain = _encoded.predict(logits, jpeft.merge(run.params), subset)
+    merged = float(np.abs(plain - trained).max())
+    print(f"merge    into the weights:  max |difference of logits| {merged:.2g}")
+    if not merged <= MERGE_TOLERANCE:
+        raise Failed(f"merging moves the logits by more than {MERGE_TOLERANCE:g}")
+    return {
+        "adapter_bytes": size,
+        "base_bytes": base_size,
+        "reload_difference": reloaded,
+        "merge_difference": merged,
+    }
+
+
+# ------------------------------------------------------------------- the command line
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options; those of the recipe have no default here."""
+    options = argparse.ArgumentParser(
+        description="Fine-tune a BERT checkpoint on text classification.",
+        epilog="Options without a default here have it in the recipe's [train] table.",
+    )
+    add = options.add_argument
+    add("--config", default="configs/lora.toml", help="the recipe (%(default)s)")
+    add("--out", type=Path, help="folder of results (runs/<name of the recipe>)")
+    add("--base", type=Path, help="Hugging Face BERT directory (all-MiniLM-L6-v2)")
+    add("--data", type=Path, help=".tsv, .csv or .jsonl (docstrings of Python)")
+    add("--eval", type=Path, help="held-out examples (a fifth of --data)")
+    add("--text-column", default="text", help="(%(default)s)")
+    add("--label-column", default="label", help="(%(default)s)")
+    for field in dataclasses.fields(_recipe.Train):
+        kind = {"int": int, "float": float}.get(str(field.type), str)
+        add("--" + field.name.replace("_", "-"), type=kind, help=field.metadata["help"])
+    add("--max-train", type=_positive, metavar="N", help="train on N examples only")
+    add("--max-eval", type=_positive, metavar="N", help="hold out N examples only")
+    add("--full-summary", action="store_true", help="show the frozen weights too")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    return options
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
+    return value
+
+
+def main(argv: Sequence[str] | None = None, *, stop_after: int | None = None) -> int:
+    """The command; after that many steps it does what it does after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(argv)
+    try:
+        run = prepare(args)
+    except (ValueError, OSError, KeyError, SafetensorError) as error:
+        # A KeyError's str() is the repr of its text.
+        return _error(error.args[0] if isinstance(error, KeyError) else error, 2)
+    except KeyboardInterrupt:
+        return _error("interrupted before the training began", 130)
+    try:
+        work(run, stop_after, args.full_summary)
+    except Failed as error:
+        return _error(error, 1)
+    except (_runs.Interrupted, KeyboardInterrupt):
+        saved = run.manager.latest_step()
+        print("\n" + _runs.how_to_resume(__file__, argv, saved), file=sys.stderr)
+        return 130
+    return 0
+
+
+def _error(text: object, code: int) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

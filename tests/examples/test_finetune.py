@@ -1,0 +1,479 @@
+"""The main job: what it writes, resuming, bad input, the recipes of the repository.
+
+Most tests use a tiny random BERT, in which a word decides the class.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import _bert
+import _recipe
+import finetune
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+import jpeft
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "examples" / "finetune.py"
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+CLASSES = ("fish", "bird", "tree")
+FILLERS = ("the", "small", "old", "grey", "one", "we", "saw", "yesterday")
+SIZES = {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_in_the_command():
+    """What the command has: Optax's schedules multiply a float by a count."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A directory as Hugging Face has it, with random weights."""
+    folder = tmp_path_factory.mktemp("base")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *CLASSES, *FILLERS]
+    sizes = SIZES | {"vocab_size": len(words)}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = _bert.BertConfig.from_file(folder / "config.json")
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for path, shape in _bert._shapes(config).items():
+        *parents, leaf = path
+        name = ".".join([*parents, "bias" if leaf == "bias" else "weight"])
+        shape = shape[::-1] if leaf == "kernel" else shape
+        mean = 1.0 if leaf == "scale" else 0.0
+        tensors[name] = (mean + rng.normal(0, 0.2, shape)).astype(np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Sentences of 3 to 33 words, of which one is the class."""
+    rng = np.random.default_rng(1)
+    rows = ["text\tlabel"]
+    for i in range(96):
+        name = CLASSES[i % 3]
+        words = [*rng.choice(FILLERS, rng.integers(2, 33)), name]
+        rows.append(" ".join(rng.permutation(words)) + "\t" + name)
+    path = tmp_path_factory.mktemp("data") / "animals.tsv"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture
+def command(base, data):
+    """The options of a run of 9 steps in 3 epochs, with some more to add."""
+
+    def options(out, *more):
+        return [
+            *("--base", str(base), "--data", str(data), "--out", str(out)),
+            *("--batch-size", "24", "--epochs", "3", "--learning-rate", "0.01"),
+            *map(str, more),
+        ]
+
+    return options
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def adapter_arrays(out, base):
+    """The trainable arrays of the adapter that a run saved."""
+    settings = read(out / "settings.json")
+    head = finetune.keys(settings["seed"]).head
+    _, params = finetune.read_base(base, len(settings["classes"]), head)
+    trainable, _ = jpeft.partition(jpeft.load(out / "adapter", params))
+    return jax.tree.leaves(trainable)
+
+
+def assert_same_adapter(out, other, base):
+    found, expected = adapter_arrays(out, base), adapter_arrays(other, base)
+    assert len(found) == len(expected) > 0
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def fails(capsys, argv, *texts):
+    """Exit code 2, with one line that contains these texts."""
+    assert finetune.main(list(map(str, argv))) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    for text in texts:
+        assert text in captured.err
+    return captured.err
+
+
+# -------------------------------------------------------------------- from end to end
+
+
+@pytest.fixture(scope="module")
+def finished(base, data, tmp_path_factory):
+    """The folder of a run that was not interrupted, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    argv = ["--base", base, "--data", data, "--out", out, "--batch-size", "24"]
+    argv += ["--epochs", "3", "--learning-rate", "0.01"]
+    assert finetune.main(list(map(str, argv))) == 0
+    return out
+
+
+def test_a_run_learns_and_writes_its_files(finished):
+    metrics = read(finished / "metrics.json")
+    assert metrics["examples"] == {"train": 78, "held_out": 18}
+    assert metrics["reload_difference"] == 0
+    assert metrics["merge_difference"] <= finetune.MERGE_TOLERANCE
+    assert metrics["after"]["accuracy"] > metrics["majority"]["accuracy"] + 0.3
+    history = metrics["history"]
+    assert len(history["loss"]) == 9 and history["loss"][-1] < history["loss"][0]
+    assert [step for step, _ in history["accuracy"]] == [1, 3, 4, 6, 7, 9]
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert 0 < metrics["adapter_bytes"]
+    assert metrics["base_bytes"] == sum(
+        file.stat().st_size
+        for file in Path(_arguments(finished)["base"]).glob("*.safetensors")
+    )
+    steps = [path.name for path in (finished / "checkpoints").iterdir()]
+    assert sorted(steps) == ["00000006", "00000009"]
+
+
+def _arguments(out):
+    # The folder of the base is beside that of the runs.
+    (base,) = out.parents[1].glob("base*/model.safetensors")
+    return {"base": base.parent}
+
+
+def test_a_run_says_what_it_did(command, tmp_path, capsys):
+    assert finetune.main(command(tmp_path / "out")) == 0
+    printed = capsys.readouterr()
+    for pattern in (
+        r"query/kernel +32x32 +LowRank",
+        r"total +trainable",
+        r"25 weights not shown; --full-summary shows them",
+        r"majority +0\.\d+",
+        r"before +0\.\d+",
+        r"after +[01]\.\d+",
+        r"adapter .*% of the base's",
+        r"reload .* 0\n",
+        r"merge ",
+        r"examples/s",
+    ):
+        assert re.search(pattern, printed.out), pattern
+    assert "examples/s, loss=" in printed.err  # the progress bar
+    assert "Traceback" not in printed.err
+
+
+def test_two_runs_of_one_seed_are_the_same(command, finished, base, tmp_path):
+    assert finetune.main(command(tmp_path / "again")) == 0
+    assert_same_adapter(tmp_path / "again", finished, base)
+    first, second = (read(x / "metrics.json") for x in (finished, tmp_path / "again"))
+    assert first["history"] == second["history"]
+
+
+def test_another_seed_is_another_run(command, finished, tmp_path):
+    argv = command(tmp_path / "other", "--seed", 1)
+    assert finetune.main(argv, stop_after=1) == 130
+    (metadata,) = (tmp_path / "other" / "checkpoints").glob("*/state.json")
+    first = read(metadata)["metadata"]["history"]["loss"][0]
+    assert first != read(finished / "metrics.json")["history"]["loss"][0]
+
+
+# -------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("stop_after", [2, 6, 9])
+def test_a_resumed_run_ends_bit_identical(
+    stop_after, command, finished, base, tmp_path, capsys
+):
+    argv = command(tmp_path)
+    assert finetune.main(argv, stop_after=stop_after) == 130
+    assert f"step {stop_after} is saved" in capsys.readouterr().err
+    assert not (tmp_path / "metrics.json").exists()
+    assert finetune.main([*argv, "--resume"]) == 0
+    assert_same_adapter(tmp_path, finished, base)
+    resumed, whole = (read(x / "metrics.json") for x in (tmp_path, finished))
+    for key in ("history", "before", "after"):
+        assert resumed[key] == whole[key]
+
+
+def test_a_run_can_be_resumed_twice(command, finished, base, tmp_path):
+    argv = command(tmp_path)
+    assert finetune.main(argv, stop_after=1) == 130
+    assert finetune.main([*argv, "--resume"], stop_after=5) == 130
+    assert finetune.main([*argv, "--resume"]) == 0
+    assert_same_adapter(tmp_path, finished, base)
+
+
+def test_dropout_continues_with_the_masks_it_would_have_had(command, base, tmp_path):
+    recipe = tmp_path / "dropout.toml"
+    text = (ROOT / "configs" / "lora.toml").read_text()
+    recipe.write_text(text.replace("alpha = 16", "alpha = 16\ndropout = 0.5"))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = ("--config", recipe)
+    assert finetune.main(command(whole, *more)) == 0
+    assert finetune.main(command(parts, *more), stop_after=4) == 130
+    assert finetune.main(command(parts, *more, "--resume")) == 0
+    assert_same_adapter(parts, whole, base)
+
+
+def test_a_finished_run_can_be_resumed_to_report_again(finished, command):
+    before = read(finished / "metrics.json")
+    assert finetune.main(command(finished, "--resume")) == 0
+    assert read(finished / "metrics.json")["after"] == before["after"]
+
+
+def test_ctrl_c_saves_and_the_command_it_prints_resumes(
+    command, finished, base, tmp_path
+):
+    argv = [sys.executable, "-u", os.path.relpath(SCRIPT), *command(tmp_path)]
+    with subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if "Ctrl-C" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    line = errors.strip().splitlines()[-1]
+    found = re.fullmatch(
+        r"interrupted; step (\d) is saved. To go on, type: python (.*) --resume", line
+    )
+    assert found and int(found[1]) < 9
+    script, *options = found[2].split()
+    assert Path(script).resolve() == SCRIPT
+    assert finetune.main([*options, "--resume"]) == 0
+    assert_same_adapter(tmp_path, finished, base)
+
+
+def test_resuming_without_a_checkpoint_is_refused(command, tmp_path, capsys):
+    fails(capsys, command(tmp_path, "--resume"), "no checkpoint", "leave out --resume")
+
+
+def test_resuming_a_run_of_another_recipe_is_refused(command, finished, capsys):
+    argv = command(finished, "--resume", "--config", "configs/bitfit.toml")
+    fails(capsys, argv, "other settings", "peft was", "another --out")
+
+
+def test_resuming_with_another_option_is_refused(command, finished, capsys):
+    argv = command(finished, "--resume", "--epochs", 4)
+    fails(capsys, argv, "epochs was 3, is 4")
+
+
+def test_a_run_is_replaced_only_on_request(command, tmp_path, capsys):
+    assert finetune.main(command(tmp_path), stop_after=1) == 130
+    capsys.readouterr()
+    fails(capsys, command(tmp_path), "already holds a run", "--overwrite")
+    assert finetune.main(command(tmp_path, "--overwrite"), stop_after=2) == 130
+    steps = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert steps == ["00000002"]
+
+
+# -------------------------------------------------------------------------- bad input
+
+
+def recipe_with(tmp_path, text):
+    path = tmp_path / "recipe.toml"
+    path.write_text('[[peft]]\nmethod = "full"\nwhere = "classifier/.*"\n' + text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[train]\nlearning_rat = 1", "did you mean 'learning_rate'?"),
+        ("[train]\nlearning_rate = -1", "learning_rate must be above 0, found -1"),
+        ("[train]\nlearning_rate = nan", "learning_rate must be above 0, found nan"),
+        ('[train]\nepochs = "2"', "epochs must be of the type int, found '2'"),
+        ("[train]\nepochs = 0", "epochs must be 1 or more, found 0"),
+        ("[train]\nbatch_size = true", "batch_size must be of the type int"),
+        ('[train]\nschedule = "cosine"', "schedule must be 'linear' or 'constant'"),
+        ("[train]\nwarmup = 6", "warmup must lie between 0 and 1, found 6"),
+        ("[trian]\nepochs = 2", "unknown key 'trian'"),
+        ("[train", "not TOML"),
+        ('[[peft]]\nmethod = "loar"\nrank = 2', "did you mean 'lora'?"),
+        ('[[peft]]\nmethod = "lora"\nranks = 2', "unknown key 'ranks'"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(text, message, command, tmp_path, capsys):
+    recipe = recipe_with(tmp_path, text)
+    argv = command(tmp_path / "out", "--config", recipe)
+    error = fails(capsys, argv, message)
+    assert error.count("recipe.toml") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_is_not_there_is_refused(command, tmp_path, capsys):
+    argv = command(tmp_path, "--config", "configs/lroa.toml")
+    fails(capsys, argv, "no recipe configs/lroa.toml", "bitfit", "lora")
+
+
+def test_a_pattern_that_matches_nothing_is_refused(command, tmp_path, capsys):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[[peft]]\nmethod = "lora"\nrank = 2\nwhere = "query"\n')
+    argv = command(tmp_path / "out", "--config", recipe)
+    fails(capsys, argv, "where='query' matches nothing", ".*query.*")
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (["--base", "nowhere"], ["--base nowhere: no such directory"]),
+        (["--data", "nowhere.tsv"], ["--data nowhere.tsv: no such file"]),
+        (["--eval", "nowhere.tsv"], ["--eval nowhere.tsv: no such file"]),
+        (["--text-column", "sentence"], ["no column 'sentence'", "--text-column"]),
+        (["--label-column", "class"], ["no column 'class'", "--label-column"]),
+        (["--batch-size", "100"], ["batch_size 100", "only 78 examples"]),
+        (["--length", "65"], ["length 65", "only 64 positions"]),
+        (["--learning-rate", "0"], ["learning_rate must be above 0"]),
+        (["--max-train", "8"], ["batch_size 24", "only 8 examples"]),
+    ],
+)
+def test_wrong_options_are_refused(options, texts, command, tmp_path, capsys):
+    fails(capsys, command(tmp_path / "out", *options), *texts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_held_out_data_alone_is_refused(base, data, tmp_path, capsys):
+    argv = ["--base", base, "--eval", data, "--out", tmp_path / "out"]
+    fails(capsys, argv, "--eval needs --data")
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(command, tmp_path, capsys):
+    argv = command(tmp_path / "out", "--base", tmp_path)
+    fails(capsys, argv, "holds no config.json")
+
+
+def test_damaged_weights_are_refused(base, command, tmp_path, capsys):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((base / name).read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 99)
+    fails(capsys, command(tmp_path / "out", "--base", tmp_path))
+
+
+def test_a_tokenizer_of_another_model_is_refused(base, command, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
+    weights = (base / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    tokenizer = read(base / "tokenizer.json")
+    tokenizer["model"]["vocab"]["the"] = 99
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    argv = command(tmp_path / "out", "--base", tmp_path)
+    fails(capsys, argv, "the id 99", "do not belong together")
+
+
+@pytest.mark.parametrize("option", [["--max-train", "0"], ["--epochs", "two"]])
+def test_options_that_cannot_be_read_are_refused(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        finetune.main(option)
+    assert stop.value.code == 2
+    assert option[0] in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(command, tmp_path, capsys):
+    argv = command(tmp_path, "--learning-rate", "1e38", "--config", "configs/full.toml")
+    assert finetune.main(argv) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search("error: the loss is (nan|inf) at step", error)
+    assert "--learning-rate below 1e+38" in error
+
+
+# ---------------------------------------------------------------------- other choices
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_of_the_repository_runs(path, base, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a recipe is found from any folder
+    argv = ["--base", base, "--data", data, "--config", f"configs/{path.name}"]
+    argv += ["--max-train", "64", "--epochs", "1", "--length", "32"]
+    assert finetune.main(list(map(str, argv))) == 0
+    out = tmp_path / "runs" / path.stem
+    metrics = read(out / "metrics.json")
+    assert len(metrics["history"]["loss"]) == 2
+    assert metrics["parameters"]["trainable"] > 0
+    assert np.isfinite(metrics["history"]["loss"]).all()
+
+
+def test_a_held_out_file_is_used_as_it_is(command, data, tmp_path):
+    held_out = tmp_path / "held_out.tsv"
+    held_out.write_text("text\tlabel\nthe fish\tfish\nold tree\ttree\n")
+    argv = command(tmp_path / "out", "--eval", held_out, "--epochs", 1)
+    assert finetune.main(argv) == 0
+    metrics = read(tmp_path / "out" / "metrics.json")
+    assert metrics["examples"] == {"train": 96, "held_out": 2}
+    assert metrics["majority"]["accuracy"] == 0.5
+
+
+def test_limits_choose_examples_of_all_classes(data):
+    columns = {"text": "text", "label": "label"}
+    train, held_out = finetune._encoded.read(
+        data, None, columns=columns, limits=(30, 9), seed=0
+    )
+    assert (len(train), len(held_out)) == (30, 9)
+    assert set(train.labels) == set(held_out.labels) == {0, 1, 2}
+
+
+def test_batches_are_cut_to_their_bucket():
+    mask = np.arange(48)[None] < np.array([[3], [16], [17], [40]])
+    ids = np.where(mask, 7, 0)
+    data = finetune._encoded.Encoded(ids, mask, np.arange(4))
+    assert data.take([0, 1]).ids.shape == (2, 16)
+    assert data.take([2, 0]).ids.shape == (2, 32)
+    assert data.take([3]).ids.shape == (1, 48)
+    short = finetune._encoded.Encoded(ids[:, :40], mask[:, :40], np.arange(4))
+    assert short.take([3]).ids.shape == (1, 40)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_the_learning_rate_rises_and_then_falls_or_stays(schedule):
+    recipe = _recipe.Train(learning_rate=1.0, schedule=schedule, warmup=0.2)
+    optimizer = finetune.make_optimizer(recipe, steps=20)
+    # Adam's first updates under a constant gradient are the learning rate itself.
+    params = {"x": jax.numpy.zeros(())}
+    state, rates = optimizer.init(params), []
+    for _ in range(20):
+        updates, state = optimizer.update({"x": jax.numpy.ones(())}, state, params)
+        rates.append(-float(updates["x"]))
+    np.testing.assert_allclose(rates[:4], [0.25, 0.5, 0.75, 1.0], rtol=1e-4)
+    last = 1 / 16 if schedule == "linear" else 1.0
+    np.testing.assert_allclose(rates[-1], last, rtol=1e-4)
+
+
+# ------------------------------------------------------------------ the real base
+
+
+@pytest.mark.slow
+def test_the_default_run_beats_the_majority_by_a_wide_margin(tmp_path):
+    assert finetune.main(["--out", str(tmp_path)]) == 0
+    metrics = read(tmp_path / "metrics.json")
+    assert metrics["majority"]["accuracy"] < 0.15
+    assert metrics["before"]["accuracy"] < 0.3
+    assert metrics["after"]["accuracy"] > 0.65
+    assert metrics["adapter_bytes"] < 0.01 * metrics["base_bytes"]

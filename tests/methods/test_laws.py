@@ -1,0 +1,303 @@
+"""One table of methods, and every law over every method and form of model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from forms import FORMS
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jpeft
+from jpeft.leaf import innermost, is_leaf
+from jpeft.tree.paths import slots
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    make: Callable[[], jpeft.Transform]
+    merges: bool = True  # the effective weight exists
+
+
+METHODS = {
+    "lora": Method(lambda: jpeft.lora(rank=2, alpha=3)),
+    "rslora": Method(lambda: jpeft.lora(rank=2, alpha=3, rank_stabilized=True)),
+    "bitfit": Method(lambda: jpeft.bitfit()),
+    "bitfit_added": Method(lambda: jpeft.bitfit(add="linear"), merges=False),
+    "full": Method(lambda: jpeft.full(".*")),
+    "lora_and_head": Method(
+        lambda: jpeft.chain(
+            jpeft.lora(rank=2, alpha=2, where=".*up/(kernel|w)"),
+            jpeft.full(".*(head|down)/.*"),
+        )
+    ),
+    "lora_on_lora": Method(
+        lambda: jpeft.chain(jpeft.lora(rank=2, alpha=3), jpeft.lora(rank=1, alpha=1))
+    ),
+}
+KEY = jax.random.key(3)
+
+
+@functools.cache
+def form(name):
+    return FORMS[name]()
+
+
+@functools.cache
+def uses(name):
+    f = form(name)
+    return jpeft.find_uses(f.fn, f.params, *f.args)
+
+
+def attached(method, name):
+    return METHODS[method].make()(KEY, form(name).params, uses=uses(name))
+
+
+def moved(params):
+    """Every trainable array at random values, so that the adapter acts."""
+    trainable, frozen = jpeft.partition(params)
+    flat, treedef = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(8), len(flat))
+    flat = [
+        x + 0.3 * jax.random.normal(k, x.shape, x.dtype)
+        for k, x in zip(keys, flat, strict=True)
+    ]
+    return jpeft.combine(jax.tree.unflatten(treedef, flat), frozen)
+
+
+def bits(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def loss_of(name):
+    f = form(name)
+    apply = jpeft.adapt(f.fn)
+    return lambda p: jnp.mean(jnp.square(apply(p, *f.args) - 1.0))
+
+
+every = pytest.mark.parametrize(
+    ("method", "name"), list(itertools.product(METHODS, FORMS))
+)
+in_linen = pytest.mark.parametrize(
+    ("method", "name"), list(itertools.product(METHODS, ["unrolled", "scan_remat"]))
+)
+
+
+@every
+def test_unload_returns_the_base_bit_for_bit(method, name):
+    base, params = form(name).params, attached(method, name)
+    back = jpeft.unload(moved(params))
+    assert jax.tree.structure(back) == jax.tree.structure(base)
+    assert bits(back) == bits(base)
+
+
+@every
+def test_output_is_kept_at_attach(method, name):
+    f = form(name)
+    got = jax.jit(jpeft.adapt(f.fn))(attached(method, name), *f.args)
+    np.testing.assert_array_equal(got, jax.jit(f.fn)(f.params, *f.args))
+
+
+@every
+def test_merged_equals_unmerged(method, name):
+    f, params = form(name), moved(attached(method, name))
+    got = jax.jit(jpeft.adapt(f.fn))(params, *f.args)
+    base = jax.jit(f.fn)(f.params, *f.args)
+    assert float(jnp.max(jnp.abs(got - base))) > 1e-2  # the adapter acts
+    if not METHODS[method].merges:
+        with pytest.raises(TypeError, match="no merged value"):
+            jpeft.merge(params)
+        return
+    merged = jpeft.merge(params)
+    assert jax.tree.structure(merged) == jax.tree.structure(f.params)
+    # float32 sums in another order
+    np.testing.assert_allclose(
+        got, jax.jit(f.fn)(merged, *f.args), rtol=2e-5, atol=2e-5
+    )
+
+
+@every
+def test_disabled_adapters_act_as_the_base(method, name):
+    f, params = form(name), moved(attached(method, name))
+    off = jpeft.disable(params)
+    assert jax.tree.structure(off) == jax.tree.structure(params)
+    got = jax.jit(jpeft.adapt(f.fn))(off, *f.args)
+    np.testing.assert_array_equal(got, jax.jit(f.fn)(f.params, *f.args))
+
+
+def by_partition(loss, params, tx, steps):
+    trainable, frozen = jpeft.partition(params)
+    state = tx.init(trainable)
+
+    @jax.jit
+    def step(t, s, f):
+        g = jax.grad(lambda t: loss(jpeft.combine(t, f)))(t)
+        u, s = tx.update(g, s, t)
+        return optax.apply_updates(t, u), s
+
+    for _ in range(steps):
+        trainable, state = step(trainable, state, frozen)
+    assert step._cache_size() == 1  # the second step compiles nothing
+    return jpeft.combine(trainable, frozen), state
+
+
+def by_freeze(loss, params, tx, steps):
+    return one_tree(jax.grad(loss), params, jpeft.freeze(tx), steps)
+
+
+def by_value_and_grad(loss, params, tx, steps):
+    grad = lambda p: jpeft.value_and_grad(loss)(p)[1]
+    return one_tree(grad, params, jpeft.freeze(tx), steps)
+
+
+def one_tree(grad, params, tx, steps):
+    state = tx.init(params)
+
+    @jax.jit
+    def step(p, s):
+        u, s = tx.update(grad(p), s, p)
+        return optax.apply_updates(p, u), s
+
+    for _ in range(steps):
+        params, state = step(params, state)
+    assert step._cache_size() == 1
+    return params, state
+
+
+WAYS = {
+    "partition": by_partition,
+    "freeze": by_freeze,
+    "value_and_grad": by_value_and_grad,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@in_linen
+def test_frozen_leaves_do_not_move_and_trainable_ones_do(method, name, way):
+    params = attached(method, name)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
+        after, state = WAYS[way](loss_of(name), params, optax.adam(1e-2), 10)
+    before_t, before_f = jpeft.partition(params)
+    after_t, after_f = jpeft.partition(after)
+    assert bits(before_f) == bits(after_f)
+    for a, b in zip(bits(before_t), bits(after_t), strict=True):
+        assert a != b
+    shapes = sorted(x.shape for x in jax.tree.leaves(before_t))
+    moments = [x for x in jax.tree.leaves(state) if jnp.ndim(x)]
+    assert sorted(x.shape for x in moments) == sorted(2 * shapes)
+
+
+@every
+def test_checkpoint_round_trip(method, name, tmp_path):
+    params, transform = moved(attached(method, name)), METHODS[method].make()
+    jpeft.save(tmp_path / "a", params, transform)
+    again = jpeft.load(tmp_path / "a", form(name).params)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    assert bits(again) == bits(params)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_configuration_round_trip(method, tmp_path):
+    transform = METHODS[method].make()
+    again = jpeft.from_config(transform.to_config())
+    assert again == transform and hash(again) == hash(transform)
+    file = tmp_path / "recipe.toml"
+    file.write_text(jpeft.config.to_toml(transform))
+    assert jpeft.from_config(file) == transform
+
+
+@in_linen
+def test_applying_twice_is_refused(method, name):
+    with pytest.raises(ValueError, match="already|trains whole"):
+        METHODS[method].make()(KEY, attached(method, name), uses=uses(name))
+
+
+@in_linen
+def test_works_under_jit_and_vmap_and_eval_shape(method, name):
+    f, transform = form(name), METHODS[method].make()
+    make = lambda k, p: transform(k, p, uses=uses(name))
+    jitted = jax.jit(make)(KEY, f.params)
+    shapes = jax.eval_shape(make, KEY, f.params)
+    assert jax.tree.structure(jitted) == jax.tree.structure(shapes)
+    params = moved(attached(method, name))
+    xs = jnp.stack([f.args[0], 2 * f.args[0]])
+    got = jax.jit(jax.vmap(jpeft.adapt(f.fn), (None, 0)))(params, xs)
+    want = [jax.jit(jpeft.adapt(f.fn))(params, x) for x in xs]
+    np.testing.assert_allclose(got, jnp.stack(want), rtol=1e-5, atol=1e-5)
+
+
+@in_linen
+def test_eight_devices_give_the_same(method, name):
+    f, params = form(name), moved(attached(method, name))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jnp.concatenate([f.args[0], f.args[0] + 1.0])
+    want = jax.jit(jpeft.adapt(f.fn))(params, x)
+    there = jax.device_put(params, NamedSharding(mesh, P()))
+    x = jax.device_put(x, NamedSharding(mesh, P("data")))
+    np.testing.assert_allclose(
+        jax.jit(jpeft.adapt(f.fn))(there, x), want, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_residual_copies_a_base_weight(method):
+    """Under scan, what the forward pass hands to the backward pass holds no weight."""
+    params = moved(attached(method, "scan"))
+    trainable, frozen = jpeft.partition(params)
+    loss = loss_of("scan")
+    grad = jax.grad(lambda t, f: loss(jpeft.combine(t, f)))
+    program = jax.make_jaxpr(grad)(trainable, frozen)
+    scans = [e for e in program.eqns if e.primitive.name == "scan"]
+    assert len(scans) >= 2
+    base = {x.shape for x in jax.tree.leaves(jpeft.unload(params)) if len(x.shape) == 3}
+    out = [v.aval.shape for v in scans[0].outvars]
+    assert not base & set(out), (base, out)
+
+
+def test_another_layer_changes_no_other_leaf():
+    small = {"a": {"kernel": jnp.ones((7, 5))}}
+    large = {**small, "b": {"kernel": jnp.ones((5, 3))}}
+    t = jpeft.lora(rank=2)
+    np.testing.assert_array_equal(
+        t(KEY, small)["a"]["kernel"].a, t(KEY, large)["a"]["kernel"].a
+    )
+
+
+def test_negative_zero_stays_negative_zero():
+    params = {"dense": {"kernel": -jnp.zeros((7, 5)), "bias": -jnp.zeros(5)}}
+    params = jpeft.lora(rank=2)(KEY, params)
+    tx = jpeft.freeze(optax.sgd(0.1))
+    loss = lambda p: jnp.sum(jpeft.adapt(lambda p, x: x @ p["dense"]["kernel"])(p, X))
+    X = jnp.ones((3, 7))
+    updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params)
+    after = optax.apply_updates(params, updates)
+    assert bits(jpeft.unload(after)) == bits(jpeft.unload(params))
+
+
+def test_task_switching_swaps_adapters_over_one_base():
+    f = form("unrolled")
+    one, two = (
+        moved(jpeft.lora(rank=2)(jax.random.key(k), f.params)) for k in range(2)
+    )
+    step = jax.jit(jpeft.adapt(f.fn))
+    _, base = jpeft.partition(one)
+    for params in (one, two):
+        adapter, _ = jpeft.partition(params)
+        got = step(jpeft.combine(adapter, base), *f.args)
+        np.testing.assert_allclose(
+            got, f.fn(jpeft.merge(params), *f.args), rtol=1e-5, atol=1e-5
+        )
+    assert step._cache_size() == 1
+    assert all(
+        innermost(a) is innermost(b)
+        for a, b in zip(slots(one).values, slots(two).values, strict=True)
+        if is_leaf(a)
+    )
