@@ -252,14 +252,20 @@ def restore(run: Run, base: Any) -> None:
 # --------------------------------------------------------------------------- training
 
 
-def train(run: Run, logits: Callable[..., jax.Array], stop_after: int | None) -> float:
-    """Trains to the end and leaves the result in ``run``; gives examples per second."""
+def train(
+    run: Run, logits: Callable[..., jax.Array], stop: Callable[[], bool]
+) -> float:
+    """Trains to the end and leaves the result in ``run``; gives examples per second.
+
+    After a step at which ``stop()`` is true it saves a checkpoint and raises
+    Interrupted.
+    """
     size, history = run.recipe.batch_size, run.history
     step, dropout = make_step(run.model, run.optimizer), keys(run.recipe.seed).dropout
     trainable, frozen = jpeft.partition(run.params)
     opt_state, subset = run.opt_state, run.subset
     first, seconds = run.step, 0.0
-    with _runs.Interrupt() as interrupt, _progress(run) as bar:
+    with _progress(run) as bar:
         for rows in _batches_from(run, run.step):
             began, batch = time.perf_counter(), run.train.take(rows)
             key = jax.random.fold_in(dropout, run.step)
@@ -281,14 +287,13 @@ def train(run: Run, logits: Callable[..., jax.Array], stop_after: int | None) ->
                 found = _encoded.predict(logits, run.params, subset).argmax(1)
                 accuracy = float(np.mean(found == subset.labels))
                 history["accuracy"].append([run.step, accuracy])
-            stop = interrupt.asked or run.step == stop_after
-            if stop or run.step % run.steps_per_epoch == 0:
+            if (stopped := stop()) or run.step % run.steps_per_epoch == 0:
                 run.manager.save(
                     *(run.step, run.params),
                     state=run.opt_state,
                     metadata={"history": history},
                 )
-            if stop:
+            if stopped:
                 raise _runs.Interrupted
     return size * (run.step - first) / seconds if seconds else 0.0
 
@@ -338,9 +343,11 @@ def work(run: Run, stop_after: int | None, full_summary: bool) -> None:
     )
     if run.history["before"] is None:
         run.history["before"] = _scores(run, _classes_of(run, logits))
-    start = f"resuming after step {run.step}" if run.step else "training"
-    print(f"{start}; Ctrl-C saves a checkpoint and stops", flush=True)
-    speed = train(run, logits, stop_after)
+    with _runs.Interrupt() as interrupt:
+        start = f"resuming after step {run.step}" if run.step else "training"
+        print(f"{start}; Ctrl-C saves a checkpoint and stops", flush=True)
+        stop = lambda: interrupt.asked or run.step == stop_after
+        speed = train(run, logits, stop)
     majority = np.full_like(run.held_out.labels, np.bincount(run.train.labels).argmax())
     results = {
         "majority": _scores(run, majority),
@@ -415,6 +422,7 @@ def parser() -> argparse.ArgumentParser:
     """The options; those of the recipe have no default here."""
     options = argparse.ArgumentParser(
         description="Fine-tune a BERT checkpoint on text classification.",
+        allow_abbrev=False,
         epilog="Options without a default here have it in the recipe's [train] table.",
     )
     add = options.add_argument
@@ -423,11 +431,14 @@ def parser() -> argparse.ArgumentParser:
     add("--base", type=Path, help="Hugging Face BERT directory (all-MiniLM-L6-v2)")
     add("--data", type=Path, help=".tsv, .csv or .jsonl (docstrings of Python)")
     add("--eval", type=Path, help="held-out examples (a fifth of --data)")
-    add("--text-column", default="text", help="(%(default)s)")
-    add("--label-column", default="label", help="(%(default)s)")
+    add("--text-column", metavar="NAME", default="text", help="(%(default)s)")
+    add("--label-column", metavar="NAME", default="label", help="(%(default)s)")
     for field in dataclasses.fields(_recipe.Train):
-        kind = {"int": int, "float": float}.get(str(field.type), str)
-        add("--" + field.name.replace("_", "-"), type=kind, help=field.metadata["help"])
+        kind, letter = {"int": (int, "N"), "float": (float, "X")}.get(
+            str(field.type), (str, "NAME")
+        )
+        option = "--" + field.name.replace("_", "-")
+        add(option, type=kind, metavar=letter, help=field.metadata["help"])
     add("--max-train", type=_positive, metavar="N", help="train on N examples only")
     add("--max-eval", type=_positive, metavar="N", help="hold out N examples only")
     add("--full-summary", action="store_true", help="show the frozen weights too")

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
+from jax.core import Tracer as Tracer
 from jax.extend import source_info_util
 
 Literal = jex.Literal
@@ -96,4 +98,4 @@ def source_line(eqn: Any) -> str:
 
 def is_key_array(x: Any) -> bool:
     dtype = getattr(x, "dtype", None)
-    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jpeft import compat
 from jpeft.boxes import unbox
 from jpeft.leaf import (
     AdaptedLeaf,
@@ -55,6 +56,7 @@ def method(name: str) -> Callable[[T], T]:
     return enter
 
 
+@dataclasses.dataclass(frozen=True)
 class Transform:
     """A frozen, hashable rewriting of a parameter tree."""
 
@@ -91,7 +93,7 @@ class Transform:
 
     def _fields(self, of_callable: Callable[[Any], Any]) -> dict[str, Any]:
         out = {}
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+        for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             default = (
                 f.default_factory()
@@ -108,7 +110,7 @@ class Transform:
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Transform:
         """From a configuration without its `method`; unknown keys are refused."""
-        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        known = [f.name for f in dataclasses.fields(cls)]
         for key in fields:
             if key not in known:
                 raise ValueError(
@@ -117,7 +119,7 @@ class Transform:
                 )
         missing = [
             f.name
-            for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+            for f in dataclasses.fields(cls)
             if f.default is dataclasses.MISSING
             and f.default_factory is dataclasses.MISSING
             and f.name not in fields
@@ -127,13 +129,16 @@ class Transform:
         return cls(**{k: freeze_value(v) for k, v in fields.items()})
 
 
+@dataclasses.dataclass(frozen=True)
 class LeafMethod(Transform):
     """A method that rewrites each selected weight by itself."""
 
-    where: Where
-    exclude: Where
     # False: the method acts on the whole array and asks nothing of its axes.
     needs_axes: ClassVar[bool] = True
+
+    def selection(self) -> tuple[Where, Where]:
+        """(where, exclude)."""
+        raise NotImplementedError
 
     def accepts(self, use: LeafUse) -> bool:
         """Whether the method can act on such a weight."""
@@ -146,7 +151,7 @@ class LeafMethod(Transform):
     def patterns(self) -> dict[str, Pattern]:
         return {
             f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            for f in dataclasses.fields(self)
             if f.name.endswith("_pattern")
         }
 
@@ -177,9 +182,8 @@ class LeafMethod(Transform):
         at = dict(flat.items())
         candidates = {p: u for p, u in known.items() if self.accepts(u)}
         others = [p for p in flat.paths if p not in candidates]
-        chosen = select(
-            candidates, at, self.where, self.exclude, method=self.name, others=others
-        )
+        where, exclude = self.selection()
+        chosen = select(candidates, at, where, exclude, method=self.name, others=others)
         out = {}
         for path, explicit in chosen.items():
             use = candidates[path]
@@ -216,7 +220,7 @@ def path_key(key: jax.Array, path: str) -> jax.Array:
 
 def place_beside(leaf: AdaptedLeaf, base: Any) -> AdaptedLeaf:
     """New arrays on the mesh of their base, sharded as the axes they share with it."""
-    if isinstance(base, jax.core.Tracer) or not isinstance(base, jax.Array):
+    if isinstance(base, compat.Tracer) or not isinstance(base, jax.Array):
         return leaf
     if not isinstance(base.sharding, NamedSharding):
         return leaf
@@ -278,7 +282,7 @@ def check_finite(targets: Mapping[str, Any], name: str) -> None:
     found = {}
     for path, slot in targets.items():
         x = unbox(innermost(slot))
-        if isinstance(x, jax.core.Tracer) or not isinstance(x, (jax.Array, np.ndarray)):
+        if isinstance(x, compat.Tracer) or not isinstance(x, (jax.Array, np.ndarray)):
             continue
         if jnp.issubdtype(x.dtype, jnp.floating):
             found[path] = jnp.all(jnp.isfinite(x))

@@ -235,4 +235,4 @@ class Interpreter:
 
 
 def has_tracer(values: Sequence[Any]) -> bool:
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(list(values)))
+    return any(isinstance(x, compat.Tracer) for x in jax.tree.leaves(list(values)))

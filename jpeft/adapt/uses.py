@@ -151,6 +151,10 @@ class _Finder:
             return self.walk(jaxpr, ins[skip:], fed[skip:], (*context, label))
         if name in ("scan", "while", "cond"):
             return getattr(self, f"_{name}")(eqn, ins, fed, (*context, name))
+        if name == "concatenate" and not all(ins):
+            # Joined with something else (a class token before the text).
+            for tags in ins:
+                self.record(eqn, tags, None, context)
         outs = self.consumed(eqn, ins, context)
         if outs is None:
             outs = self.moved(eqn, ins)

@@ -357,7 +357,7 @@ def _sharding_beside(layer: Mapping[str, Any], base: Any) -> dict[str, Sharding]
     if not isinstance(sharding, NamedSharding):
         return {}
     kind = _kind("", layer)
-    empty = dict.fromkeys(layer["arrays"])
+    empty: dict[str, Any] = dict.fromkeys(layer["arrays"])
     leaf = kind(base=base, **layer["static"], **empty)
     specs = leaf_specs(leaf, sharding.spec)
     return {n: NamedSharding(sharding.mesh, getattr(specs, n)) for n in empty}

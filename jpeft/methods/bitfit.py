@@ -108,6 +108,10 @@ class BitFit(LeafMethod):
                 value = check_where(getattr(self, name), name)
                 object.__setattr__(self, name, value)
 
+    def selection(self) -> tuple[Where, Where]:
+        assert self.where is not None
+        return self.where, self.exclude
+
     def accepts(self, use: LeafUse) -> bool:
         return use.kind == BIAS
 
@@ -145,6 +149,9 @@ class _AddBias(LeafMethod):
     dtype: str | None
 
     name: ClassVar[str] = "bitfit"
+
+    def selection(self) -> tuple[Where, Where]:
+        return self.where, self.exclude
 
     def accepts(self, use: LeafUse) -> bool:
         return use.kind in (LINEAR, MATRIX) and not use.tied

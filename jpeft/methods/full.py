@@ -60,6 +60,9 @@ class Full(LeafMethod):
         object.__setattr__(self, "where", check_where(self.where))
         object.__setattr__(self, "exclude", check_where(self.exclude, "exclude"))
 
+    def selection(self) -> tuple[Where, Where]:
+        return self.where, self.exclude
+
     def accepts(self, use: LeafUse) -> bool:
         return True
 

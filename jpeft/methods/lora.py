@@ -542,6 +542,9 @@ class LoRA(LeafMethod):
         for name, value in {**patterns, **selection}.items():
             object.__setattr__(self, name, value)
 
+    def selection(self) -> tuple[Where, Where]:
+        return self.where, self.exclude
+
     def accepts(self, use: LeafUse) -> bool:
         return use.is_weight
 

@@ -33,13 +33,13 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     )
 
     def update(
-        grads: PyTree, state: Any, params: PyTree = None, **extra: Any
+        updates: PyTree, state: Any, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, Any]:
         if params is None:
             raise ValueError(
                 "freeze(tx).update needs the parameters: update(grads, state, params)"
             )
-        whole = jax.tree.map(_filled, grads, params, is_leaf=_is_none)
+        whole = jax.tree.map(_filled, updates, params, is_leaf=_is_none)
         return inner.update(whole, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
@@ -64,10 +64,12 @@ def _nothing(x: Any) -> jax.Array:
 
 
 def _hold_still() -> optax.GradientTransformation:
-    def update(grads: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        return jax.tree.map(_nothing, grads), state
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None
+    ) -> tuple[PyTree, Any]:
+        return jax.tree.map(_nothing, updates), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def value_and_grad(

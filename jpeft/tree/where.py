@@ -21,7 +21,7 @@ from jpeft.tree.layout import (
 from jpeft.tree.paths import suggest
 
 One = str | Callable[[str, Any], bool]
-Where = One | Sequence[One]
+Where = One | Sequence[Any]
 
 PRESETS = ("attention", "mlp", "linear", "embedding", "bias", "norm", "all")
 
@@ -71,6 +71,19 @@ def _in_norm(path: str) -> bool:
 
 def check_where(where: Any, name: str = "where") -> Where:
     """`where` as a str, a callable or a tuple of these; raises on anything else."""
+    if _is_one(where, name):
+        return where
+    if isinstance(where, Iterable):
+        items = tuple(where)
+        if all(_is_one(w, name) for w in items) and (items or name == "exclude"):
+            return items
+    raise ValueError(
+        f"{name}={where!r}: expected one of {PRESETS}, a regular expression for the "
+        "whole path, a callable (path, leaf) -> bool, or a list of these"
+    )
+
+
+def _is_one(where: Any, name: str) -> bool:
     if isinstance(where, str) and where not in PRESETS:
         try:
             re.compile(where)
@@ -79,16 +92,7 @@ def check_where(where: Any, name: str = "where") -> Where:
                 f"{name}={where!r} is neither one of {PRESETS} nor a regular "
                 f"expression: {error}"
             ) from None
-    if isinstance(where, str) or callable(where):
-        return where
-    if isinstance(where, Iterable):
-        items = tuple(check_where(w, name) for w in where)
-        if items or name == "exclude":
-            return items  # type: ignore[return-value]
-    raise ValueError(
-        f"{name}={where!r}: expected one of {PRESETS}, a regular expression for the "
-        "whole path, a callable (path, leaf) -> bool, or a list of these"
-    )
+    return isinstance(where, str) or callable(where)
 
 
 def select(
@@ -117,12 +121,12 @@ def select(
             named |= hits
     for item in _items(exclude):
         hits = {p for p, use in candidates.items() if _matches(item, use, slots[p])}
-        typed = isinstance(item, str) and item not in PRESETS
-        if typed and not hits and not any(_full(item, p) for p in others):
-            raise ValueError(
-                f"{method}: exclude={item!r} matches no path; nearest: "
-                f"{suggest([*candidates, *others], item)}"
-            )
+        if isinstance(item, str) and item not in PRESETS and not hits:
+            if not any(_full(item, p) for p in others):
+                raise ValueError(
+                    f"{method}: exclude={item!r} matches no path; nearest: "
+                    f"{suggest([*candidates, *others], item)}"
+                )
         chosen -= hits
     if not chosen:
         raise ValueError(

@@ -17,6 +17,7 @@ import finetune
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -31,7 +32,7 @@ SIZES = {
     "model_type": "bert",
     "hidden_act": "gelu",
     "hidden_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "intermediate_size": 40,
     "max_position_embeddings": 64,
@@ -43,6 +44,24 @@ def as_in_the_command():
     """What the command has: Optax's schedules multiply a float by a count."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The runs below compile the same few programs again and again."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    former = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in former.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -74,27 +93,37 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Sentences of 3 to 33 words, of which one is the class."""
+    """Sentences of 3 to 25 words, one of which is the class."""
     rng = np.random.default_rng(1)
     rows = ["text\tlabel"]
     for i in range(96):
         name = CLASSES[i % 3]
-        words = [*rng.choice(FILLERS, rng.integers(2, 33)), name]
+        words = [*rng.choice(FILLERS, rng.integers(2, 12 if i % 8 else 25)), name]
         rows.append(" ".join(rng.permutation(words)) + "\t" + name)
     path = tmp_path_factory.mktemp("data") / "animals.tsv"
     path.write_text("\n".join(rows) + "\n")
     return path
 
 
-@pytest.fixture
-def command(base, data):
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """The default one, with dropout: its masks must be those of each step."""
+    text = (ROOT / "configs" / "lora.toml").read_text()
+    assert "alpha = 16" in text
+    path = tmp_path_factory.mktemp("recipe") / "lora.toml"
+    path.write_text(text.replace("alpha = 16", "alpha = 16\ndropout = 0.1"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def command(base, data, recipe):
     """The options of a run of 9 steps in 3 epochs, with some more to add."""
 
     def options(out, *more):
         return [
-            *("--base", str(base), "--data", str(data), "--out", str(out)),
-            *("--batch-size", "24", "--epochs", "3", "--learning-rate", "0.01"),
-            *map(str, more),
+            *("--base", str(base), "--data", str(data), "--config", str(recipe)),
+            *("--out", str(out), "--batch-size", "24", "--epochs", "3"),
+            *("--learning-rate", "0.02", *map(str, more)),
         ]
 
     return options
@@ -135,16 +164,14 @@ def fails(capsys, argv, *texts):
 
 
 @pytest.fixture(scope="module")
-def finished(base, data, tmp_path_factory):
-    """The folder of a run that was not interrupted, and what it printed."""
+def finished(command, tmp_path_factory):
+    """The folder of a run that was not interrupted."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    argv = ["--base", base, "--data", data, "--out", out, "--batch-size", "24"]
-    argv += ["--epochs", "3", "--learning-rate", "0.01"]
-    assert finetune.main(list(map(str, argv))) == 0
+    assert finetune.main(command(out)) == 0
     return out
 
 
-def test_a_run_learns_and_writes_its_files(finished):
+def test_a_run_learns_and_writes_its_files(finished, base):
     metrics = read(finished / "metrics.json")
     assert metrics["examples"] == {"train": 78, "held_out": 18}
     assert metrics["reload_difference"] == 0
@@ -154,19 +181,11 @@ def test_a_run_learns_and_writes_its_files(finished):
     assert len(history["loss"]) == 9 and history["loss"][-1] < history["loss"][0]
     assert [step for step, _ in history["accuracy"]] == [1, 3, 4, 6, 7, 9]
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert 0 < metrics["adapter_bytes"]
-    assert metrics["base_bytes"] == sum(
-        file.stat().st_size
-        for file in Path(_arguments(finished)["base"]).glob("*.safetensors")
-    )
+    assert metrics["adapter_bytes"] > 0
+    weights = base / "model.safetensors"
+    assert metrics["base_bytes"] == weights.stat().st_size
     steps = [path.name for path in (finished / "checkpoints").iterdir()]
     assert sorted(steps) == ["00000006", "00000009"]
-
-
-def _arguments(out):
-    # The folder of the base is beside that of the runs.
-    (base,) = out.parents[1].glob("base*/model.safetensors")
-    return {"base": base.parent}
 
 
 def test_a_run_says_what_it_did(command, tmp_path, capsys):
@@ -175,7 +194,7 @@ def test_a_run_says_what_it_did(command, tmp_path, capsys):
     for pattern in (
         r"query/kernel +32x32 +LowRank",
         r"total +trainable",
-        r"25 weights not shown; --full-summary shows them",
+        r"19 weights not shown; --full-summary shows them",
         r"majority +0\.\d+",
         r"before +0\.\d+",
         r"after +[01]\.\d+",
@@ -207,7 +226,7 @@ def test_another_seed_is_another_run(command, finished, tmp_path):
 # -------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("stop_after", [2, 6, 9])
+@pytest.mark.parametrize("stop_after", [6, 9])
 def test_a_resumed_run_ends_bit_identical(
     stop_after, command, finished, base, tmp_path, capsys
 ):
@@ -228,18 +247,6 @@ def test_a_run_can_be_resumed_twice(command, finished, base, tmp_path):
     assert finetune.main([*argv, "--resume"], stop_after=5) == 130
     assert finetune.main([*argv, "--resume"]) == 0
     assert_same_adapter(tmp_path, finished, base)
-
-
-def test_dropout_continues_with_the_masks_it_would_have_had(command, base, tmp_path):
-    recipe = tmp_path / "dropout.toml"
-    text = (ROOT / "configs" / "lora.toml").read_text()
-    recipe.write_text(text.replace("alpha = 16", "alpha = 16\ndropout = 0.5"))
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    more = ("--config", recipe)
-    assert finetune.main(command(whole, *more)) == 0
-    assert finetune.main(command(parts, *more), stop_after=4) == 130
-    assert finetune.main(command(parts, *more, "--resume")) == 0
-    assert_same_adapter(parts, whole, base)
 
 
 def test_a_finished_run_can_be_resumed_to_report_again(finished, command):
@@ -337,7 +344,8 @@ def test_a_recipe_that_is_not_there_is_refused(command, tmp_path, capsys):
 
 def test_a_pattern_that_matches_nothing_is_refused(command, tmp_path, capsys):
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('[[peft]]\nmethod = "lora"\nrank = 2\nwhere = "query"\n')
+    lora = '[[peft]]\nmethod = "lora"\nrank = 2\nalpha = 2\nwhere = "query"\n'
+    recipe.write_text(lora)
     argv = command(tmp_path / "out", "--config", recipe)
     fails(capsys, argv, "where='query' matches nothing", ".*query.*")
 
@@ -423,12 +431,12 @@ def test_every_recipe_of_the_repository_runs(path, base, data, tmp_path, monkeyp
 
 def test_a_held_out_file_is_used_as_it_is(command, data, tmp_path):
     held_out = tmp_path / "held_out.tsv"
-    held_out.write_text("text\tlabel\nthe fish\tfish\nold tree\ttree\n")
+    held_out.write_text("text\tlabel\nthe fish\tfish\nold tree\ttree\na bird\tbird\n")
     argv = command(tmp_path / "out", "--eval", held_out, "--epochs", 1)
     assert finetune.main(argv) == 0
     metrics = read(tmp_path / "out" / "metrics.json")
-    assert metrics["examples"] == {"train": 96, "held_out": 2}
-    assert metrics["majority"]["accuracy"] == 0.5
+    assert metrics["examples"] == {"train": 96, "held_out": 3}
+    assert metrics["majority"]["accuracy"] == 1 / 3
 
 
 def test_limits_choose_examples_of_all_classes(data):
