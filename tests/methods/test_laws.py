@@ -44,6 +44,8 @@ METHODS = {
     ),
 }
 KEY = jax.random.key(3)
+# A delta of zero is exact, but XLA fuses and so rounds the two programs differently.
+ONE_ULP = {"rtol": 1e-6, "atol": 1e-7}
 
 
 @functools.cache
@@ -103,7 +105,7 @@ def test_unload_returns_the_base_bit_for_bit(method, name):
 def test_output_is_kept_at_attach(method, name):
     f = form(name)
     got = jax.jit(jpeft.adapt(f.fn))(attached(method, name), *f.args)
-    np.testing.assert_array_equal(got, jax.jit(f.fn)(f.params, *f.args))
+    np.testing.assert_allclose(got, jax.jit(f.fn)(f.params, *f.args), **ONE_ULP)
 
 
 @every
@@ -130,7 +132,7 @@ def test_disabled_adapters_act_as_the_base(method, name):
     off = jpeft.disable(params)
     assert jax.tree.structure(off) == jax.tree.structure(params)
     got = jax.jit(jpeft.adapt(f.fn))(off, *f.args)
-    np.testing.assert_array_equal(got, jax.jit(f.fn)(f.params, *f.args))
+    np.testing.assert_allclose(got, jax.jit(f.fn)(f.params, *f.args), **ONE_ULP)
 
 
 def by_partition(loss, params, tx, steps):
