@@ -47,7 +47,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Transform, dict[str, Any]]:
         hint = f"; nearest: {suggest(there, file.name)}" if there else ""
         raise FileNotFoundError(f"{file}: no such recipe{hint}")
     try:
-        config = tomllib.loads(file.read_text())
+        config = tomllib.loads(file.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{file}: not TOML: {error}") from None
     try:
@@ -66,10 +66,13 @@ def _recipe(config: Mapping[str, Any], name: str) -> tuple[Transform, dict[str, 
     items = config.get("peft")
     if not items:
         raise ValueError(f"{name} has no [[peft]] table")
+    train = config.get("train", {})
+    if not isinstance(train, Mapping):
+        raise ValueError("write [train], one table, not a list or a value")
     items = [items] if isinstance(items, Mapping) else items
     made = [transform_from_config(x) for x in items]
     transform = made[0] if len(made) == 1 else chain(*made)
-    return transform, dict(config.get("train", {}))
+    return transform, dict(train)
 
 
 def to_toml(transform: Transform, train: Mapping[str, Any] | None = None) -> str:

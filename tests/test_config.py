@@ -53,6 +53,7 @@ def test_a_recipe_is_a_chain(tmp_path):
         ({"rank": 8}, ["unknown key 'rank'"]),
         ({"pfet": []}, ["unknown key 'pfet'", "did you mean 'peft'"]),
         ({"peft": []}, ["no [[peft]] table"]),
+        ({"peft": {"method": "lora", "rank": 2}, "train": [{}]}, ["write [train]"]),
         ({"method": "chain", "transform": []}, ["the one key 'transforms'"]),
         ({"method": "lora", "rank": 8, "alpha": 1, "init": "xavier"}, ["'gaussian'"]),
         ([], ["expected a dict or a path"]),

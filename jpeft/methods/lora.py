@@ -508,7 +508,7 @@ class LoRA(LeafMethod):
     """See `lora`."""
 
     rank: int
-    alpha: float
+    alpha: float | None = None
     rank_stabilized: bool = False
     dropout: float = 0.0
     init: str = "gaussian"
@@ -520,7 +520,8 @@ class LoRA(LeafMethod):
 
     def __post_init__(self) -> None:
         check_positive("lora", "rank", self.rank, integer=True)
-        check_positive("lora", "alpha", self.alpha)
+        if self.alpha is not None:
+            check_positive("lora", "alpha", self.alpha)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(
                 f"lora: dropout={self.dropout!r}: expected a rate from 0 up to, not "
@@ -554,6 +555,7 @@ class LoRA(LeafMethod):
     def scale_of(self, path: str) -> float:
         rank = self.rank_of(path)
         alpha = matched(self.alpha_pattern, path, self.alpha)
+        alpha = self.rank if alpha is None else alpha
         return float(alpha / (math.sqrt(rank) if self.rank_stabilized else rank))
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> LowRank:
@@ -612,7 +614,7 @@ def lora(
     """
     return LoRA(
         rank=rank,
-        alpha=rank if alpha is None else alpha,
+        alpha=alpha,
         rank_stabilized=rank_stabilized,
         dropout=dropout,
         init=init,
