@@ -1,7 +1,7 @@
 """Configurations: TOML or plain data <-> transforms.
 
-A recipe is a TOML file with one `[[peft]]` table a transform, in the order in which they
-apply, and tables such as `[train]` that belong to the program:
+A recipe is a TOML file with one `[[peft]]` table a transform, in the order in which
+they apply, and tables such as `[train]` that belong to the program:
 
     [[peft]]
     method = "lora"

@@ -246,8 +246,8 @@ def check_target(
         if not explicit and not transform.needs_axes:
             return False
         raise ValueError(
-            f"{path}: {name} needs a real floating-point weight, this one is {x.dtype}; "
-            f"exclude={path!r}, or cast it first"
+            f"{path}: {name} needs a real floating-point weight, this one is "
+            f"{x.dtype}; exclude={path!r}, or cast it first"
         )
     if transform.needs_axes and use.doubt and (use.axes is None or not explicit):
         remedy = (

@@ -1,4 +1,4 @@
-"""Small models in the forms that users write: Linen, scanned, rematerialised, NNX, plain.
+"""Small models as users write them: Linen, scanned, rematerialised, NNX, plain.
 
 Uneven sizes (7, 5, 3), so that a transposed axis shows.
 """

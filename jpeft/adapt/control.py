@@ -1,7 +1,8 @@
 """Rules of the primitives that hold programs: they are re-entered with the leaves.
 
-Leaves are pytrees, so they pass into jit, checkpoint, scan, while, cond and shard_map as
-they are.  They come out of jit and checkpoint too; out of the others they come as values.
+Leaves are pytrees, so they pass into jit, checkpoint, scan, while, cond and shard_map
+as they are.  They come out of jit and checkpoint too; out of the others they come as
+values.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ def _custom(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     """A gradient rule of the user's own that receives the weight: to look inside would
     replace that rule by autodiff in silence, so only the full value will do."""
     why = (
-        "whose own gradient rule receives the weight, so the delta cannot stay low-rank "
-        "without losing that rule"
+        "whose own gradient rule receives the weight, so the delta cannot stay "
+        "low-rank without losing that rule"
     )
     return it.bind(eqn, it.plain(eqn, ins, why))
 
@@ -153,8 +154,8 @@ def _scan(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     consts, xs = ins[:n_consts], ins[n_consts + n_carry :]
     same, init = _hoist(it, eqn, ins[n_consts : n_consts + n_carry], jaxpr, n_consts)
     parts = [x.unstack() if is_leaf(x) else (x, None, _first) for x in xs]
-    # The scanned part of a leaf enters the body as it is: JAX recognises a scanned input
-    # handed on unchanged and saves no copy of it for the backward pass.
+    # The scanned part of a leaf enters the body as it is: JAX recognises a scanned
+    # input handed on unchanged and saves no copy of it for the backward pass.
     steps = jnp.arange(p["length"]) if _any_key([*consts, *init, *xs]) else None
     # A body may hand its layer back (nnx.scan returns the module's state): stacked
     # again, that is the leaf that was scanned.

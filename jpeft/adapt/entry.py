@@ -28,13 +28,15 @@ def adapt(
     """`fn` with the same signature, whose arguments may hold adapted leaves.
 
     `fn` is traced with plain stand-ins for the leaves, then its program is evaluated
-    with each leaf acting in the equation that consumes it; nothing of a weight's size is
-    made.  Leaves may be anywhere in the arguments.  Arrays are traced; every other
-    argument (True, "mean", a list of collections) reaches `fn` as it is.  `fn` is traced
-    at every call, so call the result under `jax.jit`, as you would call the model.
+    with each leaf acting in the equation that consumes it; nothing of a weight's size
+    is made.  Leaves may be anywhere in the arguments.  Arrays are traced; every other
+    argument (True, "mean", a list of collections) reaches `fn` as it is.  `fn` is
+    traced at every call, so call the result under `jax.jit`, as you would call the
+    model.
 
     key: turns dropout on.  Each leaf folds in its path, each use its number, each scan
-        step its index; a rematerialised forward draws the same masks.  None: no dropout.
+        step its index; a rematerialised forward draws the same masks.  None: no
+        dropout.
     materialize: what happens where an equation has no cheap form for a leaf.  "refuse"
         raises DensifyError with the leaf's path and the source line; "allow" uses the
         full value there, and warns once a call with all such places.

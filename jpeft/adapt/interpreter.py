@@ -2,7 +2,8 @@
 
 Runs of equations that touch no leaf go back to JAX's own evaluator, whole.  The others
 are looked up in one table of rules, (primitive, kind of leaf) -> function.  An equation
-without a rule is refused by name, or given the leaf's full value where that was allowed.
+without a rule is refused by name, or given the leaf's full value where that was
+allowed.
 """
 
 from __future__ import annotations

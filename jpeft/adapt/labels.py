@@ -60,7 +60,7 @@ class Labelled(AdaptedLeaf):
         return self.replace(base=base, axes=axes, **arrays)
 
     def unstack(self) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
-        """For a scan over axis 0: (what is scanned, what is constant, how to join a row).
+        """For a scan over axis 0: (what is scanned, what is constant, how to join).
 
         An array without axis 0 is the same in every step.
         """

@@ -2,9 +2,9 @@
 
 The function is traced once.  A tag follows each weight through the equations that only
 move it about, until one consumes it: the axes a `dot_general` contracts are input, the
-free ones output, its batch axes and the axes that a scan or a slice takes one row of are
-stack.  What is computed from weights alone (a normalised kernel) keeps a blurred tag, so
-that a matrix product with it is reported rather than missed.
+free ones output, its batch axes and the axes that a scan or a slice takes one row of
+are stack.  What is computed from weights alone (a normalised kernel) keeps a blurred
+tag, so that a matrix product with it is reported rather than missed.
 """
 
 from __future__ import annotations
@@ -355,7 +355,7 @@ class _Finder:
     def computed(
         self, eqn: Any, ins: list[Tags], fed: bool, context: tuple[str, ...]
     ) -> list[Tags]:
-        """Anything else: a use, and, if no data entered, a blurred piece of the weight."""
+        """Anything else: a use, and a blurred piece of the weight if no data entered."""
         for tags in ins:
             self.record(eqn, [t for t in tags if not t.blurred], None, context)
         if fed:
@@ -460,8 +460,8 @@ def _verdict(
     doubt = ""
     if opaque:
         doubt = (
-            f"its use at {opaque[0].site or 'a library line'} is behind a gradient rule "
-            "of the model's own (custom_jvp or custom_vjp), which a low-rank delta "
+            f"its use at {opaque[0].site or 'a library line'} is behind a gradient "
+            "rule of the model's own (custom_jvp or custom_vjp), which a low-rank delta "
             "would bypass"
         )
     return dataclasses.replace(

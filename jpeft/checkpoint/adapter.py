@@ -4,8 +4,9 @@
     folder/arrays/      the adapter's arrays, by Orbax
 
 The description is enough to attach the adapter to its base again; no code of the
-training run is needed.  Each array has a digest, because Orbax itself loads flipped bits
-without a word, and the base has one for every leaf, so that another base is refused.
+training run is needed.  Each array has a digest, because Orbax itself loads flipped
+bits without a word, and the base has one for every leaf, so that another base is
+refused.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ def load(
 
     base_params: the plain base.  shardings: of the adapter's arrays, one `Sharding` for
     all or a tree as `jpeft.sharding.shardings` gives; None puts each beside its base.
-    check: "content" compares a digest of every base leaf, "structure" only paths, shapes
-    and dtypes.
+    check: "content" compares a digest of every base leaf, "structure" only paths,
+    shapes and dtypes.
 
     Raises CheckpointError, naming the leaf, for another base, a missing, misshapen or
     damaged array, a truncated folder.
@@ -337,8 +338,8 @@ def check_shapes(path: str, leaf: AdaptedLeaf, shape: tuple[int, ...]) -> None:
         )
         if len(axes) != len(x.shape) or want != tuple(x.shape):
             raise CheckpointError(
-                f"{path}/{field}: shape {tuple(x.shape)} does not fit a weight of shape "
-                f"{shape}"
+                f"{path}/{field}: shape {tuple(x.shape)} does not fit a weight of "
+                f"shape {shape}"
             )
         own.setdefault("rank", set()).update(
             n for k, n in zip(axes, x.shape, strict=True) if k is None

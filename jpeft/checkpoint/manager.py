@@ -74,8 +74,8 @@ class CheckpointManager:
     ) -> None:
         """Writes a step whole, then deletes what exceeds `max_to_keep`.
 
-        state: any tree of arrays.  metadata: anything JSON can hold.  Saving a step that
-        is there replaces it.
+        state: any tree of arrays.  metadata: anything JSON can hold.  Saving a step
+        that is there replaces it.
         """
         if self._fingerprint is None:
             self._fingerprint = base_fingerprint(params)

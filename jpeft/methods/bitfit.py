@@ -100,8 +100,8 @@ class BitFit(LeafMethod):
         check_float("bitfit", self.dtype)
         if self.where is None and self.add is None:
             raise ValueError(
-                "bitfit: where=None and add=None leave nothing to train; where= selects "
-                "biases the model has, add= weights that get one"
+                "bitfit: where=None and add=None leave nothing to train; where= "
+                "selects biases the model has, add= weights that get one"
             )
         for name in ("where", "add", "exclude"):
             if getattr(self, name) is not None:

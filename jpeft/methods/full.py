@@ -69,10 +69,11 @@ class Full(LeafMethod):
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Whole:
         if is_leaf(base):
             raise ValueError(
-                f"{path}: already carries {type(base).__name__}; a weight trains either "
-                f"whole or through an adapter: exclude={path!r} in one of the two"
+                f"{path}: already carries {type(base).__name__}; a weight trains "
+                f"either whole or through an adapter: exclude={path!r} in one of the two"
             )
-        # Not the base's own buffer: a training step may donate the one and not the other.
+        # Not the base's own buffer: a training step may donate the one and not the
+        # other.
         value = jnp.array(base, dtype=self.adapter_dtype(base), copy=True)
         return Whole(base=base, value=value)
 

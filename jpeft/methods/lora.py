@@ -1,19 +1,21 @@
 """LoRA: a low-rank delta beside a weight.  Hu et al. 2021, arXiv:2106.09685.
 
-    W' = W + s A B      A (*stack, *in, rank)   B (*stack, rank, *out)   s = alpha / rank
+    W' = W + s A B     A (*stack, *in, rank)   B (*stack, rank, *out)   s = alpha / rank
 
 A is Gaussian and B zero, so the model starts as its base.  Nothing of W's size is made:
-wherever the model consumes W, the delta acts as two small contractions.  Rank-stabilised
-scaling, s = alpha / sqrt(rank), is Kalajdzievski 2023, arXiv:2312.03732.
+wherever the model consumes W, the delta acts as two small contractions.
+Rank-stabilised scaling, s = alpha / sqrt(rank), is Kalajdzievski 2023,
+arXiv:2312.03732.
 
-Where we depart from the paper: the delta works on any weight with an input and an output
-axis (embeddings, convolutions, experts, projections of several axes), not on attention
-matrices only.  On a tied table it moves the head as well as the embedding.
+Where we depart from the paper: the delta works on any weight with an input and an
+output axis (embeddings, convolutions, experts, projections of several axes), not on
+attention matrices only.  On a tied table it moves the head as well as the embedding.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Self
@@ -469,15 +471,40 @@ def through(
         )
         plans.append((cost, first, second, hl))
     _, first, second, keep = min(plans, key=lambda plan: plan[0])
-    f, fl = getattr(leaf, first).astype(x.dtype), labels[first]
-    g, gl = getattr(leaf, second).astype(x.dtype), labels[second]
-    h, hl = contract(x, xl, f, fl, keep, **options)
-    h = _scaled(h, leaf.scale).astype(g.dtype)
+    return _two_steps(
+        x,
+        getattr(leaf, first),
+        getattr(leaf, second),
+        scale=leaf.scale,
+        labels=tuple(map(tuple, (xl, labels[first], labels[second], keep, out))),
+        options=tuple(options.items()),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "labels", "options"), inline=True)
+def _two_steps(
+    x: jax.Array,
+    f: jax.Array,
+    g: jax.Array,
+    *,
+    scale: float,
+    labels: tuple[tuple[Label, ...], ...],
+    options: tuple[tuple[str, Any], ...],
+) -> jax.Array:
+    """scale * (x.f).g.
+
+    Inlined, so no program shows it.  The `jit` is there because JAX then traces and
+    differentiates it once for each shape, not once for each weight.
+    """
+    xl, fl, gl, keep, out = map(list, labels)
+    f, g = f.astype(x.dtype), g.astype(x.dtype)
+    h, hl = contract(x, xl, f, fl, keep, **dict(options))
+    h = _scaled(h, scale).astype(g.dtype)
     tail = [k for k in gl if k not in hl]
     if tail and out[-len(tail) :] != tail:  # the operand order that spares a transpose
-        d, dl = contract(g, gl, h, hl, out, **options)
+        d, dl = contract(g, gl, h, hl, out, **dict(options))
     else:
-        d, dl = contract(h, hl, g, gl, out, **options)
+        d, dl = contract(h, hl, g, gl, out, **dict(options))
     return align(d, dl, out)
 
 
@@ -598,7 +625,8 @@ def lora(
     alpha: numerator of the scale; None means `rank`, that is a scale of 1.
     where, exclude: which weights; see `jpeft.tree.where`.
     dropout: rate on the activations that enter A, drawn where `adapt` is given a key.
-    init: of A; "gaussian" N(0, 1/in) (N(0, 1) for embeddings, whose input is one row) or
+    init: of A; "gaussian" N(0, 1/in) (N(0, 1) for embeddings, whose input is one row)
+    or
         "kaiming", uniform with variance 1/(3 in).  B is zero.
     dtype: of A and B; None means float32, or float64 beside float64.
     rank_pattern, alpha_pattern: {regular expression for the whole path: value}.

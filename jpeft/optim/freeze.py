@@ -77,9 +77,10 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, PyTree]]:
     """As `jax.value_and_grad`, for the adapters of the first argument only.
 
-    `loss(params, *args, **kwargs)` gets the whole tree.  The gradients have the structure
-    of `jpeft.partition(params)[0]`: None where a leaf is frozen, whatever its dtype, so
-    nothing of the base's size is computed.  Raises ValueError if nothing is trainable.
+    `loss(params, *args, **kwargs)` gets the whole tree.  The gradients have the
+    structure of `jpeft.partition(params)[0]`: None where a leaf is frozen, whatever its
+    dtype, so nothing of the base's size is computed.  Raises ValueError if nothing is
+    trainable.
     """
 
     @functools.wraps(loss)

@@ -113,8 +113,8 @@ def layouts(tree: Slots, uses: Mapping[str, LeafUse] | None) -> dict[str, LeafUs
 def _look_up(path: str, uses: Mapping[str, LeafUse]) -> LeafUse:
     if path in uses:
         return uses[path]
-    # find_uses(model.apply, {"params": params}, ...) with the transform on params alone,
-    # or the other way round: one level above may be missing on either side.
+    # find_uses(model.apply, {"params": params}, ...) with the transform on params
+    # alone, or the other way round: one level above may be missing on either side.
     below = [
         p
         for p in uses

@@ -22,7 +22,8 @@ def active(params, scale=0.3):
     return jpeft.combine(jax.tree.map(bump, trainable), frozen)
 
 
-# --- dropout -----------------------------------------------------------------------------
+# --- dropout
+# -----------------------------------------------------------------------------
 
 
 def stacked(n=3):
@@ -94,8 +95,9 @@ def test_two_uses_two_leaves_and_two_steps_draw_different_masks():
     a, b = np.split(masks_of(twice, identity(), x), 2)
     assert (a != b).any()
     fn = lambda p, x: x @ next(iter(p.values()))
-    assert (masks_of(fn, identity(path="w"), x) != masks_of(
-        fn, identity(path="v"), x)).any()
+    assert (
+        masks_of(fn, identity(path="w"), x) != masks_of(fn, identity(path="v"), x)
+    ).any()
 
     def loop(p, x):
         return lax.scan(lambda c, _: (c, x @ p["w"]), 0, None, length=2)[1]
@@ -111,7 +113,8 @@ def test_two_uses_two_leaves_and_two_steps_draw_different_masks():
     assert (a != b).any()
 
 
-# --- dtypes ------------------------------------------------------------------------------
+# --- dtypes
+# ------------------------------------------------------------------------------
 
 
 def test_bfloat16_equals_the_hand_written_twin_bit_for_bit():
@@ -152,7 +155,9 @@ def test_merge_sums_in_float32_and_rounds_once():
 def test_lora_equals_a_float64_formula():
     rng = np.random.default_rng(0)
     w, a, b, x = (rng.normal(size=s) for s in ((7, 5), (7, 3), (3, 5), (4, 7)))
-    leaf = jpeft.lora(rank=3, alpha=6)(KEY, {"k": {"kernel": jnp.asarray(w, jnp.float32)}})
+    leaf = jpeft.lora(rank=3, alpha=6)(
+        KEY, {"k": {"kernel": jnp.asarray(w, jnp.float32)}}
+    )
     leaf = leaf["k"]["kernel"].replace(
         a=jnp.asarray(a, jnp.float32), b=jnp.asarray(b, jnp.float32)
     )
@@ -161,7 +166,10 @@ def test_lora_equals_a_float64_formula():
 
 
 def test_gaussian_and_kaiming_have_their_variance():
-    base = {"dense": {"kernel": jnp.ones((512, 256))}, "e": {"embedding": jnp.ones((999, 64))}}
+    base = {
+        "dense": {"kernel": jnp.ones((512, 256))},
+        "e": {"embedding": jnp.ones((999, 64))},
+    }
     for init, variance in (("gaussian", 1 / 512), ("kaiming", 1 / 3 / 512)):
         t = jpeft.lora(rank=64, init=init, where=["linear", "embedding"])
         out = t(KEY, base)
@@ -170,7 +178,8 @@ def test_gaussian_and_kaiming_have_their_variance():
     assert float(jnp.var(out["e"]["embedding"].a)) == pytest.approx(1 / 3, 0.03)
 
 
-# --- calls -------------------------------------------------------------------------------
+# --- calls
+# -------------------------------------------------------------------------------
 
 
 def test_without_adapted_leaves_the_function_is_called_as_it_is():
@@ -230,7 +239,8 @@ def test_allow_warns_with_the_places():
         jpeft.adapt(lambda p, x: x @ jnp.exp(p["w"]), materialize="allow")(params, X)
 
 
-# --- find_uses ---------------------------------------------------------------------------
+# --- find_uses
+# ---------------------------------------------------------------------------
 
 
 def test_uses_of_a_tied_and_a_plain_model():
@@ -268,4 +278,3 @@ def test_find_uses_takes_shapes():
     shapes = jax.eval_shape(lambda: {"w": jnp.ones((7, 5))})
     x = jax.ShapeDtypeStruct((4, 7), jnp.float32)
     assert jpeft.find_uses(lambda p, x: x @ p["w"], shapes, x)["w"].axes == "io"
-

@@ -111,7 +111,7 @@ def test_embeddings_agree_with_the_reference(golden, hidden):
 
 def test_hidden_states_agree_with_the_reference(golden, hidden):
     rows, length, _ = golden["hidden"].shape
-    real = golden["mask"][:rows, :length, None]
+    real = golden["mask"][:rows, :length, None].astype(np.float32)
     # Their largest are about 6, so this is an error of 4e-6 beside them.
     np.testing.assert_allclose(
         hidden[:rows, :length] * real, golden["hidden"], rtol=0, atol=2e-5

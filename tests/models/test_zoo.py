@@ -1,7 +1,7 @@
 """Models nobody wrote for jpeft: every linear weight adapted, or an error names it.
 
-LoRA with random A and B on all that `find_uses` calls linear; the output must be that of
-the merged model, the gradient too, and nothing may be densified.
+LoRA with random A and B on all that `find_uses` calls linear; the output must be that
+of the merged model, the gradient too, and nothing may be densified.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ def total(tree):
 
 
 def check(name):
+    # These models were not written for our strict settings.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        compare(name)
+
+
+def compare(name):
     subject = SUBJECTS[name]()
     uses = jpeft.find_uses(subject.fn, subject.params, *subject.args)
     doubtful = [p for p, u in uses.items() if u.kind == "linear" and u.doubt]
