@@ -23,7 +23,7 @@ FLOORS = {
     "jpeft.sharding": 7,
     "jpeft.config": 7,
 }
-EVERYWHERE = {"jax", "numpy"}
+EVERYWHERE = {"jax", "jaxtyping", "numpy"}
 ROOMS = {
     "flax": {"jpeft.boxes"},
     "optax": {"jpeft.optim"},

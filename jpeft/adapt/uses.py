@@ -355,7 +355,7 @@ class _Finder:
     def computed(
         self, eqn: Any, ins: list[Tags], fed: bool, context: tuple[str, ...]
     ) -> list[Tags]:
-        """Anything else: a use, and a blurred piece of the weight if no data entered."""
+        """Anything else: a use; a blurred piece of the weight if no data entered."""
         for tags in ins:
             self.record(eqn, [t for t in tags if not t.blurred], None, context)
         if fed:
@@ -460,8 +460,8 @@ def _verdict(
     doubt = ""
     if opaque:
         doubt = (
-            f"its use at {opaque[0].site or 'a library line'} is behind a gradient "
-            "rule of the model's own (custom_jvp or custom_vjp), which a low-rank delta "
+            f"its use at {opaque[0].site or 'a library line'} is behind a "
+            "gradient rule of the model's own (custom_jvp or custom_vjp), which a low-rank delta "
             "would bypass"
         )
     return dataclasses.replace(

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Shaped, UInt32
 
 from jpeft.compat import is_key_array
 
@@ -24,7 +25,7 @@ _SEEDS = (1, 0x7F4A7C15)
 
 
 @jax.jit
-def digest(x: jax.Array) -> jax.Array:
+def digest(x: Shaped[Array, ...]) -> UInt32[Array, 2]:
     """Two uint32 words of an array of any shape and dtype."""
     if is_key_array(x):
         x = jax.random.key_data(x)
@@ -46,7 +47,7 @@ def digest(x: jax.Array) -> jax.Array:
     return jnp.stack(sums)
 
 
-def _odd(index: jax.Array, seed: int) -> jax.Array:
+def _odd(index: UInt32[Array, ...], seed: int) -> UInt32[Array, ...]:
     h = (index + jnp.uint32(seed)) * jnp.uint32(0x9E3779B1)
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     return (h ^ (h >> 13)) | jnp.uint32(1)

@@ -69,8 +69,8 @@ class Full(LeafMethod):
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Whole:
         if is_leaf(base):
             raise ValueError(
-                f"{path}: already carries {type(base).__name__}; a weight trains "
-                f"either whole or through an adapter: exclude={path!r} in one of the two"
+                f"{path}: already carries {type(base).__name__}; a weight "
+                f"trains either whole or through an adapter: exclude={path!r} in one of the two"
             )
         # Not the base's own buffer: a training step may donate the one and not the
         # other.

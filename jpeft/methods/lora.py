@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float
 
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import (
@@ -434,7 +435,9 @@ def _joined(base: Any, parts: list[Any], axis: int) -> LowRank:
 # --- the mathematics -----------------------------------------------------------------
 
 
-def low_rank_product(a: jax.Array, b: jax.Array, axes: str, dtype: Any) -> jax.Array:
+def low_rank_product(
+    a: Float[Array, ...], b: Float[Array, ...], axes: str, dtype: Any
+) -> Float[Array, ...]:
     """A.B as an array with the weight's axes, multiplied and summed in `dtype`."""
     labels = LowRank.labels_of(axes)
     z, zl = contract(
@@ -483,9 +486,9 @@ def through(
 
 @functools.partial(jax.jit, static_argnames=("scale", "labels", "options"), inline=True)
 def _two_steps(
-    x: jax.Array,
-    f: jax.Array,
-    g: jax.Array,
+    x: Float[Array, ...],
+    f: Float[Array, ...],
+    g: Float[Array, ...],
     *,
     scale: float,
     labels: tuple[tuple[Label, ...], ...],
@@ -508,7 +511,7 @@ def _two_steps(
     return align(d, dl, out)
 
 
-def dropped(leaf: LowRank, x: jax.Array) -> jax.Array:
+def dropped(leaf: LowRank, x: Float[Array, ...]) -> Float[Array, ...]:
     """The activation that enters A, with inverted dropout where there is a key."""
     if leaf.key is None or leaf.dropout == 0.0:
         return x

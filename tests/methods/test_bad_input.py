@@ -232,7 +232,7 @@ def test_a_custom_rule_on_the_weight_is_named_at_attach():
     params = {"w": jnp.ones((7, 5))}
     uses = jpeft.find_uses(lambda p, x: dot(x, p["w"]), params, X)
     raises(
-        ["w: lora cannot tell", "rule of the model's own", "exclude='w'"],
+        ["w: lora cannot tell", "gradient rule of the model's own", "exclude='w'"],
         lambda: jpeft.lora(rank=2)(KEY, params, uses=uses),
     )
 

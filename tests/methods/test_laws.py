@@ -7,6 +7,7 @@ import functools
 import itertools
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,7 +98,7 @@ in_linen = pytest.mark.parametrize(
 def test_unload_returns_the_base_bit_for_bit(method, name):
     base, params = form(name).params, attached(method, name)
     back = jpeft.unload(moved(params))
-    assert jax.tree.structure(back) == jax.tree.structure(base)
+    chex.assert_trees_all_equal_structs(back, base)
     assert bits(back) == bits(base)
 
 
