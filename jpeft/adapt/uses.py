@@ -461,8 +461,8 @@ def _verdict(
     if opaque:
         doubt = (
             f"its use at {opaque[0].site or 'a library line'} is behind a "
-            "gradient rule of the model's own (custom_jvp or custom_vjp), which a low-rank delta "
-            "would bypass"
+            "gradient rule of the model's own (custom_jvp or custom_vjp), which a "
+            "low-rank delta would bypass"
         )
     return dataclasses.replace(
         made,

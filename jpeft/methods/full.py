@@ -70,7 +70,8 @@ class Full(LeafMethod):
         if is_leaf(base):
             raise ValueError(
                 f"{path}: already carries {type(base).__name__}; a weight "
-                f"trains either whole or through an adapter: exclude={path!r} in one of the two"
+                "trains either whole or through an adapter: "
+                f"exclude={path!r} in one of the two"
             )
         # Not the base's own buffer: a training step may donate the one and not the
         # other.
