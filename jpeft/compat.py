@@ -93,7 +93,21 @@ def at_equation(eqn: Any):
 
 def source_line(eqn: Any) -> str:
     """`file:line (function)` of the user's code, or '' inside a library's own jit."""
+    if eqn.source_info is None:
+        return ""
     return source_info_util.summarize(eqn.source_info)
+
+
+def varying_axes(x: Any) -> list[str]:
+    """The manual mesh axes along which a value differs from shard to shard.
+
+    Empty outside `shard_map`, and inside one made with `check_vma=False`, which keeps
+    no account of it.
+    """
+    aval = jax.typeof(x)
+    kind = getattr(aval, "manual_axis_type", None)
+    # Before `manual_axis_type` the set stood on the type itself.
+    return sorted(kind.varying if kind is not None else getattr(aval, "vma"))  # noqa: B009
 
 
 def is_key_array(x: Any) -> bool:

@@ -146,13 +146,16 @@ class AdaptedLeaf:
         """
         raise NotImplementedError
 
-    def fold_key(self, data: Any) -> Self:
-        """The leaf with `data` folded into its dropout key, and its base's."""
+    def fold_key(self, of: int, n: Any) -> Self:
+        """The leaf with the n-th of a kind folded into its dropout key, and its base's.
+
+        of: what is counted, so that the second use and the second step differ.
+        """
         changes: dict[str, Any] = {}
         if is_leaf(self.base):
-            changes["base"] = self.base.fold_key(data)
+            changes["base"] = self.base.fold_key(of, n)
         if self.key is not None:
-            changes["key"] = jax.random.fold_in(self.key, data)
+            changes["key"] = jax.random.fold_in(jax.random.fold_in(self.key, of), n)
         return self.replace(**changes) if changes else self
 
     def has_key(self) -> bool:

@@ -18,6 +18,7 @@ from jpeft import compat
 from jpeft.adapt.interpreter import Interpreter, control_rule, has_tracer
 from jpeft.leaf import array_fields, is_leaf, leaf_specs
 
+_STEP = 2
 _OUT_OF_LOOP = "and an adapted weight cannot leave a loop, a branch or a shard_map"
 
 
@@ -139,7 +140,7 @@ def _whole(carry: Sequence[Any], fixed: Sequence[Any], same: Sequence[bool]) -> 
 
 def _folded(values: Sequence[Any], step: Any) -> list[Any]:
     """Each step of a loop draws dropout masks of its own."""
-    return [x.fold_key(step) if is_leaf(x) else x for x in values]
+    return [x.fold_key(_STEP, step) if is_leaf(x) else x for x in values]
 
 
 def _any_key(values: Sequence[Any]) -> bool:

@@ -151,8 +151,7 @@ class _Returned:
     class primitive:  # noqa: N801
         name = "return"
 
-    class source_info:  # noqa: N801
-        pass
+    source_info = None
 
 
 _RETURNED = _Returned()

@@ -22,6 +22,9 @@ Rule = Callable[["Interpreter", Any, list[Any]], Any]
 
 _RULES: dict[tuple[str, type], Rule] = {}
 _CONTROL: dict[str, Rule] = {}
+# What a dropout key folds in: the number of a use, or of a call that holds uses (a
+# loop's step folds `control._STEP`).
+_USE, _CALL = 1, 3
 
 
 def rule(*primitives: str, kind: type[AdaptedLeaf]) -> Callable[[Rule], Rule]:
@@ -205,14 +208,13 @@ class Interpreter:
             waiting.clear()
             owed.clear()
 
-        def read(v: Any) -> Any:
+        def read(e: Any, v: Any) -> Any:
             if is_literal(v):
                 return v.val
             x = env[v]
             if v in leaves and x.has_key():
                 # Two uses of one weight draw two dropout masks.
-                n = reads[v] = reads.get(v, -1) + 1
-                return x.fold_key(n) if n else x
+                return _keyed(x, e, v, reads)
             return x
 
         for k, e in enumerate(jaxpr.eqns):
@@ -226,13 +228,38 @@ class Interpreter:
                 flush(k)
             self._stack.append(e)
             with compat.at_equation(e):
-                out = self.bind(e, [read(v) for v in e.invars])
+                out = self.bind(e, [read(e, v) for v in e.invars])
             self._stack.pop()
             outs = out if e.primitive.multiple_results else [out]
             env.update(zip(e.outvars, outs, strict=True))
             leaves.update(v for v, x in zip(e.outvars, outs, strict=True) if is_leaf(x))
         flush(end)
         return [v.val if is_literal(v) else env[v] for v in jaxpr.outvars]
+
+
+def _keyed(leaf: AdaptedLeaf, eqn: Any, var: Any, reads: dict[Any, int]) -> AdaptedLeaf:
+    """The leaf with the key of its next use: two uses draw two dropout masks.
+
+    A checkpoint is no level of its own: what is rematerialised, and what is not, draw
+    the same masks.
+    """
+    n = reads[var] = reads.get(var, -1) + 1
+    name = eqn.primitive.name
+    if name in compat.CHECKPOINTS:
+        jaxpr, _ = compat.open_jaxpr(eqn.params[compat.CALLS[name]])
+        inside = {
+            inner
+            for outer, inner in zip(eqn.invars, jaxpr.invars, strict=True)
+            if outer is var
+        }
+        uses = sum(any(v in inside for v in _vars(e)) for e in jaxpr.eqns)
+        reads[var] += max(0, uses - 1)
+        return leaf.fold_key(_CALL, n) if n else leaf
+    return leaf.fold_key(_CALL if name in _CONTROL else _USE, n)
+
+
+def _vars(eqn: Any) -> list[Any]:
+    return [v for v in eqn.invars if not isinstance(v, compat.Literal)]
 
 
 def has_tracer(values: Sequence[Any]) -> bool:

@@ -94,11 +94,19 @@ class Labelled(AdaptedLeaf):
 
 
 def contract(
-    x: jax.Array, xl: Labels, y: jax.Array, yl: Labels, keep: Any, **kwargs: Any
+    x: jax.Array,
+    xl: Labels,
+    y: jax.Array,
+    yl: Labels,
+    keep: Any,
+    *,
+    place: Callable[[Labels], Any] | None = None,
+    **kwargs: Any,
 ) -> tuple[jax.Array, list[Label]]:
     """Sums x*y over the labels that are not in `keep`.
 
-    Labels come back in the order of `dot_general`: batch, x's own, y's own.
+    Labels come back in the order of `dot_general`: batch, x's own, y's own.  place: the
+    sharding of a result with these labels, where the mesh is explicit.
     """
     keep = set(keep)
     x, xl = _sum_lone(x, list(xl), yl, keep)
@@ -108,9 +116,11 @@ def contract(
     summed = [k for k in shared if k not in keep]
     at = lambda labels, which: tuple(labels.index(k) for k in which)
     numbers = ((at(xl, summed), at(yl, summed)), (at(xl, batch), at(yl, batch)))
-    out = lax.dot_general(x, y, numbers, **kwargs)
     own = [k for k in xl if k not in shared] + [k for k in yl if k not in shared]
-    return out, batch + own
+    labels = batch + own
+    if place is not None:
+        kwargs["out_sharding"] = place(labels)
+    return lax.dot_general(x, y, numbers, **kwargs), labels
 
 
 def _sum_lone(
@@ -202,19 +212,26 @@ def operand_labels(
 
 @rule("transpose", kind=Labelled)
 def _transpose(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    leaf, perm = ins[0], eqn.params["permutation"]
+    return _transposed(ins[0], it.base(eqn, ins), eqn.params["permutation"])
 
+
+def _transposed(leaf: Labelled, base: Any, perm: Sequence[int]) -> Labelled:
     def f(x: jax.Array, old: list[Label], new: list[Label]) -> jax.Array:
         return align(x, old, [perm[k] if isinstance(k, int) else k for k in new])
 
-    return leaf.move(it.base(eqn, ins), f, "".join(leaf.axes[k] for k in perm))
+    return leaf.move(base, f, "".join(leaf.axes[k] for k in perm))
 
 
 @rule("reshape", kind=Labelled)
 def _reshape(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     leaf, dst = ins[0], eqn.outvars[0].aval.shape
-    if eqn.params.get("dimensions") is not None or 0 in dst:
+    if 0 in dst:
         return None
+    new_base = it.base(eqn, ins)
+    if (perm := eqn.params.get("dimensions")) is not None:
+        # Transposed first, as vmap of a convolution writes it.
+        shape = jax.ShapeDtypeStruct([leaf.shape[k] for k in perm], leaf.dtype)
+        leaf = _transposed(leaf, shape, perm)
     axes: list[str] = ["o"] * len(dst)  # axes of size 1 may have any label
     for src_group, dst_group in axis_groups(leaf.shape, dst):
         if len({leaf.axes[k] for k in src_group}) > 1:
@@ -227,7 +244,7 @@ def _reshape(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
             [dst[k] if isinstance(k, int) else x.shape[old.index(k)] for k in new]
         )
 
-    return leaf.move(it.base(eqn, ins), f, "".join(axes))
+    return leaf.move(new_base, f, "".join(axes))
 
 
 @rule("broadcast_in_dim", kind=Labelled)
@@ -326,6 +343,40 @@ def _split(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
         leaf.replace(base=b, **{n: parts[k] for n, parts in cut.items()})
         for k, b in enumerate(it.base(eqn, ins))
     ]
+
+
+@rule("tile", kind=Labelled)
+def _tile(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    reps = eqn.params["reps"]
+    if len(reps) != ins[0].ndim:
+        return None
+
+    def f(x: jax.Array, old: list[Label], _: list[Label]) -> jax.Array:
+        return jnp.tile(x, [reps[k] if isinstance(k, int) else 1 for k in old])
+
+    return ins[0].move(it.base(eqn, ins), f)
+
+
+@rule("all_gather", kind=Labelled)
+def _all_gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """A weight put together from its shards: so is each array that has the axis."""
+    p = eqn.params
+    axis = p["all_gather_dimension"]
+    if not p["tiled"] or len(ins) != 1:
+        return None
+
+    def f(x: jax.Array, old: list[Label], _: list[Label]) -> jax.Array:
+        if axis not in old:
+            return x
+        return lax.all_gather(
+            x,
+            p["axis_name"],
+            axis_index_groups=p["axis_index_groups"],
+            axis=old.index(axis),
+            tiled=True,
+        )
+
+    return ins[0].move(it.base(eqn, ins), f)
 
 
 @rule("rev", kind=Labelled)

@@ -152,9 +152,10 @@ class _Finder:
         if name in ("scan", "while", "cond"):
             return getattr(self, f"_{name}")(eqn, ins, fed, (*context, name))
         if name == "concatenate" and not all(ins):
-            # Joined with something else (a class token before the text).
             for tags in ins:
                 self.record(eqn, tags, None, context)
+            if any(fed):  # class tokens or queries beside the text: an activation
+                return [[]], [True]
         outs = self.consumed(eqn, ins, context)
         if outs is None:
             outs = self.moved(eqn, ins)
@@ -182,9 +183,15 @@ class _Finder:
         # A carry may come to depend on the data in a later step.
         carried = [any(fed)] * n_carry
         inner_fed = [*fed[:n_consts], *carried, *fed[n_consts + n_carry :]]
-        self.walk(jaxpr, [*ins[:n_consts], *carry, *rows], inner_fed, context)
+        inner, _ = self.walk(
+            jaxpr, [*ins[:n_consts], *carry, *rows], inner_fed, context
+        )
         outs: list[Tags] = [c if s else [] for c, s in zip(carry, same, strict=True)]
-        outs += [[] for _ in range(len(eqn.outvars) - n_carry)]
+        for tags in inner[n_carry:]:  # stacked again, but no rule takes them further
+            row = lambda t: frozenset(k for k, label in t.gone if label == "s")
+            stacked = [t.moved([row(t), *t.axes]) for t in tags]
+            self.record(eqn, stacked, None, context)
+            outs.append([dataclasses.replace(t, blurred=True) for t in stacked])
         return outs, [any(fed)] * len(eqn.outvars)
 
     def _while(self, eqn: Any, ins: list[Tags], fed: list[bool], context: Any):
@@ -216,15 +223,18 @@ class _Finder:
         for tags, s in zip(carry, same, strict=True):
             if not s:
                 self.record(eqn, tags, None, context)
-        return [c if s else [] for c, s in zip(carry, same, strict=True)], same
+        blur = lambda tags: [dataclasses.replace(t, blurred=True) for t in tags]
+        return [c if s else blur(c) for c, s in zip(carry, same, strict=True)], same
 
     def _cond(self, eqn: Any, ins: list[Tags], fed: list[bool], context: Any):
+        found: list[Tags] = [[] for _ in eqn.outvars]
         for branch in eqn.params["branches"]:
             jaxpr, _ = compat.open_jaxpr(branch)
             outs, _ = self.walk(jaxpr, ins[1:], fed[1:], context)
-            for tags in outs:
+            for k, tags in enumerate(outs):
                 self.record(eqn, tags, None, context)
-        return [[] for _ in eqn.outvars], [any(fed)] * len(eqn.outvars)
+                found[k] += [dataclasses.replace(t, blurred=True) for t in tags]
+        return found, [any(fed)] * len(eqn.outvars)
 
     # -- what an equation does ---------------------------------------------------------
 
@@ -243,7 +253,7 @@ class _Finder:
                 ]
                 self.record(eqn, ins[w], roles, context)
             return [[]]
-        if name == "ragged_dot_general" and not ins[0]:
+        if name == "ragged_dot_general":
             numbers = p["ragged_dot_dimension_numbers"]
             contracting, batch = numbers.dot_dimension_numbers
             groups = numbers.rhs_group_dimensions
@@ -255,11 +265,13 @@ class _Finder:
                 else "o"
                 for k in range(ndim(1))
             ]
+            self.record(eqn, ins[0], None, context)
             self.record(eqn, ins[1], roles, context)
             return [[]]
-        if name == "conv_general_dilated" and not ins[0]:
+        if name == "conv_general_dilated":
             out = p["dimension_numbers"].rhs_spec[0]
             roles = ["o" if k == out else "i" for k in range(ndim(1))]
+            self.record(eqn, ins[0], None, context)
             self.record(eqn, ins[1], roles, context)
             return [[]]
         if name == "gather" and not ins[1]:
@@ -308,13 +320,33 @@ class _Finder:
         if name == "transpose":
             return each(lambda a: [a[k] for k in p["permutation"]])
         if name == "reshape":
-            source = {k: s for s, d in axis_groups(src, dst) for k in d}
+            turn = p.get("dimensions") or range(len(src))
+            source = {
+                k: [turn[q] for q in s]
+                for s, d in axis_groups([src[q] for q in turn], dst)
+                for k in d
+            }
             return each(
                 lambda a: [
                     frozenset().union(*(a[s] for s in source.get(k, ())))
                     for k in range(len(dst))
                 ]
             )
+        if name == "reduce_sum":  # jnp.einsum sums an axis that only the weight has
+            gone = p["axes"]
+            return [
+                [
+                    dataclasses.replace(
+                        t.moved([a for k, a in enumerate(t.axes) if k not in gone]),
+                        gone=t.gone | {(a, "i") for k in gone for a in t.axes[k]},
+                    )
+                    for t in ins[0]
+                ]
+            ]
+        if name == "tile" and len(p["reps"]) == len(src):
+            return [ins[0]]
+        if name == "all_gather" and p["tiled"]:
+            return [ins[0]]
         if name == "broadcast_in_dim":
             to = p["broadcast_dimensions"]
             return each(
@@ -358,16 +390,15 @@ class _Finder:
         """Anything else: a use; a blurred piece of the weight if no data entered."""
         for tags in ins:
             self.record(eqn, [t for t in tags if not t.blurred], None, context)
-        if fed:
-            return [[] for _ in eqn.outvars]
         out = []
         for v in eqn.outvars:
-            ndim = len(v.aval.shape)
             tags = []
             for k, own in enumerate(ins):
-                same = eqn.invars[k].aval.shape == v.aval.shape
+                shape = eqn.invars[k].aval.shape
                 for t in own:
-                    axes = t.axes if same else (_NOTHING,) * ndim
+                    if fed and not _is_edit(eqn, t, shape, v.aval.shape):
+                        continue
+                    axes = _axes_after(t, shape, v.aval.shape)
                     tags.append(dataclasses.replace(t.moved(axes), blurred=True))
             out.append(list(dict.fromkeys(tags)))
         return out
@@ -405,6 +436,33 @@ class _Finder:
             )
 
 
+# With data these make another weight of a weight: a mask, a gate, a row written.
+_EDITS = frozenset({"mul", "div", "select_n", "dynamic_update_slice"})
+
+
+def _is_edit(eqn: Any, t: Tag, src: Sequence[int], dst: Sequence[int]) -> bool:
+    """Whether an equation that data enters still gives a weight of the same shape.
+
+    A sum does not count: a position table added to the text is the common case, and
+    a weight with noise added the rare one.  Nor does what was spread over a batch.
+    """
+    name = eqn.primitive.name
+    if name not in _EDITS and not name.startswith("scatter"):
+        return False
+    wide = [bool(ks) for ks, n in zip(t.axes, src, strict=True) if n > 1]
+    return tuple(src) == tuple(dst) and len(wide) > 1 and all(wide)
+
+
+def _axes_after(t: Tag, src: Sequence[int], dst: Sequence[int]) -> Sequence[Any]:
+    """Where a computed value has the weight's axes: where they were, if it kept its
+    shape; anywhere, if it is as large as a matrix of another shape; else nowhere."""
+    if tuple(src) == tuple(dst):
+        return t.axes
+    wide = [n > 1 for n in dst]
+    held = frozenset().union(*t.axes) if sum(wide) > 1 else _NOTHING
+    return [held if w else _NOTHING for w in wide]
+
+
 def _one_label(seen: set[str], size: int) -> str:
     """in and out beat stack where an axis has both (fused storage, then sliced)."""
     if not seen:
@@ -434,10 +492,10 @@ def _verdict(
         return dataclasses.replace(made, kind=UNUSED)
     eaten = [u for u in uses if u.primitive in CONSUMERS and u.roles]
     fit = [u for u in eaten if not u.blurred and _is_matrix(u.roles, shape)]
-    blurred = [u for u in eaten if u.blurred and u.primitive != "gather"]
     if not fit:
-        if any(_wide(u, shape) for u in blurred):
-            u = blurred[0]
+        changed = [u for u in eaten if u.primitive != "gather" and _wide(u, shape)]
+        if changed:
+            u = changed[0]
             return dataclasses.replace(
                 made,
                 kind=CONSUMERS[u.primitive],

@@ -25,7 +25,7 @@ _SEEDS = (1, 0x7F4A7C15)
 
 
 @jax.jit
-def digest(x: Shaped[Array, ...]) -> UInt32[Array, 2]:
+def digest(x: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
     """Two uint32 words of an array of any shape and dtype."""
     if is_key_array(x):
         x = jax.random.key_data(x)
@@ -47,7 +47,7 @@ def digest(x: Shaped[Array, ...]) -> UInt32[Array, 2]:
     return jnp.stack(sums)
 
 
-def _odd(index: UInt32[Array, ...], seed: int) -> UInt32[Array, ...]:
+def _odd(index: UInt32[Array, "..."], seed: int) -> UInt32[Array, "..."]:
     h = (index + jnp.uint32(seed)) * jnp.uint32(0x9E3779B1)
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     return (h ^ (h >> 13)) | jnp.uint32(1)

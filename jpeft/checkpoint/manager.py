@@ -160,7 +160,7 @@ class CheckpointManager:
                 f"{folder}/state: damaged: bits differ from those saved"
             )
         new = [
-            jax.random.wrap_key_data(arrays[f"{k:06d}"])
+            jax.random.wrap_key_data(arrays[f"{k:06d}"], impl=jax.random.key_impl(x))
             if compat.is_key_array(x)
             else arrays[f"{k:06d}"]
             for k, (_, x) in enumerate(flat)
@@ -182,7 +182,12 @@ class CheckpointManager:
 
 def _flat(tree: PyTree) -> list[tuple[str, Any]]:
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(p), x) for p, x in flat]
+    return [(jax.tree_util.keystr(p) + _key_kind(x), x) for p, x in flat]
+
+
+def _key_kind(x: Any) -> str:
+    """A key's kind is part of its place: its words mean nothing to another kind."""
+    return f":{x.dtype}" if compat.is_key_array(x) else ""
 
 
 def _array(path: str, x: Any) -> Any:

@@ -24,8 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from jpeft import compat
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import (
     Label,
@@ -111,6 +113,7 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         out,
         precision=eqn.params["precision"],
         preferred_element_type=eqn.params["preferred_element_type"],
+        out_sharding=eqn.params.get("out_sharding"),
     )
     return y + delta.astype(y.dtype)
 
@@ -292,11 +295,10 @@ def _ragged_dot(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         "precision": p["precision"],
         "preferred_element_type": p["preferred_element_type"],
     }
-    h = lax.ragged_dot(x, first.astype(x.dtype), group_sizes, **options)
-    h = _scaled(h, leaf.scale)
-    d = lax.ragged_dot(
-        h.astype(x.dtype), second.astype(x.dtype), group_sizes, **options
-    )
+    first, second = first.astype(leaf.dtype), second.astype(leaf.dtype)
+    h = lax.ragged_dot(x, first, group_sizes, **options)
+    h = _scaled(h.astype(leaf.dtype), leaf.scale)
+    d = lax.ragged_dot(h, second, group_sizes, **options)
     return y + d.astype(y.dtype)
 
 
@@ -436,8 +438,8 @@ def _joined(base: Any, parts: list[Any], axis: int) -> LowRank:
 
 
 def low_rank_product(
-    a: Float[Array, ...], b: Float[Array, ...], axes: str, dtype: Any
-) -> Float[Array, ...]:
+    a: Float[Array, "..."], b: Float[Array, "..."], axes: str, dtype: Any
+) -> Float[Array, "..."]:
     """A.B as an array with the weight's axes, multiplied and summed in `dtype`."""
     labels = LowRank.labels_of(axes)
     z, zl = contract(
@@ -452,12 +454,20 @@ def low_rank_product(
 
 
 def through(
-    leaf: LowRank, x: jax.Array, xl: list[Label], out: list[Label], **options: Any
+    leaf: LowRank,
+    x: jax.Array,
+    xl: list[Label],
+    out: list[Label],
+    *,
+    out_sharding: Any = None,
+    **options: Any,
 ) -> jax.Array:
     """scale * (sum of x * A.B over every label not in `out`), through the rank.
 
-    The factor that makes the sum cheaper comes first.  Factors are cast to the
-    activation's dtype, as a model casts its weight.
+    The factor that makes the sum cheaper comes first.  Factors have the dtype the
+    weight has in this product, whatever the activation's: beside a bfloat16 weight they
+    are cast to bfloat16, beside a float32 weight that meets int8 or bfloat16 they stay
+    float32.
     """
     labels = leaf.labels()
     size: dict[Label, int] = {
@@ -479,20 +489,28 @@ def through(
         getattr(leaf, first),
         getattr(leaf, second),
         scale=leaf.scale,
+        dtype=jnp.dtype(leaf.dtype),
         labels=tuple(map(tuple, (xl, labels[first], labels[second], keep, out))),
         options=tuple(options.items()),
+        places=_places(x, xl, out, out_sharding),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "labels", "options"), inline=True)
+@functools.partial(
+    jax.jit,
+    static_argnames=("scale", "dtype", "labels", "options", "places"),
+    inline=True,
+)
 def _two_steps(
-    x: Float[Array, ...],
-    f: Float[Array, ...],
-    g: Float[Array, ...],
+    x: Float[Array, "..."],
+    f: Float[Array, "..."],
+    g: Float[Array, "..."],
     *,
     scale: float,
+    dtype: Any,
     labels: tuple[tuple[Label, ...], ...],
     options: tuple[tuple[str, Any], ...],
+    places: Any,
 ) -> jax.Array:
     """scale * (x.f).g.
 
@@ -500,25 +518,44 @@ def _two_steps(
     differentiates it once for each shape, not once for each weight.
     """
     xl, fl, gl, keep, out = map(list, labels)
-    f, g = f.astype(x.dtype), g.astype(x.dtype)
-    h, hl = contract(x, xl, f, fl, keep, **dict(options))
-    h = _scaled(h, scale).astype(g.dtype)
+    f, g = f.astype(dtype), g.astype(dtype)
+    h, hl = contract(x, xl, f, fl, keep, place=_placer(places, 1), **dict(options))
+    h = _scaled(h.astype(dtype), scale)
     tail = [k for k in gl if k not in hl]
     if tail and out[-len(tail) :] != tail:  # the operand order that spares a transpose
-        d, dl = contract(g, gl, h, hl, out, **dict(options))
-    else:
-        d, dl = contract(h, hl, g, gl, out, **dict(options))
+        h, hl, g, gl = g, gl, h, hl
+    d, dl = contract(h, hl, g, gl, out, place=_placer(places, 2), **dict(options))
     return align(d, dl, out)
 
 
-def dropped(leaf: LowRank, x: Float[Array, ...]) -> Float[Array, ...]:
+def _places(x: Any, xl: list[Label], out: list[Label], sharding: Any) -> Any:
+    """Where the two products go on an explicit mesh, if the equation says where its own
+    goes: (mesh, mesh axes of each label of the first, and of the second)."""
+    if sharding is None:
+        return None
+    of_x = tuple(zip(xl, jax.typeof(x).sharding.spec, strict=True))
+    return sharding.mesh, of_x, tuple(zip(out, sharding.spec, strict=True))
+
+
+def _placer(places: Any, product: int) -> Any:
+    if places is None:
+        return None
+    mesh, axes = places[0], dict(places[product])
+    return lambda labels: NamedSharding(
+        mesh, PartitionSpec(*(axes.get(k) for k in labels))
+    )
+
+
+def dropped(leaf: LowRank, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The activation that enters A, with inverted dropout where there is a key."""
     if leaf.key is None or leaf.dropout == 0.0:
         return x
     key = leaf.key
-    for axis in sorted(getattr(jax.typeof(x), "vma", ())):
+    for axis in compat.varying_axes(x):  # shards draw masks of their own
         key = jax.random.fold_in(key, lax.axis_index(axis))
     keep = 1.0 - leaf.dropout
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(leaf.dtype)
     mask = jax.random.bernoulli(key, keep, jnp.shape(x))
     return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
 

@@ -14,6 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jpeft.boxes import unbox
+from jpeft.compat import is_key_array
+from jpeft.leaf import innermost
+from jpeft.tree.paths import slots
 from jpeft.tree.split import combine, partition, trainable_mask
 from jpeft.types import PyTree
 
@@ -42,7 +46,17 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
         whole = jax.tree.map(_filled, updates, params, is_leaf=_is_none)
         return inner.update(whole, state, params, **extra)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    def init(params: PyTree) -> Any:
+        for path, slot in slots(params).items():
+            if is_key_array(unbox(innermost(slot))):
+                raise ValueError(
+                    f"{path}: a random key, which Optax cannot update; keep "
+                    "it out of the parameters (nnx.split(model, nnx.Param, ...)) or "
+                    "use jpeft.partition"
+                )
+        return inner.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _filled(grad: Any, param: Any) -> Any:
@@ -59,8 +73,8 @@ def _nothing(x: Any) -> jax.Array:
 
     For floats that is -0.0: x + 0.0 would make +0.0 of -0.0.
     """
-    zero = jnp.zeros(x.shape, x.dtype)
-    return -zero if jnp.issubdtype(x.dtype, jnp.floating) else zero
+    zero = jnp.zeros(jnp.shape(x), jnp.result_type(x))
+    return -zero if jnp.issubdtype(zero.dtype, jnp.floating) else zero
 
 
 def _hold_still() -> optax.GradientTransformation:

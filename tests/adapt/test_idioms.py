@@ -615,6 +615,17 @@ case(
     [X],
 )
 case(
+    "shard_map that gathers the weight",
+    lambda w, x: jax.shard_map(
+        lambda x, w: x @ lax.all_gather(w, "m", axis=0, tiled=True),
+        mesh=mesh(),
+        in_specs=(P(None, "m"), P("m", None)),
+        out_specs=P(None, "m"),
+    )(x, w),
+    [n(8, 8)],
+    [n(3, 4, 8, k=9)],
+)
+case(
     "sharding constraint on the weight",
     lambda w, x: (
         x

@@ -217,3 +217,23 @@ def test_adapters_are_made_beside_their_sharded_base():
         fn(params | {"kernel": kernel}, X),
         rtol=1e-6,
     )
+
+
+def test_a_row_parallel_weight_on_an_explicit_mesh():
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=kinds)
+    with jax.set_mesh(mesh):
+        kernel = jax.device_put(jnp.ones((8, 6)), P("m", None))
+        x = jax.device_put(X, P("d", "m"))
+        params = jpeft.lora(rank=2)(KEY, {"kernel": kernel})
+        leaf = params["kernel"]
+        params = {"kernel": leaf.replace(b=leaf.b + 0.1)}
+        fn = lambda p, x: jnp.einsum(
+            "bf,fd->bd", x, p["kernel"], out_sharding=P("d", None)
+        )
+        got = jax.jit(jpeft.adapt(fn))(params, x)
+        assert got.sharding.spec == P("d", None)
+        np.testing.assert_allclose(got, fn(jpeft.merge(params), x), rtol=1e-5)
+        loss = lambda p: jnp.sum(jpeft.adapt(fn)(p, x) ** 2)
+        _, grads = jax.jit(jpeft.value_and_grad(loss))(params)
+        assert grads["kernel"].a.shape == (8, 2)
