@@ -1,0 +1,546 @@
+"""`LowRank`: the leaf of LoRA and its kin, W + scale * A.B, and how it acts.
+
+    x W  ->  x W + scale (x A) B     A (*stack, *in, rank)   B (*stack, rank, *out)
+
+Where a model consumes the weight, the delta acts as two small contractions beside the
+base's own; what moves the weight about before that moves the factors.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from jpeft import compat
+from jpeft.adapt.interpreter import Interpreter, rule
+from jpeft.adapt.labels import (
+    Label,
+    Labelled,
+    R,
+    align,
+    broadcast_axes,
+    contract,
+    factor_along,
+    operand_labels,
+    relabel,
+)
+from jpeft.leaf import adapted_leaf, is_leaf, static, trainable, wide_dtype
+
+# --- the leaf ------------------------------------------------------------------------
+
+
+@adapted_leaf
+class LowRank(Labelled):
+    """W + scale * A.B, never computed unless asked for.
+
+    a: (*stack, *in, rank); b: (*stack, rank, *out), axes in the weight's order.
+    dropout: rate on the activation that enters A; active only where `adapt` has a key.
+    """
+
+    a: Any = trainable()
+    b: Any = trainable()
+    scale: float = static(default=1.0)
+    dropout: float = static(default=0.0)
+
+    @classmethod
+    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
+        s, i, o = ([k for k, c in enumerate(axes) if c == g] for g in "sio")
+        return {"a": [*s, *i, R], "b": [*s, R, *o]}
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[self.labels()["b"].index(R)]
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        wide = wide_dtype(self.dtype)
+        base = self.base.materialize(wide) if is_leaf(self.base) else self.base
+        delta = low_rank_product(self.a, self.b, self.axes, wide)
+        out = jnp.asarray(base).astype(wide) + self.scale * delta
+        return out.astype(self.dtype if dtype is None else dtype)
+
+    def disable(self) -> Self:
+        base = self.base.disable() if is_leaf(self.base) else self.base
+        return self.replace(base=base, b=jax.tree.map(jnp.zeros_like, self.b))
+
+
+# --- rules: where a model consumes the weight ----------------------------------------
+
+
+@rule("dot_general", kind=LowRank)
+def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    if all(map(is_leaf, ins)):
+        # Two adapted weights meet (learned queries times a projection): the smaller one
+        # is this equation's activation, which exists in any case.
+        k = 0 if ins[0].size <= ins[1].size else 1
+        ins = [x.materialize() if j == k else x for j, x in enumerate(ins)]
+        if not isinstance(ins[1 - k], LowRank):
+            return it.bind(eqn, ins)
+    side = 0 if is_leaf(ins[0]) else 1
+    leaf, x = ins[side], ins[1 - side]
+    xl, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+    y = it.base(eqn, ins)
+    delta = through(
+        leaf,
+        dropped(leaf, x),
+        xl,
+        out,
+        precision=eqn.params["precision"],
+        preferred_element_type=eqn.params["preferred_element_type"],
+        out_sharding=eqn.params.get("out_sharding"),
+    )
+    return y + delta.astype(y.dtype)
+
+
+@rule("conv_general_dilated", kind=LowRank)
+def _conv(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """A convolution with A's kernels, then B as a 1x1 convolution."""
+    x, leaf = ins
+    if is_leaf(x) or not is_leaf(leaf):
+        return None
+    p, numbers = eqn.params, eqn.params["dimension_numbers"]
+    out_axis, groups = numbers.rhs_spec[0], p["feature_group_count"]
+    a, b, rest = leaf.a, leaf.b, leaf.axes[:out_axis] + leaf.axes[out_axis + 1 :]
+    if leaf.axes[out_axis] == "i" and set(rest) == {"o"}:
+        # Labelled the other way round: the same two factors, in the other order.
+        a, b, rest = jnp.moveaxis(leaf.b, 0, -1), leaf.a.T, "i" * len(rest)
+    elif leaf.axes[out_axis] != "o":
+        return None
+    if set(rest) != {"i"} or p["batch_group_count"] != 1:
+        return None
+    y = it.base(eqn, ins)
+    kernel = jnp.moveaxis(a, -1, out_axis).astype(x.dtype)
+    if groups > 1:  # every group reads its own channels with the same A
+        kernel = jnp.concatenate([kernel] * groups, out_axis)
+    h = lax.conv_general_dilated(
+        dropped(leaf, x),
+        kernel,
+        p["window_strides"],
+        p["padding"],
+        p["lhs_dilation"],
+        p["rhs_dilation"],
+        numbers,
+        groups,
+        precision=p["precision"],
+        preferred_element_type=p["preferred_element_type"],
+    )
+    features = numbers.out_spec[1]
+    h = jnp.moveaxis(h, features, -1)
+    h = h.reshape(*h.shape[:-1], groups, -1).astype(x.dtype)
+    b = b.astype(x.dtype).reshape(b.shape[0], groups, -1)
+    d = jnp.einsum("...gr,rgo->...go", h, b)
+    d = d.reshape(*h.shape[:-2], -1)
+    return y + (leaf.scale * jnp.moveaxis(d, -1, features)).astype(y.dtype)
+
+
+@rule("gather", kind=LowRank)
+def _gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """Rows of A (or columns of B) are gathered; the product is made of those rows."""
+    leaf, indices = ins
+    if is_leaf(indices) or not is_leaf(leaf):
+        return None
+    p, numbers = eqn.params, eqn.params["dimension_numbers"]
+    batching = dict(
+        zip(
+            numbers.operand_batching_dims,
+            numbers.start_indices_batching_dims,
+            strict=True,
+        )
+    )
+    collapsed = {*numbers.collapsed_slice_dims, *batching}
+    kept = [k for k in range(leaf.ndim) if k not in collapsed]
+    rows: list[Label] = [("n", k) for k in range(jnp.ndim(indices) - 1)]
+    each_row, each_kept = iter(rows), iter(kept)
+    out = [
+        next(each_kept) if k in numbers.offset_dims else next(each_row)
+        for k in range(len(eqn.outvars[0].aval.shape))
+    ]
+    labels = leaf.labels()
+    a, al = _gather_factor(p, leaf.a, labels["a"], indices, rows, batching)
+    b, bl = _gather_factor(p, leaf.b, labels["b"], indices, rows, batching)
+    y = it.base(eqn, ins)
+    wide = {leaf.axes[k] for k in kept if p["slice_sizes"][k] > 1}
+    if {"i", "o"} <= wide:  # what was gathered are weights: W[expert_ids]
+        return _gathered_weight(leaf, y, a, al, b, bl, out)
+    z, zl = contract(a, al, b, bl, out)
+    return y + (leaf.scale * align(z, zl, out)).astype(y.dtype)
+
+
+def _gather_factor(
+    p: Mapping[str, Any],
+    x: jax.Array,
+    labels: list[Label],
+    indices: jax.Array,
+    rows: list[Label],
+    batching: dict[int, int],
+) -> tuple[jax.Array, list[Label]]:
+    """The same gather on one factor, by those index columns that speak of its axes."""
+    numbers = p["dimension_numbers"]
+    sizes = [
+        p["slice_sizes"][k] if isinstance(k, int) else n
+        for k, n in zip(labels, x.shape, strict=True)
+    ]
+    columns = [c for c, k in enumerate(numbers.start_index_map) if k in labels]
+    shared = [k for k in batching if k in labels]
+    gone = [k for k in labels if k in numbers.collapsed_slice_dims]
+    left = [k for k in labels if k not in gone and k not in shared]
+    if not columns and not shared:
+        whole = lax.slice(x, [0] * x.ndim, sizes)
+        return lax.squeeze(whole, [labels.index(k) for k in gone]), left
+    mine = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(len(rows), len(rows) + len(left))),
+        collapsed_slice_dims=tuple(sorted(labels.index(k) for k in gone)),
+        start_index_map=tuple(
+            labels.index(numbers.start_index_map[c]) for c in columns
+        ),
+        operand_batching_dims=tuple(labels.index(k) for k in shared),
+        start_indices_batching_dims=tuple(batching[k] for k in shared),
+    )
+    out = lax.gather(
+        x,
+        indices[..., np.array(columns, np.int32)],
+        mine,
+        sizes,
+        mode=p["mode"],
+        fill_value=0,  # the base says what a row out of range is; its delta is nothing
+        indices_are_sorted=p["indices_are_sorted"] and not batching,
+        unique_indices=p["unique_indices"]
+        and len(columns) == len(numbers.start_index_map),
+    )
+    return out, rows + left
+
+
+def _gathered_weight(
+    leaf: LowRank,
+    base: Any,
+    a: jax.Array,
+    al: list[Label],
+    b: jax.Array,
+    bl: list[Label],
+    out: list[Label],
+) -> LowRank:
+    row: list[Label] = [k for k in out if isinstance(k, tuple)]
+    in_a, in_b = (not row or row[0] in labels for labels in (al, bl))
+    group = "s" if row and in_a and in_b else "i" if in_a else "o"
+    axes = "".join(group if isinstance(k, tuple) else leaf.axes[k] for k in out)  # type: ignore[index]
+    place = lambda labels: [R if k == R else out.index(k) for k in labels]
+    new = LowRank.labels_of(axes)
+    return leaf.replace(
+        base=base,
+        axes=axes,
+        a=align(a, place(al), new["a"]),
+        b=align(b, place(bl), new["b"]),
+    )
+
+
+@rule("ragged_dot_general", kind=LowRank)
+def _ragged_dot(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """Experts on sorted tokens: a ragged dot with A, then one with B."""
+    x, leaf, group_sizes, *_ = ins
+    if is_leaf(x) or not is_leaf(leaf) or len(ins) != 3:
+        return None
+    p = eqn.params
+    numbers = p["ragged_dot_dimension_numbers"]
+    (contracting, batch) = numbers.dot_dimension_numbers
+    group = tuple(numbers.rhs_group_dimensions)
+    ragged = tuple(numbers.lhs_ragged_dimensions)
+    plain = (
+        batch == ((), ())
+        and len(group) == 1
+        and jnp.ndim(x) == 2
+        and leaf.ndim == 3
+        and ragged != tuple(contracting[0])
+        and p["group_offset"] is None
+    )
+    if not plain:
+        return None
+    g, i = group[0], contracting[1][0]
+    o = next(k for k in range(3) if k not in (g, i))
+    if (leaf.axes[g], leaf.axes[i], leaf.axes[o]) not in {
+        ("s", "i", "o"),
+        ("s", "o", "i"),
+    }:
+        return None
+    y = it.base(eqn, ins)
+    first, second = _as_stack(leaf, g, i, o)
+    x = dropped(leaf, x)
+    x = x if contracting[0][0] == 1 else x.T
+    options = {
+        "precision": p["precision"],
+        "preferred_element_type": p["preferred_element_type"],
+    }
+    first, second = first.astype(leaf.dtype), second.astype(leaf.dtype)
+    h = lax.ragged_dot(x, first, group_sizes, **options)
+    h = _scaled(h.astype(leaf.dtype), leaf.scale)
+    d = lax.ragged_dot(h, second, group_sizes, **options)
+    return y + d.astype(y.dtype)
+
+
+def _as_stack(leaf: LowRank, g: int, i: int, o: int) -> tuple[jax.Array, jax.Array]:
+    """The factors as (group, in, rank) and (group, rank, out) for this use."""
+    labels = leaf.labels()
+    f = {n: (getattr(leaf, n), labels[n]) for n in ("a", "b")}
+    first, second = ("a", "b") if leaf.axes[i] == "i" else ("b", "a")
+    return align(*f[first], [g, i, R]), align(*f[second], [g, R, o])
+
+
+# --- rules: what happens to the weight before it is consumed -------------------------
+
+
+@rule("neg", kind=LowRank)
+def _neg(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    return ins[0].replace(base=it.base(eqn, ins), b=-ins[0].b)
+
+
+@rule("mul", "div", kind=LowRank)
+def _mul(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """Times a number, or a vector along axes that one factor has to itself."""
+    side = 0 if is_leaf(ins[0]) else 1
+    if all(map(is_leaf, ins)) or (side == 1 and eqn.primitive.name == "div"):
+        return None
+    leaf, v = ins[side], ins[1 - side]
+    varying = broadcast_axes(it, eqn, 1 - side)
+    if varying is None:
+        return None
+    v = jnp.broadcast_to(v, leaf.shape) if jnp.ndim(v) != leaf.ndim else v
+    for name, labels in reversed(leaf.labels().items()):
+        if varying <= set(labels):
+            x = getattr(leaf, name)
+            f = factor_along(v, varying, labels).astype(x.dtype)
+            x = x * f if eqn.primitive.name == "mul" else x / f
+            return leaf.replace(base=it.base(eqn, ins), **{name: x})
+    return None
+
+
+@rule("reduce_sum", kind=LowRank)
+def _reduce_sum(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """jnp.einsum sums a lone axis of the weight before the product."""
+    leaf, gone = ins[0], eqn.params["axes"]
+    if any(leaf.axes[k] == "s" for k in gone):
+        return None
+    axes = "".join(c for k, c in enumerate(leaf.axes) if k not in gone)
+    return leaf.move(
+        it.base(eqn, ins),
+        lambda x, old, _: jnp.sum(x, tuple(old.index(k) for k in gone if k in old)),
+        axes,
+    )
+
+
+@rule("concatenate", kind=LowRank)
+def _concatenate(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """Weights side by side.
+
+    Along an input or output axis ranks add and one factor is block diagonal; along a
+    stack both factors are stacked.
+    """
+    axis = eqn.params["dimension"]
+    leaves = [x for x in ins if is_leaf(x)]
+    if not all(isinstance(x, LowRank) for x in leaves):
+        return None
+    wanted = next((x.axes for x in leaves if x.shape[axis] > 1), leaves[0].axes)
+    same = [_fit(x, axis, wanted) if is_leaf(x) else x for x in ins]
+    if any(is_leaf(x) and x.axes != wanted for x in same):
+        return None
+    return _joined(it.base(eqn, ins), same, axis)
+
+
+def _fit(leaf: LowRank, axis: int, axes: str) -> LowRank:
+    if leaf.shape[axis] == 1 and leaf.axes[axis] != axes[axis]:
+        return relabel(leaf, axis, axes[axis])  # type: ignore[return-value]
+    return leaf
+
+
+@rule("stack", kind=LowRank)
+def _stack(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """`jnp.stack`, a primitive since jax 0.10: weights become a stack."""
+    axis = eqn.params.get("axis", eqn.params.get("dimension"))
+    leaves = [x for x in ins if is_leaf(x)]
+    if axis is None or not all(isinstance(x, LowRank) for x in leaves):
+        return None
+    if len({x.axes for x in leaves}) > 1:
+        return None
+    old = leaves[0].axes
+    axes = old[:axis] + "s" + old[axis:]
+    shift = lambda k: k if not isinstance(k, int) or k < axis else k + 1
+
+    def lift(x: Any) -> Any:
+        if not is_leaf(x):
+            return jnp.expand_dims(x, axis)
+
+        def f(y: jax.Array, had: list[Label], new: list[Label]) -> jax.Array:
+            y = jnp.expand_dims(y, 0)
+            return align(y, [axis, *map(shift, had)], new)
+
+        base = jax.eval_shape(lambda: jnp.zeros(_with(x.shape, axis), x.dtype))
+        return x.move(base, f, axes)
+
+    return _joined(it.base(eqn, ins), [lift(x) for x in ins], axis)
+
+
+def _with(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return (*shape[:axis], 1, *shape[axis:])
+
+
+def _joined(base: Any, parts: list[Any], axis: int) -> LowRank:
+    first = next(x for x in parts if is_leaf(x))
+    labels, ends = first.labels(), np.cumsum([0] + [x.shape[axis] for x in parts])
+    ranks = [x.rank if is_leaf(x) else 0 for x in parts]
+    stacked = first.axes[axis] == "s"
+    out: dict[str, list[jax.Array]] = {"a": [], "b": []}
+    for k, x in enumerate(parts):
+        if not is_leaf(x):
+            continue
+        for n, f in (("a", x.a), ("b", _scaled(x.b, x.scale))):
+            pads = [(0, 0, 0)] * f.ndim
+            if axis in labels[n]:
+                pads[labels[n].index(axis)] = (
+                    int(ends[k]),
+                    int(ends[-1] - ends[k + 1]),
+                    0,
+                )
+            if stacked:
+                pads[labels[n].index(R)] = (0, max(ranks) - ranks[k], 0)
+            out[n].append(lax.pad(f, jnp.zeros((), f.dtype), pads))
+    if stacked:
+        a, b = (sum(out[n][1:], out[n][0]) for n in ("a", "b"))
+    else:
+        a, b = (jnp.concatenate(out[n], labels[n].index(R)) for n in ("a", "b"))
+    return first.replace(base=base, a=a, b=b, scale=1.0)
+
+
+# --- the mathematics -----------------------------------------------------------------
+
+
+def low_rank_product(
+    a: Float[Array, "..."], b: Float[Array, "..."], axes: str, dtype: Any
+) -> Float[Array, "..."]:
+    """A.B as an array with the weight's axes, multiplied and summed in `dtype`."""
+    labels = LowRank.labels_of(axes)
+    z, zl = contract(
+        jnp.asarray(a).astype(dtype),
+        labels["a"],
+        jnp.asarray(b).astype(dtype),
+        labels["b"],
+        range(len(axes)),
+        precision=lax.Precision.HIGHEST,
+    )
+    return align(z, zl, range(len(axes)))
+
+
+def through(
+    leaf: LowRank,
+    x: jax.Array,
+    xl: list[Label],
+    out: list[Label],
+    *,
+    out_sharding: Any = None,
+    **options: Any,
+) -> jax.Array:
+    """scale * (sum of x * A.B over every label not in `out`), through the rank.
+
+    The factor that makes the sum cheaper comes first.  Factors have the dtype the
+    weight has in this product, whatever the activation's: beside a bfloat16 weight they
+    are cast to bfloat16, beside a float32 weight that meets int8 or bfloat16 they stay
+    float32.
+    """
+    labels = leaf.labels()
+    size: dict[Label, int] = {
+        **dict(zip(xl, jnp.shape(x), strict=True)),
+        **dict(enumerate(leaf.shape)),
+        R: leaf.rank,
+    }
+    plans = []
+    for first, second in (("a", "b"), ("b", "a")):
+        fl, gl = labels[first], labels[second]
+        hl = [k for k in dict.fromkeys([*xl, *fl]) if k in gl or k in out or k == R]
+        cost = math.prod(size[k] for k in {*xl, *fl}) + math.prod(
+            size[k] for k in {*hl, *gl}
+        )
+        plans.append((cost, first, second, hl))
+    _, first, second, keep = min(plans, key=lambda plan: plan[0])
+    return _two_steps(
+        x,
+        getattr(leaf, first),
+        getattr(leaf, second),
+        scale=leaf.scale,
+        dtype=jnp.dtype(leaf.dtype),
+        labels=tuple(map(tuple, (xl, labels[first], labels[second], keep, out))),
+        options=tuple(options.items()),
+        places=_places(x, xl, out, out_sharding),
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("scale", "dtype", "labels", "options", "places"),
+    inline=True,
+)
+def _two_steps(
+    x: Float[Array, "..."],
+    f: Float[Array, "..."],
+    g: Float[Array, "..."],
+    *,
+    scale: float,
+    dtype: Any,
+    labels: tuple[tuple[Label, ...], ...],
+    options: tuple[tuple[str, Any], ...],
+    places: Any,
+) -> jax.Array:
+    """scale * (x.f).g.
+
+    Inlined, so no program shows it.  The `jit` is there because JAX then traces and
+    differentiates it once for each shape, not once for each weight.
+    """
+    xl, fl, gl, keep, out = map(list, labels)
+    f, g = f.astype(dtype), g.astype(dtype)
+    h, hl = contract(x, xl, f, fl, keep, place=_placer(places, 1), **dict(options))
+    h = _scaled(h.astype(dtype), scale)
+    tail = [k for k in gl if k not in hl]
+    if tail and out[-len(tail) :] != tail:  # the operand order that spares a transpose
+        h, hl, g, gl = g, gl, h, hl
+    d, dl = contract(h, hl, g, gl, out, place=_placer(places, 2), **dict(options))
+    return align(d, dl, out)
+
+
+def _places(x: Any, xl: list[Label], out: list[Label], sharding: Any) -> Any:
+    """Where the two products go on an explicit mesh, if the equation says where its own
+    goes: (mesh, mesh axes of each label of the first, and of the second)."""
+    if sharding is None:
+        return None
+    of_x = tuple(zip(xl, jax.typeof(x).sharding.spec, strict=True))
+    return sharding.mesh, of_x, tuple(zip(out, sharding.spec, strict=True))
+
+
+def _placer(places: Any, product: int) -> Any:
+    if places is None:
+        return None
+    mesh, axes = places[0], dict(places[product])
+    return lambda labels: NamedSharding(
+        mesh, PartitionSpec(*(axes.get(k) for k in labels))
+    )
+
+
+def dropped(leaf: LowRank, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The activation that enters A, with inverted dropout where there is a key."""
+    if leaf.key is None or leaf.dropout == 0.0:
+        return x
+    key = leaf.key
+    for axis in compat.varying_axes(x):  # shards draw masks of their own
+        key = jax.random.fold_in(key, lax.axis_index(axis))
+    keep = 1.0 - leaf.dropout
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(leaf.dtype)
+    mask = jax.random.bernoulli(key, keep, jnp.shape(x))
+    return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
+
+
+def _scaled(x: jax.Array, scale: float) -> jax.Array:
+    return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
