@@ -287,7 +287,10 @@ def load_tokenizer(directory: str | Path, length: int) -> Encode:
         raise FileNotFoundError(f"{directory} holds no tokenizer.json")
     if length < 3:
         raise ValueError(f"length must be 3 or more ([CLS], a token, [SEP]): {length}")
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more specific
+        raise ValueError(f"{path}: not a tokenizer file: {error}") from None
     if (pad := tokenizer.token_to_id("[PAD]")) is None:
         raise ValueError(f"{path}: no [PAD] token, so not the tokenizer of a BERT")
     tokenizer.enable_truncation(length)

@@ -431,6 +431,12 @@ def test_a_length_without_room_for_a_token_is_refused():
         _bert.load_tokenizer(_bert.default_base(), 2)
 
 
+def test_a_damaged_tokenizer_is_an_error(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="not a tokenizer file"):
+        _bert.load_tokenizer(tmp_path, 6)
+
+
 def test_a_directory_without_a_tokenizer_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer\.json"):
         _bert.load_tokenizer(tmp_path, 6)
