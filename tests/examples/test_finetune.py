@@ -176,7 +176,7 @@ def test_a_run_learns_and_writes_its_files(finished, base):
     assert metrics["examples"] == {"train": 78, "held_out": 18}
     assert metrics["reload_difference"] == 0
     assert metrics["merge_difference"] <= finetune.MERGE_TOLERANCE
-    # Nine steps with dropout: above chance; what a real run reaches, the slow test says.
+    # Nine steps with dropout are above chance; the slow test has the real figure.
     assert metrics["after"]["accuracy"] > metrics["majority"]["accuracy"] + 0.15
     history = metrics["history"]
     assert len(history["loss"]) == 9 and history["loss"][-1] < history["loss"][0]
