@@ -10,7 +10,6 @@ parametrisation and cost, never correctness.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Self
 
@@ -442,22 +441,18 @@ def _barrier(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
 # --- scaling by a vector -------------------------------------------------------------
 
 
-def broadcast_axes(it: Interpreter, eqn: Any, operand: int) -> set[int] | None:
+def broadcast_axes(it: Interpreter, eqn: Any, operand: int) -> set[int]:
     """The axes along which an operand really varies.
 
-    jnp broadcasts a vector to the weight's shape before it multiplies, so the equation
-    that made the operand is asked.  None: unknown.
+    Some are broadcast to the weight's shape by an equation before, which is asked.
     """
     var = eqn.invars[operand]
-    shape = var.aval.shape
     found = it.producer(var)
     if found is not None and found.primitive.name == "broadcast_in_dim":
         to = found.params["broadcast_dimensions"]
         source = found.invars[0].aval.shape
         return {k for k, n in zip(to, source, strict=True) if n > 1}
-    if math.prod(shape) == 1:
-        return set()
-    return None
+    return {k for k, n in enumerate(var.aval.shape) if n > 1}
 
 
 def factor_along(x: jax.Array, varying: set[int], labels: list[Label]) -> jax.Array:

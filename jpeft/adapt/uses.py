@@ -10,7 +10,6 @@ tag, so that a matrix product with it is reported rather than missed.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,6 +102,7 @@ class _Finder:
     def __init__(self, shapes: list[tuple[int, ...]]):
         self.shapes = shapes
         self.uses: list[list[Use]] = [[] for _ in shapes]
+        self.made_by: dict[Any, Any] = {}
 
     def start(self, program: Program, n: int) -> None:
         """The first `n` inputs are the weights, the others depend on the data."""
@@ -128,6 +128,7 @@ class _Finder:
         read = lambda v: [] if isinstance(v, compat.Literal) else tags.get(v, [])
         depends = lambda v: not isinstance(v, compat.Literal) and fed.get(v, False)
         for eqn in jaxpr.eqns:
+            self.made_by.update(dict.fromkeys(eqn.outvars, eqn))
             ins = [read(v) for v in eqn.invars]
             from_data = [depends(v) for v in eqn.invars]
             outs: list[Tags]
@@ -158,7 +159,7 @@ class _Finder:
                 return [[]], [True]
         outs = self.consumed(eqn, ins, context)
         if outs is None:
-            outs = self.moved(eqn, ins)
+            outs = self.moved(eqn, ins, context)
         if outs is None:
             outs = self.computed(eqn, ins, any(fed), context)
         return outs, [any(fed)] * len(eqn.outvars)
@@ -308,7 +309,9 @@ class _Finder:
             out.append(dataclasses.replace(t.moved(axes), gone=t.gone | gone))
         return [out]
 
-    def moved(self, eqn: Any, ins: list[Tags]) -> list[Tags] | None:
+    def moved(
+        self, eqn: Any, ins: list[Tags], context: tuple[str, ...]
+    ) -> list[Tags] | None:
         """Tags of the outputs if this equation only moves a weight about."""
         name, p = eqn.primitive.name, eqn.params
         src = eqn.invars[0].aval.shape
@@ -377,12 +380,23 @@ class _Finder:
             return ins
         if name in _SAME_SHAPE or name in ("pad", "concatenate"):
             return [[t for tags in ins for t in tags]]
-        if name in ("mul", "div") and sum(map(bool, ins)) == 1:
-            side = 0 if ins[0] else 1
-            number = math.prod(eqn.invars[1 - side].aval.shape) == 1
-            if number and (side == 0 or name == "mul"):
-                return [ins[side]]
+        if name in ("mul", "div"):
+            for side in (0, 1) if name == "mul" else (0,):
+                whole = eqn.invars[side].aval.shape == dst  # not itself broadcast
+                other = eqn.invars[1 - side]
+                if ins[side] and whole and self.varies_along(other) <= 1:
+                    self.record(eqn, ins[1 - side], None, context)
+                    return [ins[side]]
         return None
+
+    def varies_along(self, var: Any) -> int:
+        """The number of axes along which a value really varies: a number, or a vector
+        that jnp has broadcast, scales one factor of a delta."""
+        shape = var.aval.shape
+        found = None if isinstance(var, compat.Literal) else self.made_by.get(var)
+        if found is not None and found.primitive.name == "broadcast_in_dim":
+            shape = found.invars[0].aval.shape
+        return sum(n > 1 for n in shape)
 
     def computed(
         self, eqn: Any, ins: list[Tags], fed: bool, context: tuple[str, ...]

@@ -307,10 +307,10 @@ def _mul(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     if all(map(is_leaf, ins)) or (side == 1 and eqn.primitive.name == "div"):
         return None
     leaf, v = ins[side], ins[1 - side]
+    if eqn.outvars[0].aval.shape != leaf.shape:
+        return None  # the weight itself is broadcast
     varying = broadcast_axes(it, eqn, 1 - side)
-    if varying is None:
-        return None
-    v = jnp.broadcast_to(v, leaf.shape) if jnp.ndim(v) != leaf.ndim else v
+    v = jnp.broadcast_to(v, leaf.shape)
     for name, labels in reversed(leaf.labels().items()):
         if varying <= set(labels):
             x = getattr(leaf, name)

@@ -270,6 +270,46 @@ case(
     [X],
 )
 
+case("tiled", lambda w, x: x @ jnp.tile(w, (1, 3)), [n(8, 6)], [X])
+case("repeated", lambda w, x: x @ jnp.repeat(w, 2, axis=1), [n(8, 6)], [X])
+case(
+    "an axis that einsum sums first",
+    lambda w, x: jnp.einsum("btd,dof->btf", x, w),
+    [n(8, 1, 6)],
+    [X],
+)
+case(
+    "bfloat16 one-hot meets a float32 weight",
+    lambda w, i: jnp.dot(
+        jax.nn.one_hot(i, 11, dtype=jnp.bfloat16), w, preferred_element_type=jnp.float32
+    ),
+    [n(11, 8)],
+    [IDS],
+)
+case(
+    "int8 activations meet a float32 weight",
+    lambda w, x: lax.dot_general(
+        (10 * x).astype(jnp.int8),
+        w,
+        (((2,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    ),
+    [n(8, 6)],
+    [X],
+)
+case(
+    "scaled by a vector that is data",
+    lambda w, v, x: x @ (w * v),
+    [n(8, 6)],
+    [n(1, 6, k=4), X],
+)
+case(
+    "divided by a vector that is data",
+    lambda w, v, x: x @ (w / (2 + v[:, None])),
+    [n(8, 6)],
+    [n(8, k=4), X],
+)
+
 # --- experts
 # ---------------------------------------------------------------------------
 
@@ -404,6 +444,13 @@ case(
         x, w, (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
     ),
     [n(3, 8, 6)],
+    [X],
+)
+
+case(
+    "vmap of conv over kernels",
+    lambda w, x: jax.vmap(conv(), (0, None))(w, x),
+    [n(2, 3, 8, 6)],
     [X],
 )
 
