@@ -28,3 +28,4 @@ from jpeft.tree.split import unload as unload
 from jpeft.types import CheckpointError as CheckpointError
 from jpeft.types import DensifyError as DensifyError
 from jpeft.types import DensifyWarning as DensifyWarning
+from jpeft.types import __version__ as __version__

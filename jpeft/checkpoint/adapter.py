@@ -11,7 +11,6 @@ refused.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -42,7 +41,7 @@ from jpeft.leaf import (
 from jpeft.transform import Transform, is_adapted
 from jpeft.tree.paths import Slots, is_array, segment, slots, suggest, weight
 from jpeft.tree.split import NOTHING_TRAINS
-from jpeft.types import CheckpointError, PyTree
+from jpeft.types import CheckpointError, PyTree, __version__
 
 FORMAT, VERSION = "jpeft-adapter", 1
 MANIFEST, ARRAYS = "jpeft.json", "arrays"
@@ -177,7 +176,7 @@ def describe(
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "jpeft": importlib.metadata.version("jpeft"),
+        "jpeft": __version__,
         "jax": jax.__version__,
         "transform": transform.describe(),
         "leaves": leaves,
