@@ -384,7 +384,9 @@ class _Finder:
             for side in (0, 1) if name == "mul" else (0,):
                 whole = eqn.invars[side].aval.shape == dst  # not itself broadcast
                 other = eqn.invars[1 - side]
-                if ins[side] and whole and self.varies_along(other) <= 1:
+                # What was computed from a weight needs that weight's full value.
+                plain = not any(t.blurred for t in ins[1 - side])
+                if ins[side] and whole and plain and self.varies_along(other) <= 1:
                     self.record(eqn, ins[1 - side], None, context)
                     return [ins[side]]
         return None
