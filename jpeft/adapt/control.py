@@ -41,7 +41,7 @@ def _jit(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
             closed,
             jax.jit(
                 inner,
-                inline=bool(params.get("inline", False)),
+                inline=params.get("inline", False),  # since 0.12 more than a bool
                 compiler_options=options or None,
             ),
         )
