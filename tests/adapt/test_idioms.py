@@ -8,7 +8,6 @@ Nothing may be densified unless the case says so.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -855,4 +854,99 @@ def test_vmap_over_adapters():
         np.testing.assert_allclose(got[k], want, rtol=2e-5, atol=2e-5)
 
 
-_ = functools
+# --- each of them inside each program
+# ----------------------------------------------------------------------------
+
+IDIOMS = [
+    "x @ w",
+    "x @ w.T",
+    "BTD,NDH->BTNH",
+    "btd,edf->ebtf",
+    "ragged_dot",
+    "fused, then split",
+    "fused, then sliced",
+    "tied",
+    "conv grouped",
+    "linen Dense",
+    "linen DenseGeneral D -> H,h",
+    "linen DenseGeneral H,h -> D",
+    "linen Einsum",
+    "linen Embed, tied",
+    "linen Conv 1-D strided",
+    "linen Conv 2-D grouped",
+    "linen MultiHeadDotProductAttention",
+    "nnx Linear",
+    "nnx LinearGeneral",
+    "nnx Einsum",
+    "nnx Embed, tied",
+    "nnx Conv",
+    "nnx MultiHeadAttention",
+]
+
+
+def stacked(params):
+    return jax.tree.map(lambda w: jnp.stack([w, w + 0.1]), params)
+
+
+def in_scan(c):
+    step = lambda args: lambda _, p: (0, c.fn(p, *args))
+    return Case(lambda p, *a: lax.scan(step(a), 0, p)[1], stacked(c.params), c.args)
+
+
+def in_vmap(c):
+    vmapped = lambda p, *a: jax.vmap(lambda q: c.fn(q, *a))(p)
+    return Case(vmapped, stacked(c.params), c.args)
+
+
+def in_while(c):
+    def fn(p, *a):
+        zeros = jax.tree.map(
+            lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(c.fn, p, *a)
+        )
+        state = lax.while_loop(
+            lambda s: s[0] < 2,
+            lambda s: (s[0] + 1, jax.tree.map(jnp.add, s[1], c.fn(p, *a))),
+            (0, zeros),
+        )
+        return state[1]
+
+    return Case(fn, c.params, c.args, differentiable=False)
+
+
+def in_cond(c):
+    twice = lambda p, a: jax.tree.map(lambda y: 2 * y, c.fn(p, *a))
+    once = lambda p, a: c.fn(p, *a)
+    return Case(
+        lambda p, *a: lax.cond(a[0].ravel()[0] > 100, twice, once, p, a),
+        c.params,
+        c.args,
+    )
+
+
+PROGRAMS = {
+    "jit": lambda c: Case(jax.jit(c.fn), c.params, c.args),
+    "checkpoint": lambda c: Case(
+        jax.checkpoint(c.fn, policy=jax.checkpoint_policies.dots_saveable),
+        c.params,
+        c.args,
+    ),
+    "scan": in_scan,
+    "vmap": in_vmap,
+    "while": in_while,
+    "cond": in_cond,
+    "custom_vjp beside it": lambda c: Case(
+        lambda p, *a: jax.tree.map(clipped_gradient, c.fn(p, *a)), c.params, c.args
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("name", IDIOMS)
+def test_each_idiom_inside_each_program(name, program):
+    c = PROGRAMS[program](CASES[name])
+    if (name, program) == ("ragged_dot", "vmap"):
+        with pytest.raises(NotImplementedError):  # JAX itself has no rule for this one
+            c.fn(c.params, *c.args)
+        return
+    check(c)
