@@ -56,10 +56,6 @@ def find_rule(primitive: str, leaf: AdaptedLeaf) -> Rule | None:
     return None
 
 
-def known_primitives() -> set[str]:
-    return {name for name, _ in _RULES} | set(_CONTROL)
-
-
 class Interpreter:
     """One call of an adapted function.
 
