@@ -123,6 +123,25 @@ def with_jpeft(model: Decoder) -> Variant:
     return Variant(loss, *jpeft.partition(model.adapted))
 
 
+def quantized(model: Decoder) -> Variant:
+    """QLoRA: the same factors over kernels in NF4 with double quantisation.
+
+    XLA counts the body of a loop once, and a product with a quantised weight is a loop:
+    its FLOPs are not to be compared.  Its loss is that of the rounded weights.
+    """
+    ids = model.tokens[:, :-1]
+    uses = jpeft.find_uses(model.apply, model.base, ids)
+    base = jpeft.quantize("nf4", where=ADAPTED)(
+        jax.random.key(0), model.base, uses=uses
+    )
+
+    def over(leaf: Any, quantised: Any) -> Any:
+        return leaf.replace(base=quantised) if is_adapted(leaf) else leaf
+
+    params = jax.tree.map(over, model.adapted, base, is_leaf=is_adapted)
+    return with_jpeft(model._replace(adapted=params))
+
+
 def merged_in_forward(model: Decoder) -> Variant:
     """The short cut: W + s A B is formed in every forward pass."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import matplotlib
 import numpy as np
 
@@ -52,6 +53,47 @@ def size(path: Path) -> int:
 def weights_size(folder: Path) -> int:
     """The bytes of a checkpoint's weights."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+class Stored(NamedTuple):
+    """Weights: how many parameters, their bytes, and those of plain arrays instead."""
+
+    parameters: int
+    bytes: int
+    plain_bytes: int
+
+    @property
+    def bits(self) -> float:
+        """Of a parameter, scales and all."""
+        return 8 * self.bytes / self.parameters if self.parameters else 0.0
+
+
+def stored(weights: Iterable[Any]) -> Stored:
+    """Counted from the arrays that the weights, quantised or not, consist of."""
+    weights = list(weights)
+    return Stored(
+        sum(x.size for x in weights),
+        sum(array.nbytes for array in jax.tree.leaves(weights)),
+        sum(x.size * x.dtype.itemsize for x in weights),
+    )
+
+
+def quantized(part: Stored, whole: Stored) -> str:
+    """A line on a base of which a part is quantised."""
+    instead = lambda x: f"{megabytes(x.bytes)} instead of {megabytes(x.plain_bytes)}"
+    return (
+        f"base     in memory: {instead(whole)}; its {part.parameters / 1e6:.1f}M "
+        f"quantised parameters, {part.bits:.3f} bits each: {instead(part)}"
+    )
+
+
+def rounding(over_change: Mapping[str, float]) -> str:
+    """A line on what merging into a coarse dtype would cost."""
+    return (
+        "rounding of merged weights, over what the adapter changed: up to "
+        f"{over_change['bfloat16']:.2g} in bfloat16, "
+        f"{over_change['requantized']:.2g} if quantised again"
+    )
 
 
 def megabytes(size: int) -> str:

@@ -51,6 +51,7 @@ from _decoder import (
     merged_in_forward,
     name_of,
     next_token_loss,
+    quantized,
     training_step,
     with_jpeft,
 )
@@ -59,7 +60,7 @@ from flax import nnx, traverse_util
 
 import jpeft
 
-HAND, JPEFT = "LoRA by hand", "jpeft"
+HAND, JPEFT, QLORA = "LoRA by hand", "jpeft", "jpeft, QLoRA"
 MIB = 2**20
 
 
@@ -312,6 +313,7 @@ class Peer:
 OWN: dict[str, Callable[[Decoder], Variant]] = {
     HAND: lambda model: model.twin,
     JPEFT: with_jpeft,
+    QLORA: quantized,
     "merge in forward": merged_in_forward,
     "full fine-tuning": full_fine_tuning,
 }

@@ -171,10 +171,14 @@ def read_base(
     return model, jax.device_put({"bert": encoder, "classifier": classifier})
 
 
-def prepare(args: argparse.Namespace) -> Run:
-    """Everything up to the first step; what the user can get wrong is found here."""
+def prepare(args: argparse.Namespace, peft: jpeft.Transform | None = None) -> Run:
+    """Everything up to the first step; what the user can get wrong is found here.
+
+    peft: in place of the recipe's.
+    """
     path = _recipe.find(args.config)
-    peft, recipe = _recipe.read(path, vars(args))
+    of_recipe, recipe = _recipe.read(path, vars(args))
+    peft = of_recipe if peft is None else peft
     out = args.out or Path("runs") / path.stem
     folder = args.base or _bert.default_base()
     if not folder.is_dir():
@@ -328,21 +332,26 @@ def _progress(run: Run) -> Any:
 # ----------------------------------------------------------------- saved, merged, told
 
 
-def work(run: Run, stop_after: int | None, full_summary: bool) -> None:
-    """Trains, proves, reports, writes."""
-    started = time.perf_counter()
+def make_logits(model: _bert.BertClassifier) -> Callable[..., jax.Array]:
+    """(params, ids, mask) -> class scores, with any or no adapted leaves."""
 
     @jax.jit
     def logits(params, ids, mask):
-        return jpeft.adapt(run.model.apply)({"params": params}, ids, mask)
+        return jpeft.adapt(model.apply)({"params": params}, ids, mask)
 
+    return logits
+
+
+def work(run: Run, stop_after: int | None, full_summary: bool) -> None:
+    """Trains, proves, reports, writes."""
+    started, logits = time.perf_counter(), make_logits(run.model)
     print(_report.table(jpeft.summary(run.params), full=full_summary))
     print(
         f"\n{len(run.train)} examples to train on, {len(run.held_out)} held out, "
         f"{len(run.classes)} classes; {run.recipe.epochs} x {run.steps_per_epoch} steps"
     )
     if run.history["before"] is None:
-        run.history["before"] = _scores(run, _classes_of(run, logits))
+        run.history["before"] = scores(run, logits)
     with _runs.Interrupt() as interrupt:
         start = f"resuming after step {run.step}" if run.step else "training"
         print(f"{start}; Ctrl-C saves a checkpoint and stops", flush=True)
@@ -350,9 +359,9 @@ def work(run: Run, stop_after: int | None, full_summary: bool) -> None:
         speed = train(run, logits, stop)
     majority = np.full_like(run.held_out.labels, np.bincount(run.train.labels).argmax())
     results = {
-        "majority": _scores(run, majority),
+        "majority": _scores_of(run, majority),
         "before": run.history["before"],
-        "after": _scores(run, _classes_of(run, logits)),
+        "after": scores(run, logits),
     }
     print(_report.results(results))
     count = jpeft.count(run.params)
@@ -373,11 +382,12 @@ def work(run: Run, stop_after: int | None, full_summary: bool) -> None:
     print(f"time     {metrics['seconds']:.0f} s, {speed:.0f} examples/s in training")
 
 
-def _classes_of(run: Run, logits: Callable[..., jax.Array]) -> np.ndarray:
-    return _encoded.predict(logits, run.params, run.held_out).argmax(1)
+def scores(run: Run, logits: Callable[..., jax.Array]) -> dict[str, float]:
+    """Accuracy and macro-F1 on the held-out examples, as the parameters are now."""
+    return _scores_of(run, _encoded.predict(logits, run.params, run.held_out).argmax(1))
 
 
-def _scores(run: Run, found: np.ndarray) -> dict[str, float]:
+def _scores_of(run: Run, found: np.ndarray) -> dict[str, float]:
     accuracy, f1 = _text.accuracy_f1(run.held_out.labels, found, len(run.classes))
     return {"accuracy": accuracy, "macro_f1": f1}
 
@@ -391,6 +401,11 @@ def save_and_prove(run: Run, logits: Callable[..., jax.Array]) -> dict[str, Any]
         f"adapter  {adapter}: {_report.megabytes(size)}, "
         f"{100 * size / base_size:.2g}% of the base's {_report.megabytes(base_size)}"
     )
+    weights = base_weights(run.params).values()
+    in_memory = _report.stored(weights)
+    in_few_bits = _report.stored(w for w in weights if is_quantized(w))
+    if in_few_bits.parameters:
+        print(_report.quantized(in_few_bits, in_memory))
     trained = _encoded.predict(logits, run.params, subset)
 
     head = keys(run.recipe.seed).head
@@ -402,17 +417,66 @@ def save_and_prove(run: Run, logits: Callable[..., jax.Array]) -> dict[str, Any]
     if not reloaded == 0:
         raise Failed("the reloaded adapter does not give the logits it was saved with")
 
+    return {
+        "adapter_bytes": size,
+        "base_bytes": base_size,
+        "base_in_memory": in_memory._asdict(),
+        "quantized": {**in_few_bits._asdict(), "bits": in_few_bits.bits},
+        "reload_difference": reloaded,
+        **merge_and_prove(run, logits, trained),
+    }
+
+
+def base_weights(params: Any) -> dict[str, Any]:
+    """The encoder's weights under their adapters, by path; some may be quantised."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        jpeft.unload(params)["bert"], is_leaf=is_quantized
+    )
+    return {"/".join(k.key for k in path): weight for path, weight in flat}
+
+
+def is_quantized(x: Any) -> bool:
+    """Whether a weight is held in few bits."""
+    return isinstance(x, jpeft.quant.Quantized)
+
+
+def merge_and_prove(
+    run: Run, logits: Callable[..., jax.Array], trained: np.ndarray
+) -> dict[str, Any]:
+    """Failed unless the merged weights give the logits of the adapted ones.
+
+    trained: those, as in training.  There a quantised base is multiplied in a dtype of
+    its own, bfloat16 perhaps, and a merged one in the model's: what that moves is told,
+    and merging is judged by logits in the model's.
+    """
+    subset, results = run.subset, {}
+    if any(map(is_quantized, base_weights(run.params).values())):
+        exact = _encoded.predict(logits, _in_model_dtype(run.params), subset)
+        moved = float(np.abs(trained - exact).max())
+        print(f"compute  in the quantised weights' dtype: moves logits by {moved:.2g}")
+        lost = {
+            "bfloat16": jpeft.quant.rounding(run.params, dtype=jnp.bfloat16),
+            "requantized": jpeft.quant.rounding(run.params, requantize=True),
+        }
+        worst = {
+            name: max((x.lost for x in weights.values()), default=0.0)
+            for name, weights in lost.items()
+        }
+        print(_report.rounding(worst))
+        results = {"compute_difference": moved, "rounding_over_change": worst}
+        trained = exact
     plain = _encoded.predict(logits, jpeft.merge(run.params), subset)
     merged = float(np.abs(plain - trained).max())
     print(f"merge    into the weights:  max |difference of logits| {merged:.2g}")
     if not merged <= MERGE_TOLERANCE:
         raise Failed(f"merging moves the logits by more than {MERGE_TOLERANCE:g}")
-    return {
-        "adapter_bytes": size,
-        "base_bytes": base_size,
-        "reload_difference": reloaded,
-        "merge_difference": merged,
-    }
+    return {"merge_difference": merged, **results}
+
+
+def _in_model_dtype(params: Any) -> Any:
+    """The same tree, whose quantised weights are multiplied as plain ones are."""
+    one = lambda x: x.replace(compute_dtype=None) if is_quantized(x) else x
+    return jax.tree.map(one, params, is_leaf=is_quantized)
 
 
 # ------------------------------------------------------------------- the command line

@@ -2,17 +2,21 @@
 
 from jpeft import config as config
 from jpeft import optim as optim
+from jpeft import quant as quant
 from jpeft import sharding as sharding
 from jpeft.adapt.entry import adapt as adapt
 from jpeft.adapt.uses import find_uses as find_uses
 from jpeft.checkpoint.adapter import load as load
 from jpeft.checkpoint.adapter import save as save
 from jpeft.checkpoint.manager import CheckpointManager as CheckpointManager
+from jpeft.checkpoint.stream import load_quantized as load_quantized
 from jpeft.config import from_config as from_config
 from jpeft.leaf import AdaptedLeaf as AdaptedLeaf
 from jpeft.methods.bitfit import bitfit as bitfit
 from jpeft.methods.full import full as full
+from jpeft.methods.loftq import loftq as loftq
 from jpeft.methods.lora import lora as lora
+from jpeft.methods.quantize import quantize as quantize
 from jpeft.optim.freeze import freeze as freeze
 from jpeft.optim.freeze import value_and_grad as value_and_grad
 from jpeft.transform import Transform as Transform

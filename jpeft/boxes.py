@@ -8,7 +8,7 @@ nothing complains.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -44,15 +44,36 @@ def rebox(box: Any, value: Any, axes: Sequence[int | None]) -> Any:
     `None` marks an axis that the boxed array does not have (the rank): it gets no name,
     so it is replicated.
     """
+    return _renamed(box, value, lambda names: _pick(names, axes))
+
+
+def with_names(box: Any, value: Any, names: tuple[Any, ...]) -> Any:
+    """A box like `box` around `value`, with these axis names."""
+    return _renamed(box, value, lambda _: names)
+
+
+def names_of(box: Any) -> tuple[Any, ...] | None:
+    """The axis names that a box keeps, if it keeps any."""
+    if isinstance(box, nn.Partitioned):
+        return tuple(box.names)
+    if isinstance(box, nnx.Variable):
+        metadata = box.get_metadata()
+        found = (metadata[n] for n in _NNX_NAMES if metadata.get(n) is not None)
+        names = next(found, None)
+        return None if names is None else tuple(names)
+    return None
+
+
+def _renamed(box: Any, value: Any, rename: Callable[[Any], tuple[Any, ...]]) -> Any:
     if not is_box(box):
         return value
     (inner,), _ = _children(box)
-    value = rebox(inner, value, axes)
+    value = _renamed(inner, value, rename)
     if isinstance(box, nnx.Variable):
         metadata = dict(box.get_metadata())
         for name in _NNX_NAMES:
             if metadata.get(name) is not None:
-                metadata[name] = _pick(metadata[name], axes)
+                metadata[name] = rename(metadata[name])
         # NNX would place a new variable on the mesh in force, or refuse where there is
         # none; the value is where it belongs already.
         eager = metadata.pop("eager_sharding", None)
@@ -61,7 +82,7 @@ def rebox(box: Any, value: Any, axes: Sequence[int | None]) -> Any:
             new.set_metadata("eager_sharding", eager)
         return new
     if isinstance(box, nn.Partitioned):
-        return box.replace(value=value, names=_pick(box.names, axes))
+        return box.replace(value=value, names=rename(box.names))
     raise TypeError(
         f"jpeft does not know how to name the axes of a new array in a box of type "
         f"{type(box).__name__}; unbox the tree first with flax.linen.meta.unbox"

@@ -106,6 +106,8 @@ class AdaptedLeaf:
     is_value: ClassVar[bool] = False
     # True: the base plays no part in the value, only in `unload`.
     replaces_base: ClassVar[bool] = False
+    # True: the leaf is the stored weight itself (a quantised one), with no base below.
+    holds_weight: ClassVar[bool] = False
 
     __array_priority__ = 100
 
@@ -144,6 +146,27 @@ class AdaptedLeaf:
 
         `None` marks an axis of the method's own (the rank).
         """
+        raise NotImplementedError
+
+    def unstack(self) -> tuple[Any, Any, Callable[[Any, Any], Any]] | None:
+        """For a scan over axis 0: (what is scanned, what is constant, how to join a row
+        of the one with the other).  None: the leaf has no rows of its own kind."""
+        return None
+
+    def for_shards(self, spec: PartitionSpec, mesh: Any) -> Self | None:
+        """The leaf with arrays that can be cut as `spec` cuts the weight, whose static
+        fields speak of one shard.  None: they cannot."""
+        if not is_leaf(self.base):
+            return self
+        base = self.base.for_shards(spec, mesh)
+        return None if base is None else self.replace(base=base)
+
+    def weight_box(self) -> Any:
+        """Of a leaf that holds the weight: a box with the weight's axis names."""
+        return None
+
+    def with_value(self, x: jax.Array) -> Self:
+        """Of a leaf that holds the weight: the same leaf holding another value."""
         raise NotImplementedError
 
     def fold_key(self, of: int, n: Any) -> Self:
@@ -207,7 +230,7 @@ def array_fields(leaf: AdaptedLeaf) -> dict[str, Any]:
     return {
         n: getattr(leaf, n)
         for n, role in roles(leaf).items()
-        if n != "base" and role in (TRAINABLE, FROZEN)
+        if n != "base" and role in (TRAINABLE, FROZEN) and getattr(leaf, n) is not None
     }
 
 
@@ -215,7 +238,8 @@ def map_fields(f: Callable[[Any], Any], leaf: AdaptedLeaf) -> AdaptedLeaf:
     """`f` on every array of the leaf and of the leaves below it."""
     below = leaf.base
     changes = {n: f(x) for n, x in array_fields(leaf).items()}
-    changes["base"] = map_fields(f, below) if is_leaf(below) else f(below)
+    if not leaf.holds_weight:
+        changes["base"] = map_fields(f, below) if is_leaf(below) else f(below)
     return leaf.replace(**changes)
 
 
@@ -230,10 +254,17 @@ def wide_dtype(dtype: Any) -> Any:
 
 
 def innermost(x: Any) -> Any:
-    """The base under all adapted leaves, boxed if it was boxed."""
-    while is_leaf(x):
+    """The weight under all adapters: an array, boxed if it was boxed, or a quantised
+    leaf."""
+    while is_leaf(x) and not x.holds_weight:
         x = x.base
     return x
+
+
+def box_of(x: Any) -> Any:
+    """A box with the weight's axis names, if the weight is boxed."""
+    x = innermost(x)
+    return x.weight_box() if is_leaf(x) else x
 
 
 def boxed_like(box: Any, leaf: AdaptedLeaf) -> AdaptedLeaf:
@@ -274,7 +305,8 @@ def leaf_specs(leaf: AdaptedLeaf, spec: PartitionSpec) -> Any:
         n: PartitionSpec(*(None if k is None else names[k] for k in axes))
         for n, axes in leaf.field_axes().items()
     }
-    changes["base"] = leaf_specs(leaf.base, spec) if is_leaf(leaf.base) else spec
+    if not leaf.holds_weight:
+        changes["base"] = leaf_specs(leaf.base, spec) if is_leaf(leaf.base) else spec
     if leaf.key is not None:
         changes["key"] = PartitionSpec()
     return leaf.replace(**changes)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Mapping
@@ -20,13 +21,14 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft import compat
 from jpeft.boxes import unbox
 from jpeft.leaf import (
     AdaptedLeaf,
     array_fields,
+    box_of,
     boxed_like,
     innermost,
     is_leaf,
@@ -210,7 +212,7 @@ class LeafMethod(Transform):
         leaf = self.attach(path_key(key, path), path, base, use)
         leaf = place_beside(leaf, unbox(innermost(slot)))
         leaf = leaf.replace(base=slot, origin=self.origin())
-        return boxed_like(innermost(slot), leaf)
+        return boxed_like(box_of(slot), leaf)
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:
@@ -220,17 +222,32 @@ def path_key(key: jax.Array, path: str) -> jax.Array:
 
 def place_beside(leaf: AdaptedLeaf, base: Any) -> AdaptedLeaf:
     """New arrays on the mesh of their base, sharded as the axes they share with it."""
-    if isinstance(base, compat.Tracer) or not isinstance(base, jax.Array):
+    if isinstance(base, (compat.Tracer, jax.ShapeDtypeStruct)):
         return leaf
-    if not isinstance(base.sharding, NamedSharding):
+    sharding = getattr(base, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
         return leaf
-    mesh = base.sharding.mesh
-    specs = leaf_specs(leaf, base.sharding.spec)
+    specs = leaf_specs(leaf, sharding.spec)
     put = {}
     for name, x in array_fields(leaf).items():
-        spec = getattr(specs, name)
-        put[name] = jax.device_put(x, NamedSharding(mesh, spec))
+        spec = whole_shards(getattr(specs, name), x.shape, sharding.mesh)
+        put[name] = jax.device_put(x, NamedSharding(sharding.mesh, spec))
     return leaf.replace(**put)
+
+
+def whole_shards(
+    spec: PartitionSpec, shape: tuple[int, ...], mesh: Any
+) -> PartitionSpec:
+    """The specification without the axes that do not divide evenly: replicated there.
+
+    Scales of blocks are few, and a handful over many devices does not divide.
+    """
+    out = []
+    for names, n in zip(tuple(spec), shape, strict=False):
+        each = names if isinstance(names, tuple) else (names,)
+        parts = math.prod(mesh.shape[a] for a in each if a is not None)
+        out.append(names if n % parts == 0 else None)
+    return PartitionSpec(*out)
 
 
 # --- checks --------------------------------------------------------------------------
@@ -431,4 +448,5 @@ def transform_from_config(config: Mapping[str, Any]) -> Transform:
 
 
 def is_adapted(params: PyTree) -> bool:
-    return any(is_leaf(x) for x in slots(params).values)
+    """Whether a method has changed a weight.  A quantised weight alone is a base."""
+    return any(is_leaf(x) and not x.holds_weight for x in slots(params).values)

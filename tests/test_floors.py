@@ -13,10 +13,13 @@ FLOORS = {
     "jpeft.types": 0,
     "jpeft.compat": 0,
     "jpeft.boxes": 1,
+    "jpeft.formats": 1,
+    "jpeft.kernels": 2,
     "jpeft.leaf": 2,
     "jpeft.tree": 3,
     "jpeft.adapt": 4,
     "jpeft.transform": 5,
+    "jpeft.quant": 5,
     "jpeft.methods": 6,
     "jpeft.optim": 7,
     "jpeft.checkpoint": 7,
@@ -28,6 +31,9 @@ ROOMS = {
     "flax": {"jpeft.boxes"},
     "optax": {"jpeft.optim"},
     "orbax": {"jpeft.checkpoint._orbax"},
+    "safetensors": {"jpeft.checkpoint._safetensors"},
+    # The instruction that no Pallas primitive stands for.
+    "jaxlib": {"jpeft.kernels._gpu_mosaic"},
     "tomllib": {"jpeft.config"},
 }
 STANDARD = set(__import__("sys").stdlib_module_names) - set(ROOMS)

@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 import jpeft
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-LINEN, NNX, STATE = re.findall(r"```python\n(.*?)```", README, re.S)
+LINEN, NNX, STATE, QUANTIZED = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 class Model(nn.Module):
@@ -88,3 +88,14 @@ def test_the_train_state_lines():
     for a, b in zip(jax.tree.leaves(before[1]), jax.tree.leaves(after[1]), strict=True):
         assert a.tobytes() == b.tobytes()
     assert int(names["state"].step) == 1
+
+
+def test_the_quantised_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = Model()
+    base = model.init(jax.random.key(0), BATCH["tokens"])["params"]
+    uses = jpeft.find_uses(model.apply, {"params": base}, BATCH["tokens"])
+    names = {"jax": jax, "jnp": jnp, "jpeft": jpeft, "model": model}
+    exec(QUANTIZED, names | {"base_params": base, "uses": uses} | (made := {}), made)
+    assert made["merged"]["Dense_0"]["kernel"].dtype == jnp.bfloat16
+    assert "Dense_0/kernel" in capsys.readouterr().out

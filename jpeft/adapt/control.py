@@ -154,6 +154,7 @@ def _scan(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     jaxpr, closed = compat.open_jaxpr(p["jaxpr"])
     consts, xs = ins[:n_consts], ins[n_consts + n_carry :]
     same, init = _hoist(it, eqn, ins[n_consts : n_consts + n_carry], jaxpr, n_consts)
+    xs = [_with_rows(it, eqn, x) for x in xs]
     parts = [x.unstack() if is_leaf(x) else (x, None, _first) for x in xs]
     # The scanned part of a leaf enters the body as it is: JAX recognises a scanned
     # input handed on unchanged and saves no copy of it for the backward pass.
@@ -189,6 +190,11 @@ def _scan(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     )
     ys = [whole.get(k, y) for k, y in enumerate(ys)]
     return _whole(carry, init, same) + ys
+
+
+def _with_rows(it: Interpreter, eqn: Any, x: Any) -> Any:
+    why = "as a stack of layers, but its first axis does not count layers"
+    return it.densify(x, eqn, why) if is_leaf(x) and x.unstack() is None else x
 
 
 def _first(scanned: Any, constant: Any) -> Any:
@@ -235,6 +241,12 @@ def _cond(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
 def _shard_map(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     p = eqn.params
     jaxpr, consts = compat.open_jaxpr(p["jaxpr"])
+    why = "which cuts it where it cannot be cut"
+    ins = [
+        it.densify(x, eqn, why) if is_leaf(x) and cut is None else cut
+        for x, s in zip(ins, p["in_specs"], strict=True)
+        for cut in [x.for_shards(s, p["mesh"]) if is_leaf(x) else x]
+    ]
     specs = tuple(
         leaf_specs(x, s) if is_leaf(x) else s
         for x, s in zip(ins, p["in_specs"], strict=True)

@@ -14,7 +14,7 @@ from jpeft import compat
 from jpeft.adapt import control as _control  # noqa: F401  enters its rules
 from jpeft.adapt.interpreter import Interpreter
 from jpeft.boxes import is_box, same_box, unbox
-from jpeft.leaf import AdaptedLeaf, Path, innermost, is_leaf, unboxed
+from jpeft.leaf import AdaptedLeaf, Path, box_of, innermost, is_leaf, unboxed
 from jpeft.tree.paths import is_array, segment
 from jpeft.types import DensifyWarning
 
@@ -104,7 +104,7 @@ class Program:
         def call(*arrays: Any) -> list[Any]:
             full = list(values)
             for k, x in zip(self.traced, arrays, strict=True):
-                full[k] = same_box(innermost(values[k]), x) if is_leaf(values[k]) else x
+                full[k] = same_box(box_of(values[k]), x) if is_leaf(values[k]) else x
             a, kw = jax.tree.unflatten(treedef, full)
             out, out_tree = jax.tree.flatten(fn(*a, **kw))
             outputs["tree"], outputs["flat"] = out_tree, out
@@ -163,7 +163,8 @@ def stand_in(x: Any) -> Any:
         return x
     if is_leaf(x):
         base = innermost(x)
-        if tuple(base.shape) == x.shape and base.dtype == x.dtype:
+        same = tuple(base.shape) == x.shape and base.dtype == x.dtype
+        if same and not is_leaf(base):
             return stand_in(base)
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
     return jax.typeof(x)

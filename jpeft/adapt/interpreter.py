@@ -22,15 +22,23 @@ Rule = Callable[["Interpreter", Any, list[Any]], Any]
 
 _RULES: dict[tuple[str, type], Rule] = {}
 _CONTROL: dict[str, Rule] = {}
+_ADDS: set[Any] = set()
 # What a dropout key folds in: the number of a use, or of a call that holds uses (a
 # loop's step folds `control._STEP`).
 _USE, _CALL = 1, 3
 
 
-def rule(*primitives: str, kind: type[AdaptedLeaf]) -> Callable[[Rule], Rule]:
-    """Enters a function in the table for leaves of `kind` and its subclasses."""
+def rule(
+    *primitives: str, kind: type[AdaptedLeaf], adds: bool = False
+) -> Callable[[Any], Any]:
+    """Enters a function in the table for leaves of `kind` and its subclasses.
 
-    def enter(f: Rule) -> Rule:
+    adds: it takes a fourth argument, what to add to its output (`Interpreter.bind`).
+    """
+
+    def enter(f: Any) -> Any:
+        if adds:
+            _ADDS.add(f)
         for name in primitives:
             _RULES[name, kind] = f
         return f
@@ -116,10 +124,16 @@ class Interpreter:
 
     # -- one equation -----------------------------------------------------------------
 
-    def bind(self, eqn: Any, ins: Sequence[Any]) -> Any:
+    def bind(self, eqn: Any, ins: Sequence[Any], plus: Any = None) -> Any:
         """The equation on these values, leaves included.  A list if it has several
-        outputs."""
+        outputs.
+
+        plus: added to the one output, in its dtype.  A rule that takes `plus` does so
+        without room for the two summands.
+        """
         ins = list(ins)
+        if plus is not None:
+            return self._bind_plus(eqn, ins, plus)
         for x in ins:
             if not is_leaf(x):
                 continue
@@ -130,14 +144,24 @@ class Interpreter:
                 return out
             break
         else:
-            return self._native(eqn)(*ins)
-        return self._native(eqn)(*self.plain(eqn, ins))
+            return self.native(eqn)(*ins)
+        return self.native(eqn)(*self.plain(eqn, ins))
 
-    def base(self, eqn: Any, ins: Sequence[Any]) -> Any:
-        """The equation with every leaf replaced by its base."""
-        return self.bind(eqn, [x.base if is_leaf(x) else x for x in ins])
+    def _bind_plus(self, eqn: Any, ins: list[Any], plus: Any) -> Any:
+        leaf = next((x for x in ins if is_leaf(x)), None)
+        found: Any = None if leaf is None else find_rule(eqn.primitive.name, leaf)
+        if found in _ADDS:
+            out = found(self, eqn, ins, plus)
+            if out is not None:
+                return out
+        out = self.bind(eqn, ins)
+        return out + plus.astype(out.dtype)
 
-    def _native(self, eqn: Any) -> Callable[..., Any]:
+    def base(self, eqn: Any, ins: Sequence[Any], plus: Any = None) -> Any:
+        """The equation with every leaf replaced by its base; `plus` as in `bind`."""
+        return self.bind(eqn, [x.base if is_leaf(x) else x for x in ins], plus)
+
+    def native(self, eqn: Any) -> Callable[..., Any]:
         """The equation as JAX evaluates it (custom rules and effects included)."""
         invars = [v for v in eqn.invars if not isinstance(v, compat.Literal)]
         unique = list(dict.fromkeys(invars))
@@ -159,7 +183,7 @@ class Interpreter:
 
     def like(self, eqn: Any, x: Any) -> Any:
         """A one-operand equation on another array of the same rank."""
-        return self._native(eqn)(x)
+        return self.native(eqn)(x)
 
     # -- a program --------------------------------------------------------------------
 

@@ -58,11 +58,8 @@ class Labelled(AdaptedLeaf):
         arrays = {n: f(getattr(self, n), old[n], new[n]) for n in old}
         return self.replace(base=base, axes=axes, **arrays)
 
-    def unstack(self) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
-        """For a scan over axis 0: (what is scanned, what is constant, how to join).
-
-        An array without axis 0 is the same in every step.
-        """
+    def unstack(self) -> tuple[Any, Any, Callable[[Any, Any], Any]] | None:
+        """An array without axis 0 is the same in every step."""
         labels = self.labels()
         scanned = {
             n: jnp.moveaxis(getattr(self, n), k.index(0), 0)
@@ -71,7 +68,10 @@ class Labelled(AdaptedLeaf):
         }
         constant = {n: getattr(self, n) for n, k in labels.items() if 0 not in k}
         if is_leaf(self.base):
-            below, kept, join_below = self.base.unstack()
+            rows = self.base.unstack()
+            if rows is None:
+                return None
+            below, kept, join_below = rows
         else:
             below, kept, join_below = self.base, None, lambda row, _: row
         template = self.replace(base=None, key=None, **dict.fromkeys(labels))

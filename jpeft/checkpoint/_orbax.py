@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jpeft.types import CheckpointError
@@ -28,11 +29,15 @@ def read(folder: Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, An
         with _quiet(), ocp.StandardCheckpointer() as reader:
             return reader.restore(folder.absolute(), dict(like))
     except Exception as error:  # Orbax raises many types, with pages of text
-        text = str(error).strip() or type(error).__name__
-        raise CheckpointError(
-            f"{folder}: the arrays cannot be read; the folder is truncated or damaged "
-            f"({text.splitlines()[0][:200]})"
-        ) from error
+        raise _unreadable(folder, "the arrays", error) from error
+
+
+def _unreadable(folder: Path, what: str, error: Exception) -> CheckpointError:
+    text = str(error).strip() or type(error).__name__
+    return CheckpointError(
+        f"{folder}: {what} cannot be read; the folder is truncated or damaged "
+        f"({text.splitlines()[0][:200]})"
+    )
 
 
 @contextmanager
@@ -47,3 +52,95 @@ def _quiet() -> Iterator[None]:
     finally:
         for x, level in zip(loggers, before, strict=True):
             x.setLevel(level)
+
+
+# --- one leaf at a time --------------------------------------------------------------
+
+TREE = "_METADATA"  # the file that describes a saved tree
+Keys = tuple[Any, ...]
+
+
+class Leaves:
+    """The arrays of a tree that anyone saved with Orbax, read one by one.
+
+    A name is the array's path, joined by '/', without the `value` of a Flax box.
+    stored: shape and dtype of every array.
+    """
+
+    def __init__(self, path: Path, folder: Path):
+        self.path = path
+        self._folder = folder.absolute()
+        try:
+            with _quiet(), ocp.PyTreeCheckpointer() as reader:
+                found: Any = reader.metadata(self._folder)
+        except Exception as error:
+            raise _unreadable(folder, "its description", error) from error
+        # Orbax 0.11 and later wrap the tree once or twice, by who wrote it.
+        for inside in ("item_metadata", "tree"):
+            found = getattr(found, inside, found)
+        self._tree = found
+        flat, _ = jax.tree_util.tree_flatten_with_path(found)
+        self._keys: dict[str, Keys] = {}
+        self.stored: dict[str, jax.ShapeDtypeStruct] = {}
+        for path_, x in flat:
+            keys = tuple(getattr(k, "key", getattr(k, "idx", None)) for k in path_)
+            if getattr(x, "shape", None) is None or getattr(x, "dtype", None) is None:
+                continue  # a string, an empty subtree
+            name = "/".join(map(str, keys)).removesuffix("/value")
+            name = name if name not in self._keys else f"{name}/value"
+            self._keys[name] = keys
+            self.stored[name] = jax.ShapeDtypeStruct(tuple(x.shape), x.dtype)
+        if not self.stored:  # what Orbax says when it cannot read them
+            raise _unreadable(folder, "the arrays", ValueError("none is described"))
+
+    def read(self, name: str) -> np.ndarray:
+        """The whole array, in the memory of the host."""
+        keys = self._keys[name]
+        wanted = _only(self._tree, keys)
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        args = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=jax.tree.map(lambda _: as_numpy, wanted),
+            partial_restore=True,
+        )
+        try:
+            with _quiet(), ocp.PyTreeCheckpointer() as reader:
+                found = reader.restore(self._folder, args=args)
+        except Exception as error:
+            raise _unreadable(self._folder, repr(name), error) from error
+        for k in keys:
+            found = found[k]
+        return np.asarray(found)
+
+
+def open_leaves(path: Path) -> Leaves | None:
+    """The arrays saved in a folder or in its one item; None if it holds none."""
+    if (path / TREE).is_file():
+        return Leaves(path, path)
+    items = sorted(p.parent for p in path.glob("*/" + TREE))
+    if len(items) > 1:
+        raise CheckpointError(
+            f"{path}: holds {', '.join(p.name for p in items)}; pass one of these "
+            f"folders, such as {str(items[0])!r}"
+        )
+    if items:
+        return Leaves(path, items[0])
+    if steps := sorted(p.parent.parent for p in path.glob("*/*/" + TREE)):
+        raise CheckpointError(
+            f"{path}: holds {len(set(steps))} steps; pass one, such as "
+            f"{str(steps[-1])!r}"
+        )
+    return None
+
+
+def _only(tree: Any, keys: Keys) -> Any:
+    """The tree with one leaf: of a dict the one entry, of a list all places (Orbax
+    compares lengths), the others held by its mark for what is not to be read."""
+    if not keys:
+        return 0
+    first, rest = keys[0], keys[1:]
+    if isinstance(tree, Mapping):
+        return {first: _only(tree[first], rest)}
+    skip = lambda x: jax.tree.map(lambda _: ocp.PLACEHOLDER, x)
+    places = [_only(x, rest) if k == first else skip(x) for k, x in enumerate(tree)]
+    return type(tree)(places)

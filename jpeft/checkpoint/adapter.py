@@ -11,6 +11,7 @@ refused.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from jpeft.leaf import (
     TRAINABLE,
     AdaptedLeaf,
     array_fields,
+    box_of,
     boxed_like,
     innermost,
     is_leaf,
@@ -38,7 +40,10 @@ from jpeft.leaf import (
     leaf_specs,
     roles,
 )
-from jpeft.transform import Transform, is_adapted
+from jpeft.methods.loftq import alternate
+from jpeft.methods.quantize import ACTIVATION, Quantize
+from jpeft.quant.leaf import Layout, Quantized, boxed
+from jpeft.transform import Transform, freeze_value, is_adapted, place_beside
 from jpeft.tree.paths import Slots, is_array, segment, slots, suggest, weight
 from jpeft.tree.split import NOTHING_TRAINS
 from jpeft.types import CheckpointError, PyTree, __version__
@@ -93,8 +98,10 @@ def load(
 ) -> PyTree:
     """The adapted tree: the adapter in `path` on the base it was trained on.
 
-    base_params: the plain base.  shardings: of the adapter's arrays, one `Sharding` for
-    all or a tree as `jpeft.sharding.shardings` gives; None puts each beside its base.
+    base_params: the plain base.  Weights that were quantised for the training are
+    quantised again in the same way, or may come quantised, as `unload` leaves them.
+    shardings: of the adapter's arrays, one `Sharding` for all or a tree as
+    `jpeft.sharding.shardings` gives; None puts each beside its base.
     check: "content" compares a digest of every base leaf, "structure" only paths,
     shapes and dtypes.
 
@@ -111,13 +118,19 @@ def load(
             "jpeft.unload(params)"
         )
     flat = slots(base_params)
+    flat = dataclasses.replace(
+        flat,
+        values=tuple(
+            quantized_again(manifest["leaves"], p, x) for p, x in flat.items()
+        ),
+    )
     compare_bases(folder, manifest["base"], flat, content=check == "content")
     at = dict(flat.items())
     wanted = dict(_shardings(shardings))
     abstract: dict[str, jax.ShapeDtypeStruct] = {}
     for leaf_path, described in manifest["leaves"].items():
-        base = unbox(at[leaf_path])
-        for k, layer in enumerate(described):
+        base = weight(at[leaf_path])
+        for k, layer in enumerate(adapters(described)):
             specs = _sharding_beside(layer, base)
             for field, array in layer["arrays"].items():
                 place = wanted.get(f"{leaf_path}/{field}", wanted.get(""))
@@ -144,7 +157,7 @@ def describe(
     """(manifest, {name: array}) of an adapted tree."""
     flat = slots(params)
     adapted = {p: x for p, x in flat.items() if is_leaf(x)}
-    if not adapted:
+    if not is_adapted(params):
         raise ValueError("save: " + NOTHING_TRAINS)
     _check_origin(adapted, transform)
     arrays: dict[str, Any] = {}
@@ -153,21 +166,24 @@ def describe(
         leaves[path] = []
         for k, layer in enumerate(layers(leaf)):
             fields = {n: unbox(x) for n, x in array_fields(layer).items()}
-            leaves[path].append(
-                {
-                    "kind": type(layer).__name__,
-                    "static": {
-                        n: getattr(layer, n)
-                        for n, role in roles(layer).items()
-                        if role == STATIC and n != "path"
-                    },
-                    "arrays": {
-                        n: {"shape": list(x.shape), "dtype": str(x.dtype)}
-                        for n, x in fields.items()
-                    },
+            about: dict[str, Any] = {
+                "kind": type(layer).__name__,
+                "static": {
+                    n: getattr(layer, n)
+                    for n, role in roles(layer).items()
+                    if role == STATIC and n != "path"
+                },
+                "arrays": {},
+            }
+            if layer.holds_weight:  # the base: how it is stored, not what is stored
+                about["holds"] = sorted(fields)
+            else:
+                about["arrays"] = {
+                    n: {"shape": list(x.shape), "dtype": str(x.dtype)}
+                    for n, x in fields.items()
                 }
-            )
-            arrays |= {_name(path, k, n): x for n, x in fields.items()}
+                arrays |= {_name(path, k, n): x for n, x in fields.items()}
+            leaves[path].append(about)
     found = digests(arrays)
     for path, described in leaves.items():
         for k, layer in enumerate(described):
@@ -197,18 +213,29 @@ def base_fingerprint(params: PyTree) -> Fingerprint:
             bases[path] = base
         if any(x.replaces_base for x in layers(slot)):
             unused.add(path)
-    found = digests({p: x for p, x in bases.items() if p not in unused})
+    found = _digests({p: x for p, x in bases.items() if p not in unused})
     return {
         p: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": found.get(p)}
         for p, x in bases.items()
     }
 
 
+def _digests(bases: Mapping[str, Any]) -> dict[str, Any]:
+    """A digest a weight; of a quantised one, {array: digest}."""
+    plain = {p: x for p, x in bases.items() if not is_leaf(x)}
+    found: dict[str, Any] = dict(digests(plain))
+    for path, leaf in bases.items():
+        if is_leaf(leaf):
+            arrays = {n: unbox(x) for n, x in array_fields(leaf).items()}
+            found[path] = digests(arrays)
+    return found
+
+
 def _check_origin(adapted: Mapping[str, AdaptedLeaf], transform: Transform) -> None:
     known = transform.origins()
     for path, leaf in adapted.items():
         for layer in layers(leaf):
-            if layer.origin not in known:
+            if layer.origin not in known and not layer.holds_weight:
                 raise ValueError(
                     f"save: {path} was adapted by {layer.origin or 'hand'}, not by the "
                     f"transform given ({', '.join(sorted(known))}); pass the transform "
@@ -271,13 +298,68 @@ def compare_bases(
                 wrong.append(f"{p} has {field} {value}, saved was {saved[p][field]}")
     if not wrong and content:
         told = {p: saved[p]["digest"] for p in here if saved[p]["digest"] is not None}
-        found = digests({p: here[p] for p in told})
-        wrong = [f"{p} has other values" for p in told if told[p] != found[p]]
+        found = _digests({p: here[p] for p in told})
+        wrong = [
+            _other_values(p, told[p], found[p]) for p in told if told[p] != found[p]
+        ]
     if wrong:
         raise CheckpointError(
             f"{folder}: trained on another base: {_some(wrong)}. Pass the base it was "
             'trained on (check="structure" skips the comparison of values)'
         )
+
+
+def _other_values(path: str, saved: Any, here: Any) -> str:
+    if isinstance(saved, dict) == isinstance(here, dict):
+        return f"{path} has other values"
+    return (
+        f"{path} is {'quantised' if isinstance(here, dict) else 'not quantised'} here"
+    )
+
+
+def adapters(described: list[Any]) -> list[Any]:
+    """The described layers without the one that is a quantised base."""
+    return [layer for layer in described if "holds" not in layer]
+
+
+def quantized_again(leaves: Mapping[str, Any], path: str, slot: Any) -> Any:
+    """The base in a slot as the adapter met it: quantised if it was."""
+    layer = next((x for x in leaves.get(path, ()) if "holds" in x), None)
+    if layer is None:
+        return slot
+    if _kind(path, layer) is not Quantized:
+        raise CheckpointError(
+            f"{path}: a base of kind {layer['kind']!r}: upgrade jpeft"
+        )
+    how = {k: freeze_value(v) for k, v in layer["static"].items()}
+    if is_leaf(slot):
+        for field in ("format", "block_size", "order"):
+            if getattr(slot, field) != how[field]:
+                raise CheckpointError(
+                    f"{path}: quantised with {field}={getattr(slot, field)!r}, the "
+                    f"adapter was trained on {field}={how[field]!r}; pass the plain "
+                    "base, which load quantises as it was"
+                )
+        return slot
+    x, layout = (
+        jnp.asarray(weight(slot)),
+        Layout(how["order"], how["stack"], how["lead"], len(how["inner"])),
+    )
+    quantizer = Quantize(
+        format=how["format"],
+        block_size=how["block_size"],
+        double="nested" in layer["holds"],
+        compute_dtype=how["compute_dtype"] or ACTIVATION,
+    )
+    if how["residual"] is None:
+        made = quantizer.of_array(x, layout)
+    else:
+        axes, use, rank, scale, steps = how["residual"]
+        made, *_ = alternate(
+            x, axes, use, quantizer, rank=rank, scale=scale, steps=steps, path=path
+        )
+    made = place_beside(made.replace(origin=how["origin"]), weight(slot))
+    return boxed(slot, made)  # type: ignore[arg-type]
 
 
 def _some(items: list[str], most: int = 4) -> str:
@@ -312,6 +394,7 @@ def _rebuild(
     path: str, described: list[Any], slot: Any, arrays: Mapping[str, Any]
 ) -> Any:
     leaf = slot
+    described = adapters(described)
     for k in reversed(range(len(described))):
         layer = described[k]
         kind = _kind(path, layer)
@@ -323,7 +406,7 @@ def _rebuild(
             )
         made = kind(base=leaf, **layer["static"], **fields)
         check_shapes(path, made, unbox(innermost(slot)).shape)
-        leaf = boxed_like(innermost(slot), made)
+        leaf = boxed_like(box_of(slot), made)
     return leaf
 
 

@@ -87,7 +87,6 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     side = 0 if is_leaf(ins[0]) else 1
     leaf, x = ins[side], ins[1 - side]
     xl, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
-    y = it.base(eqn, ins)
     delta = through(
         leaf,
         dropped(leaf, x),
@@ -97,7 +96,7 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         preferred_element_type=eqn.params["preferred_element_type"],
         out_sharding=eqn.params.get("out_sharding"),
     )
-    return y + delta.astype(y.dtype)
+    return it.base(eqn, ins, plus=delta)
 
 
 @rule("conv_general_dilated", kind=LowRank)

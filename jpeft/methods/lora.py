@@ -10,6 +10,17 @@ arXiv:2312.03732.
 Where we depart from the paper: the delta works on any weight with an input and an
 output axis (embeddings, convolutions, experts, projections of several axes), not on
 attention matrices only.  On a tied table it moves the head as well as the embedding.
+
+PiSSA (Meng et al. 2024, arXiv:2404.02948) and OLoRA (Buyukakyuz 2024, arXiv:2406.01775)
+take A's and B's first values A0, B0 from W itself and train on from there:
+
+    W' = (W - s A0 B0) + s A B = W + s (A B - A0 B0)
+
+Where we depart from those papers: W is not overwritten by its residual, A0 and B0 are
+kept beside A and B.  So the base stays the base, for `unload`, for other adapters and
+for the checkpoint, and the start is the base bit for bit in every dtype.  The price is
+a second pair of factors, which do not train.  Dropout acts on the whole delta, not on
+A B alone, whose start is most of the weight.
 """
 
 from __future__ import annotations
@@ -17,12 +28,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
-from jpeft.adapt.labels import R
+from jpeft.adapt.interpreter import Interpreter, rule
+from jpeft.adapt.labels import Label, Labelled, R
+from jpeft.leaf import adapted_leaf, frozen, is_leaf, static, trainable
+from jpeft.methods import _init
 from jpeft.methods._low_rank import LowRank
 from jpeft.transform import (
     LeafMethod,
@@ -36,7 +50,82 @@ from jpeft.transform import (
 from jpeft.tree.layout import CONV, EMBEDDING, LeafUse
 from jpeft.tree.where import Where, check_where
 
-INITS = ("gaussian", "kaiming")
+# --- the leaf of a delta that does not start at zero ---------------------------------
+
+
+@adapted_leaf
+class ShiftedLowRank(Labelled):
+    """W + scale * (A.B - A0.B0), where A and B started at A0 and B0.
+
+    a, b, scale, dropout: as `LowRank`'s; a0, b0 have the shapes of a and b.
+    """
+
+    a: Any = trainable()
+    b: Any = trainable()
+    a0: Any = frozen()
+    b0: Any = frozen()
+    scale: float = static(default=1.0)
+    dropout: float = static(default=0.0)
+
+    @classmethod
+    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
+        of = LowRank.labels_of(axes)
+        return {**of, "a0": of["a"], "b0": of["b"]}
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[self.labels()["b"].index(R)]
+
+    def as_low_rank(self) -> LowRank:
+        """The same delta as one product of twice the rank, [A - A0, A0] [B; B - B0].
+
+        This way of writing A.B - A0.B0 subtracts nothing large from anything large: it
+        is exactly zero at the start, and what is cast to bfloat16 later is the change.
+        """
+        labels = self.labels()
+        join = lambda x, y, n: jnp.concatenate([x, y], labels[n].index(R))
+        return LowRank(
+            base=self.base,
+            axes=self.axes,
+            a=join(self.a - self.a0, self.a0, "a"),
+            b=join(self.b, self.b - self.b0, "b"),
+            scale=self.scale,
+            dropout=self.dropout,
+            origin=self.origin,
+            path=self.path,
+            key=self.key,
+        )
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        return self.as_low_rank().materialize(dtype)
+
+    def disable(self) -> Self:
+        base = self.base.disable() if is_leaf(self.base) else self.base
+        b, b0 = (jax.tree.map(jnp.zeros_like, x) for x in (self.b, self.b0))
+        return self.replace(base=base, b=b, b0=b0)
+
+
+@rule(
+    "dot_general",
+    "conv_general_dilated",
+    "gather",
+    "ragged_dot_general",
+    "neg",
+    "mul",
+    "div",
+    "reduce_sum",
+    "concatenate",
+    "stack",
+    "convert_element_type",
+    kind=ShiftedLowRank,
+)
+def _as_low_rank(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """Moved about as it is; consumed, scaled or cast as the one product."""
+    plain = lambda x: x.as_low_rank() if isinstance(x, ShiftedLowRank) else x
+    return it.bind(eqn, list(map(plain, ins)))
+
+
+# --- the method ----------------------------------------------------------------------
 
 
 @method("lora")
@@ -64,8 +153,7 @@ class LoRA(LeafMethod):
                 f"lora: dropout={self.dropout!r}: expected a rate from 0 up to, not "
                 "including, 1"
             )
-        if self.init not in INITS:
-            raise ValueError(f"lora: init={self.init!r}: expected one of {INITS}")
+        _init.check_init("lora", self.init)
         check_float("lora", self.dtype)
         patterns = {
             "rank_pattern": check_pattern(
@@ -95,21 +183,42 @@ class LoRA(LeafMethod):
         alpha = self.rank if alpha is None else alpha
         return float(alpha / (math.sqrt(rank) if self.rank_stabilized else rank))
 
-    def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> LowRank:
+    def attach(
+        self, key: jax.Array, path: str, base: Any, use: LeafUse
+    ) -> LowRank | ShiftedLowRank:
         rank = self.rank_of(path)
         check_rank(path, rank, use)
         dtype = self.adapter_dtype(base)
         assert use.axes is not None
-        shapes = factor_shapes(use.shape, use.axes, rank)
-        fan_in = 1 if use.kind == EMBEDDING else math.prod(use.sizes("i"))
-        return LowRank(
-            base=base,
-            axes=use.axes,
-            a=init_a(key, shapes["a"], fan_in, self.init, dtype),
-            b=jnp.zeros(shapes["b"], dtype),
+        common: dict[str, Any] = {
+            "base": base,
+            "axes": use.axes,
+            "scale": self.scale_of(path),
+            "dropout": float(self.dropout),
+        }
+        if self.init in _init.DRAWN:
+            shapes = factor_shapes(use.shape, use.axes, rank)
+            fan_in = 1 if use.kind == EMBEDDING else math.prod(use.sizes("i"))
+            a = _init.draw_a(key, shapes["a"], fan_in, self.init, dtype)
+            return LowRank(a=a, b=jnp.zeros(shapes["b"], dtype), **common)
+        if is_leaf(base) or isinstance(base, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{path}: init={self.init!r} takes A and B from the weight itself, and "
+                f"here stands a {type(base).__name__}; apply it to the plain array "
+                f"first, or use init='gaussian', or exclude={path!r}"
+            )
+        a, b = _init.factors_of(
+            key,
+            path,
+            base,
+            use.axes,
+            rank=rank,
             scale=self.scale_of(path),
-            dropout=float(self.dropout),
+            init=self.init,
         )
+        a, b = a.astype(dtype), b.astype(dtype)
+        # Copies: the step that trains A may be given its buffer.
+        return ShiftedLowRank(a=a, b=b, a0=jnp.copy(a), b0=jnp.copy(b), **common)
 
 
 def lora(
@@ -135,9 +244,12 @@ def lora(
     alpha: numerator of the scale; None means `rank`, that is a scale of 1.
     where, exclude: which weights; see `jpeft.tree.where`.
     dropout: rate on the activations that enter A, drawn where `adapt` is given a key.
-    init: of A; "gaussian" N(0, 1/in) (N(0, 1) for embeddings, whose input is one row)
-    or
-        "kaiming", uniform with variance 1/(3 in).  B is zero.
+    init: "gaussian": A ~ N(0, 1/in) (N(0, 1) for embeddings, whose input is one row),
+        B zero.  "kaiming": A uniform with variance 1/(3 in), B zero.  "pissa": the
+        leading singular vectors of the weight; "pissa_niter_4" finds them by 4 rounds
+        of a randomised method, much faster for large matrices.  "olora": the first
+        columns of its QR decomposition.  The last three need the plain weight, not a
+        quantised one.
     dtype: of A and B; None means float32, or float64 beside float64.
     rank_pattern, alpha_pattern: {regular expression for the whole path: value}.
 
@@ -182,15 +294,3 @@ def factor_shapes(
     """Shapes of A and B beside a weight."""
     size = lambda k: rank if k == R else shape[k]  # type: ignore[index]
     return {n: tuple(map(size, k)) for n, k in LowRank.labels_of(axes).items()}
-
-
-def init_a(
-    key: jax.Array, shape: tuple[int, ...], fan_in: int, init: str, dtype: Any
-) -> jax.Array:
-    """A's first values, drawn in float32."""
-    if init == "gaussian":
-        x = jax.random.normal(key, shape, jnp.float32) / math.sqrt(fan_in)
-    else:
-        limit = 1.0 / math.sqrt(fan_in)
-        x = jax.random.uniform(key, shape, jnp.float32, -limit, limit)
-    return x.astype(dtype)

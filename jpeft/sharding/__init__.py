@@ -1,14 +1,27 @@
-"""Where adapters go on a mesh, given where their base is."""
+"""Where adapters go on a mesh, given where their base is; and what a compiler for TPU
+has to be told of it."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jpeft.boxes import same_box
-from jpeft.leaf import is_leaf, leaf_specs, map_fields, named
+from jpeft.boxes import same_box, unbox
+from jpeft.kernels import partitioned
+from jpeft.leaf import (
+    array_fields,
+    innermost,
+    is_leaf,
+    leaf_specs,
+    map_fields,
+    named,
+)
+from jpeft.quant.leaf import Quantized
+from jpeft.transform import whole_shards
 from jpeft.tree.paths import slots
 from jpeft.types import PyTree
 
@@ -18,7 +31,8 @@ def shardings(params: PyTree, base_shardings: PyTree) -> PyTree:
 
     params: the adapted tree, or its `jax.eval_shape`.  base_shardings: a tree of
     `NamedSharding` of the base's structure.  Every array of a leaf is sharded as the
-    weight's axes that it has; the rank is never sharded.
+    weight's axes that it has; the rank is never sharded, nor what does not divide, such
+    as the scales of a few blocks.
     """
     flat = slots(params)
     given = jax.tree.leaves(
@@ -38,12 +52,66 @@ def shardings(params: PyTree, base_shardings: PyTree) -> PyTree:
                 f"{path}: expected a NamedSharding, got {type(sharding).__name__}"
             )
         specs = leaf_specs(named(slot, path).replace(path=slot.path), sharding.spec)
+        specs = _whole(specs, slot, sharding.mesh)
         place = lambda spec: NamedSharding(sharding.mesh, spec)
         return _boxed(slot, map_fields(place, specs))
 
     return flat.rebuild(
         one(p, x, s) for (p, x), s in zip(flat.items(), given, strict=True)
     )
+
+
+def declare(
+    params: PyTree, *, batch: str | Sequence[str]
+) -> contextlib.AbstractContextManager[None]:
+    """Inside, each product with a quantised weight knows where its operands are.
+
+    params: the adapted tree, on a mesh; arrays, or `jax.ShapeDtypeStruct`s with
+        shardings.
+    batch: the mesh axes that cut activations along their first axis.
+
+    For programs that are compiled for several TPUs: without it (and on a mesh without
+    explicit axes) quantised weights are decoded by XLA, and where they are cut along
+    `batch`, sent as decoded.  With it every device runs the kernels on its part, and
+    only codes are sent.  A wrong declaration costs time, never the result.
+
+        with jpeft.sharding.declare(params, batch="data"):
+            params, state, loss = step(params, state, tokens)
+    """
+    found, mesh = [], None
+    for path, slot in slots(params).items():
+        leaf = innermost(slot)
+        codes = unbox(leaf.codes) if isinstance(leaf, Quantized) else None
+        sharding = getattr(codes, "sharding", None)
+        if codes is None or not isinstance(sharding, NamedSharding):
+            continue
+        mesh = sharding.mesh
+        spec = partitioned.spec_of(sharding, codes.shape, mesh)
+        found.append((path, tuple(codes.shape), spec))
+    if mesh is None:
+        raise ValueError(
+            "sharding.declare: no quantised weight of params is on a mesh; pass what "
+            "jax.device_put(params, shardings) returned"
+        )
+    axes = (batch,) if isinstance(batch, str) else tuple(batch)
+    for axis in axes:
+        if axis not in mesh.axis_names:
+            raise ValueError(
+                f"sharding.declare: batch={batch!r}: the mesh of params has the axes "
+                f"{tuple(mesh.axis_names)}"
+            )
+    return partitioned.declare(partitioned.Declared(mesh, axes, tuple(found)))
+
+
+def _whole(specs: Any, leaf: Any, mesh: Any) -> Any:
+    """The specifications without the axes that do not divide."""
+    fields = {
+        n: whole_shards(getattr(specs, n), unbox(x).shape, mesh)
+        for n, x in array_fields(leaf).items()
+    }
+    if is_leaf(leaf.base):
+        fields["base"] = _whole(specs.base, leaf.base, mesh)
+    return specs.replace(**fields)
 
 
 def _boxed(like: Any, leaf: Any) -> Any:

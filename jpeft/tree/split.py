@@ -6,12 +6,15 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jpeft.boxes import same_box, unbox
 from jpeft.leaf import (
     FROZEN,
     STATIC,
     TRAINABLE,
+    array_fields,
+    box_of,
     innermost,
     is_leaf,
     layers,
@@ -120,6 +123,9 @@ def _arrays(slot: Any) -> list[tuple[str, int, int]]:
     """(role, parameters, bytes) of every array of a slot that the model uses."""
     out = []
     for leaf in layers(slot):
+        if leaf.holds_weight:  # counted as the weight it stands for
+            size = sum(_bytes(unbox(x)) for x in array_fields(leaf).values())
+            return [*out, (FROZEN, leaf.size, size)]
         for name, role in roles(leaf).items():
             x = unbox(getattr(leaf, name)) if role in (TRAINABLE, FROZEN) else None
             if name != "base" and x is not None:
@@ -175,19 +181,33 @@ def _adapted(flat: Slots, verb: str) -> None:
         raise ValueError(f"{verb}: no leaf of this tree is adapted")
 
 
-def merge(params: PyTree, *, dtype: Any = None) -> PyTree:
+def merge(params: PyTree, *, dtype: Any = None, requantize: bool = False) -> PyTree:
     """Plain arrays again: every adapted leaf becomes its effective weight.
 
     Computed in float32 (float64 for float64 weights) and cast once.  dtype: of the
     merged weights; default each base's own.  Weights that were not adapted stay as
     they are.
+
+    A quantised base is dequantised.  requantize: True stores the result of such a base
+    in its own format again, which rounds once more: `jpeft.quant.rounding` says by how
+    much, beside what the adapter changed.
     """
+    if requantize and dtype is not None:
+        raise ValueError(
+            "merge: requantize=True keeps the base's own format, and "
+            f"dtype={dtype!r} is of plain arrays: give one of the two"
+        )
 
     def one(path: str, slot: Any) -> Any:
         if not is_leaf(slot):
             return slot
-        box = innermost(slot)
-        return same_box(box, named(slot, path).materialize(dtype))
+        base = innermost(slot)
+        leaf = named(slot, path)
+        if requantize and is_leaf(base):
+            return (
+                base if base is slot else base.with_value(leaf.materialize(jnp.float32))
+            )
+        return same_box(box_of(slot), leaf.materialize(dtype))
 
     flat = slots(params)
     _adapted(flat, "merge")
@@ -195,7 +215,11 @@ def merge(params: PyTree, *, dtype: Any = None) -> PyTree:
 
 
 def unload(params: PyTree) -> PyTree:
-    """The base, bit for bit: every adapted leaf is taken off."""
+    """The base, bit for bit: every adapter is taken off.
+
+    A quantised weight is the base of what was trained on it, and stays as it is;
+    `merge` makes arrays of it.
+    """
     flat = slots(params)
     _adapted(flat, "unload")
     return flat.rebuild(innermost(x) for x in flat.values)

@@ -1,0 +1,534 @@
+"""`load_quantized`: a stored model into a quantised tree, one weight at a time.
+
+A weight is read, put in place, quantised and dropped before the next one is read.  So
+the peak is the quantised model and the work on its largest weight: a model larger than
+memory can be loaded if its quantised form fits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, Sharding
+
+from jpeft.boxes import same_box
+from jpeft.checkpoint._orbax import open_leaves
+from jpeft.checkpoint._safetensors import open_tensors
+from jpeft.compat import is_key_array
+from jpeft.leaf import box_of, is_leaf
+from jpeft.methods.quantize import Quantize
+from jpeft.quant.exchange import STATE, TYPES, from_bitsandbytes
+from jpeft.quant.leaf import Quantized, boxed
+from jpeft.transform import Chain, Transform, place_beside
+from jpeft.tree.layout import LeafUse
+from jpeft.tree.paths import Slots, is_array, slots, suggest, weight
+from jpeft.types import CheckpointError, PyTree
+
+# What is stored for a weight: a name, or names and a function of their arrays.
+Stored = str | tuple[str | Sequence[str], Callable[..., Any]]
+Names = Mapping[str, Stored] | Callable[[str], Stored | None] | None
+
+
+def load_quantized(
+    path: str | os.PathLike[str],
+    transform: Transform,
+    like: PyTree,
+    *,
+    names: Names = None,
+    uses: Mapping[str, LeafUse] | None = None,
+    shardings: Any = None,
+) -> PyTree:
+    """The model stored in `path`, quantised while it is read.
+
+    The result is `transform(key, params)` of the loaded parameters, bit for bit.  Above
+    its own memory it needs about three times the largest weight in float32, whatever
+    the size of the model.
+
+    path: a safetensors file, a folder of them (or its index), or a folder that Orbax
+        saved a tree in.
+    transform: `jpeft.quantize(...)` or a chain of them.  Other weights are loaded as
+        they are; adapters are applied to the result.
+    like: the parameters or their shapes, `jax.eval_shape(model.init, ...)["params"]`,
+        boxed or not.  Says structure, shapes, and the dtype each weight is cast to.
+    names: where each weight is stored; None and paths it does not speak of: under their
+        own path, with "/" or "." between its parts.  A dict from paths, or regular
+        expressions for whole paths (the first match counts), to a name, which may hold
+        the expression's groups; or a function of the path.  Instead of a name there may
+        be (name, function of the array) or (list of names, function of all of them).
+    uses: see `jpeft.find_uses`.
+    shardings: of the plain weights; one `Sharding`, or a tree as `like`.  A quantised
+        weight is placed as its own was to be.
+
+    PyTorch keeps the weight of a linear layer as (out, in), Flax as (in, out), and of a
+    convolution (out, in, *window), Flax (*window, in, out); where sizes are equal,
+    nothing can tell that a transposition is missing.  For a Linen model whose layers
+    are named as those of the PyTorch model that was saved:
+
+        params = jpeft.load_quantized("folder/", jpeft.quantize("nf4"), like, names={
+            r"(.*)/kernel": (r"model/\\1/weight", np.transpose),
+            r"(.*)/(embedding|scale)": r"model/\\1/weight",
+        })
+
+    A weight that bitsandbytes has quantised to 4 bits is taken over code for code, if
+    `transform` asks for its format and block size (nested scales or not).
+
+    Raises ValueError for a transform other than quantize, and for `names` that fit no
+    path; CheckpointError, naming the weight, for what is missing, misshapen, of another
+    kind of dtype, not finite, or damaged.
+    """
+    formats = _formats(transform)
+    flat = slots(like)
+    if any(is_leaf(x) for x in flat.values):
+        raise ValueError(
+            "load_quantized: like= carries adapters or quantised weights; pass those "
+            "of the plain model, jax.eval_shape(model.init, ...)['params']"
+        )
+    chosen = _chosen(formats, flat, uses)
+    places = _places(shardings, flat)
+    source = _open(Path(path))
+    origins = _origins(source, flat, names)
+    weights = {
+        p: _Weight(p, x, origins[p], chosen.get(p), places[p])
+        for p, x in flat.items()
+        if p in origins
+    }
+    # What can be seen from names and shapes is refused before the long reading.
+    for w in weights.values():
+        _check(w, source)
+    made = {}
+    for p, w in weights.items():
+        # Work on a weight must not begin while copies of the one before are alive.
+        made[p] = jax.block_until_ready(_load(w, source))
+    return flat.rebuild(made.get(p, x) for p, x in flat.items())
+
+
+Chosen = tuple[Quantize, LeafUse]
+
+
+class Source(Protocol):
+    """Arrays by name, read one by one."""
+
+    path: Path
+    stored: dict[str, jax.ShapeDtypeStruct]
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+class _Origin(NamedTuple):
+    """The names of a weight's stored arrays and what makes the weight of them."""
+
+    names: tuple[str, ...]
+    function: Callable[..., Any] | None
+
+
+class _Weight(NamedTuple):
+    """One weight of `like`: where it comes from, how it is quantised, where it goes."""
+
+    path: str
+    slot: Any
+    origin: _Origin
+    chosen: Chosen | None
+    place: Sharding | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(weight(self.slot).shape)
+
+    @property
+    def dtype(self) -> Any:
+        return weight(self.slot).dtype
+
+    def at(self, source: Source) -> str:
+        """For a message: the arrays' names and where they are."""
+        return f"{', '.join(map(repr, self.origin.names))} of {source.path}"
+
+    def remedy(self, function: str) -> str:
+        """For a message: what to pass as names=."""
+        names = self.origin.names
+        given = repr(names[0] if len(names) == 1 else list(names))
+        return f"names={{{self.path!r}: ({given}, {function})}}"
+
+
+# --- what becomes of each weight -----------------------------------------------------
+
+
+def _formats(transform: Any) -> list[Quantize]:
+    if isinstance(transform, Chain):
+        return [x for t in transform.transforms for x in _formats(t)]
+    if not isinstance(transform, Quantize):
+        name = getattr(transform, "name", repr(transform))
+        raise ValueError(
+            f"load_quantized: {name} is not quantize; apply it to what was loaded: "
+            "params = jpeft.load_quantized(path, jpeft.quantize(...), like), then "
+            f"params = jpeft.{name}(...)(key, params)"
+        )
+    return [transform]
+
+
+def _chosen(
+    formats: Sequence[Quantize], flat: Slots, uses: Mapping[str, LeafUse] | None
+) -> dict[str, Chosen]:
+    out: dict[str, Chosen] = {}
+    for t in formats:
+        for path, use in t.targets(flat, uses).items():
+            if path in out:
+                raise ValueError(
+                    f"{path}: {t.format} and {out[path][0].format} both select it; "
+                    f"exclude={path!r} in one of the two"
+                )
+            out[path] = t, use
+    return out
+
+
+def _places(shardings: Any, flat: Slots) -> dict[str, Sharding | None]:
+    if shardings is None or isinstance(shardings, Sharding):
+        return dict.fromkeys(flat.paths, shardings)
+    is_sharding = lambda x: isinstance(x, Sharding)
+    given = jax.tree.leaves(shardings, is_leaf=is_sharding)
+    if len(given) != len(flat.paths) or not all(map(is_sharding, given)):
+        kinds = sorted({type(x).__name__ for x in given})
+        raise ValueError(
+            f"load_quantized: shardings= has {len(given)} leaves ({', '.join(kinds)}) "
+            f"for {len(flat.paths)} weights; pass one Sharding, or a tree of "
+            "NamedSharding of the structure of like="
+        )
+    return dict(zip(flat.paths, given, strict=True))
+
+
+# --- where it is stored --------------------------------------------------------------
+
+
+def _open(path: Path) -> Source:
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    found = open_tensors(path) or open_leaves(path)
+    if found is None:
+        there = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+        raise CheckpointError(
+            f"{path}: expected *.safetensors, or a folder that Orbax saved a tree in; "
+            f"there is {there}"
+        )
+    return found
+
+
+def _origins(source: Source, flat: Slots, names: Names) -> dict[str, _Origin]:
+    paths = [p for p, x in flat.items() if is_array(weight(x))]
+    told = _from_dict(names, paths) if isinstance(names, Mapping) else names
+    stored = source.stored
+    out, missing = {}, []
+    for path in paths:
+        given, function = _as_origin(path, told(path) if told else None)
+        found = [_find(stored, n) for n in given]
+        missing += [(path, n) for n, f in zip(given, found, strict=True) if f is None]
+        out[path] = _Origin(tuple(f for f in found if f is not None), function)
+    if missing:
+        raise CheckpointError(_missing(source, missing))
+    return out
+
+
+def _find(stored: Mapping[str, Any], name: str) -> str | None:
+    """The name as it is stored: with '/' or '.' between its parts."""
+    spellings = (name, name.replace("/", "."), name.replace(".", "/"))
+    return next((n for n in spellings if n in stored), None)
+
+
+def _missing(source: Source, missing: Sequence[tuple[str, str]]) -> str:
+    path, name = missing[0]
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    ends = [n for n in source.stored if _bare(n).endswith("/" + _bare(name))]
+    if advice := _as_torch(source, [p for p, _ in missing]):
+        advice = f"PyTorch wrote it, it seems: names={{{advice}}}"
+    elif ends:
+        level = ends[0][: len(ends[0]) - len(name)]
+        advice = f"it has {ends[0]!r}: names={{'(.*)': r'{level}\\1'}}"
+    else:
+        near = suggest(list(source.stored), name) or "nothing"
+        advice = f"nearest: {near}; say where it is in names="
+    return f"{path}: {source.path} has no {name!r}{more}; {advice}"
+
+
+def _as_torch(source: Source, missing: Sequence[str]) -> str:
+    """Entries of names= for paths that are there under PyTorch's name `weight`."""
+    split = [p.rpartition("/") for p in missing]
+    there = {last for to, _, last in split if _find(source.stored, f"{to}/weight")}
+    entries = [
+        f"r'(.*)/{n}': r'\\1/weight'" for n in ("scale", "embedding") if n in there
+    ]
+    if "kernel" in there:  # of a convolution: (out, in, *window) to (*window, in, out)
+        turn = "lambda w: w.transpose(*range(2, w.ndim), 1, 0)"
+        entries.append(f"r'(.*)/kernel': (r'\\1/weight', {turn})")
+    return ", ".join(entries)
+
+
+def _bare(name: str) -> str:
+    return name.replace(".", "/")
+
+
+def _from_dict(
+    names: Mapping[str, Stored], paths: Sequence[str]
+) -> Callable[[str], Stored | None]:
+    patterns = {}
+    for key in names:
+        try:
+            patterns[key] = re.compile(re.escape(key) if key in paths else key)
+        except re.error as error:
+            raise ValueError(
+                f"load_quantized: names key {key!r} is neither a path nor a regular "
+                f"expression: {error}"
+            ) from None
+        if not any(patterns[key].fullmatch(p) for p in paths):
+            raise ValueError(
+                f"load_quantized: names key {key!r} matches no path of like=; nearest: "
+                f"{suggest(paths, key)}"
+            )
+
+    def told(path: str) -> Stored | None:
+        for key, pattern in patterns.items():
+            if match := pattern.fullmatch(path):
+                return _expanded(match, names[key])
+        return None
+
+    return told
+
+
+def _expanded(match: re.Match[str], stored: Stored) -> Stored:
+    """With the groups of the match where the names say \\1 or \\g<name>."""
+
+    def expand(name: Any) -> Any:
+        try:
+            return match.expand(name) if isinstance(name, str) else name
+        except (re.error, IndexError) as error:
+            raise ValueError(
+                f"load_quantized: names gives {name!r}, which does not fit its "
+                f"expression {match.re.pattern!r}: {error}"
+            ) from None
+
+    if isinstance(stored, tuple) and len(stored) == 2:
+        given, function = stored
+        several = isinstance(given, (list, tuple))
+        return [expand(n) for n in given] if several else expand(given), function
+    return expand(stored)
+
+
+def _as_origin(path: str, stored: Stored | None) -> _Origin:
+    if stored is None:
+        return _Origin((path,), None)
+    if isinstance(stored, str):
+        return _Origin((stored,), None)
+    if isinstance(stored, tuple) and len(stored) == 2 and callable(stored[1]):
+        given, function = stored
+        given = (given,) if isinstance(given, str) else tuple(given)
+        if given and all(isinstance(n, str) for n in given):
+            return _Origin(given, function)
+    raise ValueError(
+        f"{path}: names= gives {stored!r}; expected a name, (name, function of the "
+        "array) or (list of names, function of the arrays)"
+    )
+
+
+# --- checks --------------------------------------------------------------------------
+
+
+def _check(w: _Weight, source: Source) -> None:
+    """Raises for what can be seen without reading."""
+    if is_key_array(w):
+        raise ValueError(
+            f"{w.path}: like= holds a random key here, which is not loaded; pass the "
+            "parameters alone, such as nnx.state(model, nnx.Param)"
+        )
+    if _is_quantized(w, source):
+        _check_quantized(w, source)
+    elif w.origin.function is None:
+        (name,) = w.origin.names
+        found = source.stored[name]
+        _check_shape(w, found.shape, source)
+        _check_kind(w, found.dtype, source)
+        _check_no_scale(w, name, source)
+
+
+def _check_shape(w: _Weight, found: tuple[int, ...], source: Source) -> None:
+    want, found = w.shape, tuple(found)
+    if want == found:
+        return
+    # PyTorch: (out, in), of a convolution (out, in, *window).
+    axes = (*range(2, len(found)), 1, 0) if len(found) > 1 else ()
+    advice = "pass the like= of the model that was saved"
+    if w.origin.function is not None:
+        before = ", ".join(str(source.stored[n].shape) for n in w.origin.names)
+        advice = f"the function in names= made it of {before}"
+    elif tuple(found[k] for k in axes) == want:
+        turn = "numpy.transpose" if len(axes) == 2 else f"lambda w: w.transpose{axes}"
+        advice = f"it is stored transposed: {w.remedy(turn)}"
+    elif math.prod(want) == math.prod(found):
+        # PyTorch's (out, in), where in and out are several axes of the weight.
+        turned = any(
+            found == (math.prod(want[k:]), math.prod(want[:k]))
+            for k in range(1, len(want))
+        )
+        why = "transposed and flat" if turned else "in another shape"
+        make = f"lambda w: w{'.T' if turned else ''}.reshape{want}"
+        advice = f"it is stored {why}: {w.remedy(make)}"
+    raise CheckpointError(
+        f"{w.path}: expected shape {want}, found {found} in {w.at(source)}; {advice}"
+    )
+
+
+def _check_kind(w: _Weight, found: Any, source: Source) -> None:
+    """A cast from float to float is meant, one from integers to floats is not."""
+    kinds = (jnp.floating, jnp.integer, jnp.bool_, jnp.complexfloating)
+    if any(jnp.issubdtype(w.dtype, k) and jnp.issubdtype(found, k) for k in kinds):
+        return
+    raise CheckpointError(
+        f"{w.path}: expected {w.dtype}, found {found} in {w.at(source)}; if these are "
+        "codes of a quantised weight, give the function that decodes them: "
+        f"{w.remedy('lambda codes: ...')}"
+    )
+
+
+def _check_no_scale(w: _Weight, name: str, source: Source) -> None:
+    """8-bit floats come with a scale, without which they are other weights."""
+    scales = [n for n in (f"{name}_scale", f"{name}_scale_inv") if n in source.stored]
+    found = np.dtype(source.stored[name].dtype)
+    if found.itemsize == 1 and scales:
+        both = w._replace(origin=_Origin((name, scales[0]), None))
+        raise CheckpointError(
+            f"{w.path}: {w.at(source)} is {found} with a scale beside it; give the "
+            f"function that multiplies the two: {both.remedy('lambda w, scale: ...')}"
+        )
+
+
+# --- one weight ----------------------------------------------------------------------
+
+
+def _load(w: _Weight, source: Source) -> Any:
+    """The weight in its slot, quantised if it is to be."""
+    if _is_quantized(w, source):
+        return _taken_over(w, source)
+    array = _put(w, _read(w, source))
+    if w.chosen is None:
+        return same_box(w.slot, array)
+    if not bool(jnp.all(jnp.isfinite(array))):
+        raise CheckpointError(
+            f"{w.path}: {w.at(source)} holds NaN or infinity in {array.dtype}, which "
+            "no code stands for; the file is damaged, or the dtype in like= too narrow"
+        )
+    transform, use = w.chosen
+    no_key = jax.random.key(0)  # quantising draws nothing
+    return transform.adapted(no_key, w.path, same_box(w.slot, array), use)
+
+
+def _read(w: _Weight, source: Source) -> np.ndarray:
+    """The weight in the memory of the host; where it can be, a view of the file."""
+    arrays = [source.read(n) for n in w.origin.names]
+    if w.origin.function is None:
+        (made,) = arrays
+    else:
+        try:
+            made = np.asarray(w.origin.function(*arrays))
+        except Exception as error:
+            shapes = ", ".join(str(x.shape) for x in arrays)
+            raise ValueError(
+                f"{w.path}: the function in names= failed on {w.at(source)} of shape "
+                f"{shapes}: {error}"
+            ) from error
+        _check_shape(w, made.shape, source)
+        _check_kind(w, made.dtype, source)
+    if jnp.issubdtype(w.dtype, jnp.integer) and made.dtype != w.dtype:
+        if not np.array_equal(made.astype(w.dtype), made):
+            raise CheckpointError(
+                f"{w.path}: {w.at(source)} holds numbers that {w.dtype} does not"
+            )
+    return made
+
+
+def _put(w: _Weight, array: np.ndarray) -> jax.Array:
+    # On a CPU, JAX goes on using the memory that it is given.  That may be the file, if
+    # the weight is quantised and dropped at once; what stays gets memory of its own.
+    copy = True if w.chosen is None and not array.flags.writeable else None
+    take = lambda x: np.array(x, w.dtype, copy=copy)
+    if w.place is None:
+        return jax.device_put(take(array))
+    try:
+        # Each process reads only what its own devices hold.
+        return jax.make_array_from_callback(
+            w.shape, w.place, lambda index: take(array[index])
+        )
+    except ValueError as error:
+        raise ValueError(f"{w.path}: shardings= does not fit: {error}") from error
+
+
+# --- weights that bitsandbytes has quantised -----------------------------------------
+
+
+def _is_quantized(w: _Weight, source: Source) -> bool:
+    marks = (n + STATE + t for n in w.origin.names for t in TYPES)
+    return any(n in source.stored for n in marks)
+
+
+def _check_quantized(w: _Weight, source: Source) -> None:
+    what = f"{w.path}: {w.at(source)} is stored in 4 bits by bitsandbytes"
+    if len(w.origin.names) > 1:
+        raise CheckpointError(
+            f"{what}, and a function in names= cannot put such codes together; use the "
+            "checkpoint that is not quantised"
+        )
+    if w.chosen is None:
+        raise CheckpointError(
+            f"{what}, but quantize does not select it; select it in where=, or use the "
+            "checkpoint that is not quantised"
+        )
+
+
+def _taken_over(w: _Weight, source: Source) -> Quantized:
+    assert w.chosen is not None
+    (name,), (transform, _) = w.origin.names, w.chosen
+    own = [n for n in source.stored if n == name or n.startswith(name + ".")]
+    state = {n: np.array(source.read(n)) for n in own}
+    compute = transform.compute_dtype
+    leaf = from_bitsandbytes(state, name, compute_dtype=compute)
+    if _transposes(w, leaf.shape, source):
+        leaf = from_bitsandbytes(state, name, transpose=True, compute_dtype=compute)
+    if (leaf.format, leaf.block_size) != (transform.format, transform.block_size):
+        raise CheckpointError(
+            f"{w.path}: {w.at(source)} is stored by bitsandbytes in {leaf.format} with "
+            f"block_size={leaf.block_size}, quantize asks for {transform.format} with "
+            f"block_size={transform.block_size}; ask for what is stored"
+        )
+    _check_shape(w, leaf.shape, source)
+    leaf = leaf.replace(element=jnp.dtype(w.dtype).name, origin=transform.origin())
+    if isinstance(w.place, NamedSharding):
+        # There is no array to stand beside; its sharding is all that is looked at.
+        leaf = place_beside(leaf, SimpleNamespace(sharding=w.place))
+    elif w.place is not None:
+        leaf = jax.device_put(leaf, w.place)
+    assert isinstance(leaf, Quantized)
+    return boxed(box_of(w.slot), leaf)
+
+
+def _transposes(w: _Weight, shape: tuple[int, ...], source: Source) -> bool:
+    """Whether the function in names= transposes: codes can be used so and as they are,
+    and in no other way."""
+    if w.origin.function is None:
+        return False
+    # Arrays that tell their own places along each axis: views, of no size.
+    places = [np.arange(n, dtype=np.int32) for n in shape]
+    probes = np.meshgrid(*places, indexing="ij", copy=False)
+    made = [np.asarray(w.origin.function(x)) for x in probes]
+    for turned in (False, True):
+        expected = [x.T if turned else x for x in probes]
+        if all(map(np.array_equal, made, expected)):
+            return turned
+    raise CheckpointError(
+        f"{w.path}: {w.at(source)} is stored in 4 bits by bitsandbytes; such codes can "
+        "be transposed but nothing else, and the function in names= does something "
+        "else; use the checkpoint that is not quantised"
+    )

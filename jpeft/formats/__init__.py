@@ -1,0 +1,1 @@
+"""Number formats in plain JAX: code books, blocks, packing, double quantisation."""

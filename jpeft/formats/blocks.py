@@ -1,0 +1,413 @@
+"""Block-wise quantisation of an array along one axis, in every format.
+
+    value = book[code] * scale                     nf4, fp4, int4, dynamic8, quantile*
+    value = code * scale / 127                     int8
+    value = (code - zero) * scale                  int4_asymmetric, int8_asymmetric
+
+A block is `block_size` consecutive elements along the axis; "channel" makes it the
+whole axis, "tensor" the whole matrix.  A last block that is not full has a scale of its
+own.  All arithmetic is float32, whatever comes in; a value is rounded once, to the
+dtype that goes out.
+
+What is special (as bitsandbytes on a CPU unless said):
+
+    a block of zeros   scale 0, and zeros come back
+    constant blocks    exact, but for rounding, in every format (an end of the book)
+    infinity           the scale is infinite: it comes back, positive, and the rest of
+                       its block is NaN
+    subnormal numbers  zero, as XLA flushes them
+    NaN                its block is NaN; `jpeft.quant.quantize` raises outside jit
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jpeft.formats import codebooks, packing
+from jpeft.formats.packing import GROUP, split_axis
+
+CHANNEL, TENSOR = "channel", "tensor"
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# The least normal float32.
+TINY = float(np.finfo(np.float32).tiny)
+# Data that quantile code books are learned from, at most.
+_SAMPLE = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A number format.
+
+    bits: of a code.  zero: an element of the padding gets this code.
+    learned: the code book comes from the data.  zero_point: blocks have one each.
+    """
+
+    name: str
+    bits: int
+    zero: int
+    learned: bool = False
+    zero_point: bool = False
+
+    @property
+    def packed(self) -> bool:
+        return self.bits == 4
+
+    @property
+    def has_book(self) -> bool:
+        """A table of sixteen values says all: the 4-bit kernels apply."""
+        return self.packed and not self.zero_point
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        Format("nf4", 4, 7),
+        Format("fp4", 4, 0),
+        Format("int4", 4, 8),
+        Format("int4_asymmetric", 4, 0, zero_point=True),
+        Format("quantile4", 4, 0, learned=True),
+        Format("int8", 8, 0),
+        Format("int8_asymmetric", 8, 0, zero_point=True),
+        Format("dynamic8", 8, 127),
+        Format("quantile8", 8, 0, learned=True),
+    )
+}
+
+
+class Blocks(NamedTuple):
+    """A quantised array.
+
+    codes: uint8, or int8 for "int8"; 4-bit codes packed along the axis, see `packing`.
+    scales: float32, one a block along the axis; 1 where one scale serves.
+    zeros: uint8 like the scales, for formats with a zero point.
+    book: float32 (*stack, 2^bits), for learned formats.
+    """
+
+    codes: Array
+    scales: Any
+    zeros: Array | None = None
+    book: Array | None = None
+
+
+def quantize(
+    x: Float[Array, "..."],
+    format: Format,
+    block_size: int | str,
+    axis: int,
+    stack: int = 0,
+) -> Blocks:
+    """x quantised along `axis`; the first `stack` axes count matrices."""
+    x, size = x.astype(jnp.float32), x.shape[axis]
+    if format.packed:
+        x = _fill(x, packing.padded(size), axis)
+    view = _View(x.shape, block_size, axis, stack)
+    blocks = view.split(x)
+    if format.zero_point:
+        codes, scales, zeros = _linear_with_zero(blocks, format.bits, view)
+        book = None
+    else:
+        scales = view.reduce(jnp.max, jnp.abs(blocks))
+        unit = scaled(blocks, scales)
+        book = _learn(unit, format, stack) if format.learned else None
+        codes, zeros = _encode(unit, format, book, stack), None
+    codes = view.join(codes)
+    if format.packed:
+        codes = packing.pack(codes, axis)
+    # Blocks of nothing but padding have no scale.
+    count = -(-size // view.size)
+    trim = lambda s: jax.lax.slice_in_dim(jnp.squeeze(s, axis + 1), 0, count, axis=axis)
+    return Blocks(codes, trim(scales), None if zeros is None else trim(zeros), book)
+
+
+def scaled(x: Float[Array, "..."], absmax: Float[Array, "..."]) -> Array:
+    """x / absmax in [-1, 1], by the reciprocal: bitsandbytes' rounding.
+
+    Powers of two keep the reciprocal a normal number, since XLA flushes others to zero.
+    """
+    big = absmax > 2.0**100
+    down = jnp.where(big, np.float32(2.0**-64), np.float32(1.0))
+    inverse = 1.0 / jnp.maximum(absmax * down, TINY)
+    return jnp.clip(x * down * inverse, -1.0, 1.0)
+
+
+def filled(q: Blocks, format: Format, block_size: int | str, axis: int) -> Blocks:
+    """The same with a scale for every block of stored codes, those of padding too."""
+    if not format.packed or not isinstance(block_size, int):
+        return q
+    count = -(-2 * q.codes.shape[axis] // block_size)
+    fill = lambda s: None if s is None else _fill(s, max(count, s.shape[axis]), axis)
+    return q._replace(scales=fill(q.scales), zeros=fill(q.zeros))
+
+
+def _fill(x: jax.Array, size: int, axis: int) -> jax.Array:
+    if x.shape[axis] == size:
+        return x
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, pads)
+
+
+def dequantize(
+    q: Blocks,
+    format: Format,
+    block_size: int | str,
+    axis: int,
+    size: int,
+    stack: int = 0,
+    dtype: Any = jnp.float32,
+) -> Float[Array, "..."]:
+    """The values; `size` of them along `axis`.  The scales must not be nested."""
+    q = filled(q, format, block_size, axis)
+    if format.packed:
+        packed = packing.groups(q.codes, axis)
+        at = lambda s: _of_groups(s, packed.shape[axis], block_size, axis)
+        halves = [
+            decode(code, scale, format, zero, q.book, stack, first)
+            for (code, first), scale, zero in zip(
+                packing.nibbles(packed, whole=format.zero_point),
+                _halves(at(q.scales), axis + 1),
+                _halves(at(q.zeros), axis + 1),
+                strict=True,
+            )
+        ]
+        values = jnp.concatenate(halves, axis + 1)
+        values = values.reshape(*q.codes.shape[:axis], -1, *q.codes.shape[axis + 1 :])
+    else:
+        view = _View(q.codes.shape, block_size, axis, stack)
+        scales = jnp.expand_dims(q.scales, axis + 1)
+        zeros = None if q.zeros is None else jnp.expand_dims(q.zeros, axis + 1)
+        values = decode(view.split(q.codes), scales, format, zeros, q.book, stack)
+        values = view.join(values)
+    return jax.lax.slice_in_dim(values, 0, size, axis=axis).astype(dtype)
+
+
+# What cuts some of an axis, what decodes the part, the unit of both (`kernels.tiled`).
+Parts = tuple[Callable[[Any, int], Blocks], Callable[[Blocks, int], jax.Array], int]
+
+
+def along(
+    q: Blocks, format: Format, block_size: int | str, axis: int, dtype: Any
+) -> Parts:
+    """Parts of a quantised matrix along its blocks, in groups of 64.  q: `filled`."""
+    per_byte, shared = (2 if format.packed else 1), q.scales.shape[axis] == 1
+    size = block_size
+    if isinstance(block_size, int) and block_size > GROUP and not shared:
+        size = GROUP  # every group of 64 gets its scale
+
+    def of_blocks(s: jax.Array | None, start: Any, count: int) -> jax.Array | None:
+        if s is None or shared or not isinstance(block_size, int):
+            return s
+        if block_size > GROUP:
+            groups = jnp.arange(-(-count // GROUP), dtype=jnp.int32)
+            place = start // GROUP + groups
+            place = place // (block_size // GROUP)
+            return jnp.take(s, place, axis=axis, mode="clip")
+        per = GROUP // block_size
+        first, some = start // GROUP * per, -(-count // GROUP) * per
+        some = min(some, s.shape[axis])
+        return jax.lax.dynamic_slice_in_dim(s, first, some, axis)
+
+    def cut(start: Any, count: int) -> Blocks:
+        codes = jax.lax.dynamic_slice_in_dim(
+            q.codes, start // per_byte, count // per_byte, axis
+        )
+        scales, zeros = (of_blocks(s, start, count) for s in (q.scales, q.zeros))
+        return Blocks(codes, scales, zeros, q.book)
+
+    def decode(part: Blocks, count: int) -> jax.Array:
+        return dequantize(part, format, size, axis, count, dtype=dtype)
+
+    return cut, decode, GROUP
+
+
+def across(
+    q: Blocks, format: Format, block_size: int | str, axis: int, size: int, dtype: Any
+) -> Parts:
+    """Parts of a quantised matrix beside its blocks, which stay whole.  q: `filled`."""
+    other = 1 - axis
+
+    def of_other(s: jax.Array | None, start: Any, count: int) -> jax.Array | None:
+        if s is None or s.shape[other] == 1 < q.codes.shape[other]:
+            return s
+        return jax.lax.dynamic_slice_in_dim(s, start, count, other)
+
+    def cut(start: Any, count: int) -> Blocks:
+        part = (of_other(x, start, count) for x in q[:3])
+        return Blocks(*part, q.book)  # type: ignore[arg-type]
+
+    def decode(part: Blocks, count: int) -> jax.Array:
+        return dequantize(part, format, block_size, axis, size, dtype=dtype)
+
+    return cut, decode, 1
+
+
+def decode(
+    codes: Array,
+    scales: Float[Array, "..."],
+    format: Format,
+    zeros: Array | None = None,
+    book: Array | None = None,
+    stack: int = 0,
+    first: int = 0,
+) -> Float[Array, "..."]:
+    """Values of codes, in float32; scales and zeros broadcast to the codes.
+
+    first: the lowest of a 4-bit code's bits in its byte.
+    """
+    if zeros is not None:
+        code, zero = codes.astype(jnp.int32), zeros.astype(jnp.int32)
+        return (code - zero).astype(jnp.float32) * scales
+    if format.name == "int8":
+        return codes.astype(jnp.float32) * (scales * np.float32(1 / 127))
+    if book is None:
+        book = jnp.asarray(book_of(format))
+    if format.packed:
+        ones = (1,) * (codes.ndim - stack)
+        entry = lambda k: book[..., k].reshape(*book.shape[:-1], *ones)
+        values = [entry(k) if format.learned else book[k] for k in range(16)]
+        return codebooks.look_up(codes, values, first) * scales
+    take = lambda b, c: jnp.take(b, c.astype(jnp.int32), mode="clip")
+    if not format.learned:
+        return take(book, codes) * scales
+    for _ in range(stack):
+        take = jax.vmap(take)
+    return take(book, codes) * scales
+
+
+def book_of(format: Format) -> np.ndarray:
+    """The fixed code book of a format, float32."""
+    if format.name == "dynamic8":
+        return codebooks.dynamic_map()
+    return codebooks.CODEBOOKS[format.name]
+
+
+# --- encoding ------------------------------------------------------------------------
+
+
+def _encode(unit: jax.Array, format: Format, book: Any, stack: int) -> jax.Array:
+    if format.name == "int8":
+        return jnp.round(unit * 127.0).astype(jnp.int8)
+    if format.name == "dynamic8":
+        return codebooks.encode_dynamic(unit)
+    if not format.learned:
+        return codebooks.encode(unit, format.name)
+
+    def of_matrix(x: jax.Array, b: jax.Array) -> jax.Array:
+        middle = (b[1:] + b[:-1]) * 0.5
+        return jnp.searchsorted(middle, x, side="left").astype(jnp.uint8)
+
+    for _ in range(stack):
+        of_matrix = jax.vmap(of_matrix)
+    return of_matrix(unit, book)
+
+
+def _linear_with_zero(
+    blocks: jax.Array, bits: int, view: _View
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(codes, step, zero point): the range [min, max], widened to hold zero, in 2^bits
+    equal steps, so that zero comes back as zero."""
+    top = float(2**bits - 1)
+    low = jnp.minimum(view.reduce(jnp.min, blocks), 0.0)
+    high = jnp.maximum(view.reduce(jnp.max, blocks), 0.0)
+    # Times the inverse: XLA divides by a constant so in some programs, not in others.
+    step = (high - low) * np.float32(1.0 / top)
+    inverse = jnp.where(step > 0, 1.0 / jnp.where(step > 0, step, 1.0), 0.0)
+    zero = jnp.clip(jnp.round(-low * inverse), 0.0, top)
+    codes = jnp.clip(jnp.round(blocks * inverse) + zero, 0.0, top)
+    as_u8 = lambda x: x.astype(jnp.int32).astype(jnp.uint8)
+    return as_u8(codes), step, as_u8(zero)
+
+
+def _learn(unit: jax.Array, format: Format, stack: int) -> jax.Array:
+    """A code book from the data: NF4's construction, with the data's quantiles in place
+    of the normal's.
+
+    2^(bits-1) probabilities from 1/2 up to p, as many less one from 1 - p up to 1/2,
+    and zero, with p = 1 - (1 / (2 n) + 1 / (2 n - 2)) / 2, n = 2^bits.  Dettmers et al.
+    2023, arXiv:2305.14314, section 3 and appendix E.  The ends are then the data's own,
+    so that zeros and the largest of a block are exact.  Of more than a million values
+    every k-th is looked at.
+    """
+    n = 2**format.bits
+    end = 1.0 - (1 / (2 * n) + 1 / (2 * n - 2)) / 2
+    upper = np.linspace(0.5, end, n // 2 + 1)[1:]
+    lower = np.linspace(1.0 - end, 0.5, n // 2)[:-1]
+    at = jnp.asarray(np.concatenate([lower, [0.5], upper]), jnp.float32)
+
+    def of_matrix(x: jax.Array) -> jax.Array:
+        flat = x.reshape(-1)
+        flat = flat[:: max(1, flat.shape[0] // _SAMPLE)]
+        book = jnp.quantile(flat, at)
+        book = book * (1.0 / jnp.maximum(jnp.max(jnp.abs(book)), TINY))
+        book = book.at[jnp.argmin(jnp.abs(book))].set(0.0)
+        return jnp.sort(book.at[0].set(jnp.min(x)).at[n - 1].set(jnp.max(x)))
+
+    for _ in range(stack):
+        of_matrix = jax.vmap(of_matrix)
+    return of_matrix(unit)
+
+
+# --- where the blocks are ------------------------------------------------------------
+
+
+class _View:
+    """An array with its axis of blocks split in two: (..., blocks, in a block, ...)."""
+
+    def __init__(
+        self, shape: tuple[int, ...], block_size: int | str, axis: int, stack: int
+    ):
+        self.axis, self.n = axis, shape[axis]
+        self.size = self.n if not isinstance(block_size, int) else block_size
+        self.size = min(self.size, self.n)
+        self.count = -(-self.n // self.size)
+        self.shared = (axis + 1,)
+        if block_size == TENSOR:
+            self.shared = tuple(range(stack, len(shape) + 1))
+
+    def split(self, x: jax.Array) -> jax.Array:
+        x = _fill(x, self.count * self.size, self.axis)
+        return split_axis(x, self.axis, self.count, self.size)
+
+    def join(self, x: jax.Array) -> jax.Array:
+        x = x.reshape(*x.shape[: self.axis], -1, *x.shape[self.axis + 2 :])
+        return jax.lax.slice_in_dim(x, 0, self.n, axis=self.axis)
+
+    def reduce(self, f: Any, x: jax.Array) -> jax.Array:
+        """jnp.max or jnp.min of blocks.  Halved a few times first: on a CPU XLA takes
+        elementwise maxima several times faster than it reduces a middle axis."""
+        pair = jnp.maximum if f is jnp.max else jnp.minimum
+        inside = self.axis + 1
+        for _ in range(3):
+            if x.shape[inside] % 2 == 0:
+                x = pair(*jnp.split(x, 2, axis=inside))
+        return f(x, self.shared, keepdims=True)
+
+
+def _halves(s: jax.Array | None, axis: int) -> list[Any]:
+    """What belongs to the low and to the high nibbles of a group."""
+    if s is None or s.shape[axis] == 1:
+        return [s, s]
+    half = s.shape[axis] // 2
+    cut = lambda a, b: jax.lax.slice_in_dim(s, a, b, axis=axis)
+    return [cut(0, half), cut(half, 2 * half)]
+
+
+def _of_groups(s: Any, groups: int, block_size: int | str, axis: int) -> Any:
+    """Scales so that they broadcast to unpacked codes (..., groups, 64, ...)."""
+    if s is None:
+        return None
+    if not isinstance(block_size, int) or s.shape[axis] == 1:
+        return jnp.expand_dims(s, axis + 1)
+    if block_size < GROUP:
+        s = jnp.expand_dims(s, axis + 1)  # the two blocks of 32 in a group
+        return s.reshape(*s.shape[:axis], groups, 2, *s.shape[axis + 2 :])
+    s = jnp.repeat(s, block_size // GROUP, axis)
+    s = jax.lax.slice_in_dim(s, 0, groups, axis=axis)
+    return jnp.expand_dims(s, axis + 1)

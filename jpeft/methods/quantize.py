@@ -1,0 +1,152 @@
+"""Quantised base weights: the Q of QLoRA.  Dettmers et al. 2023, arXiv:2305.14314.
+
+    W ~ book[codes] * scale, block by block        y = x W, decoded where it is used
+
+A quantised weight is frozen.  What trains goes over it, by nesting:
+`chain(quantize("nf4"), lora(rank=16))` is QLoRA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.boxes import unbox
+from jpeft.leaf import AdaptedLeaf, box_of, layers
+from jpeft.quant import rules as _rules  # noqa: F401  enters its rules
+from jpeft.quant.arrays import check_block_size, check_format
+from jpeft.quant.leaf import Layout, Quantized, arrangement, boxed, quantize_array
+from jpeft.transform import LeafMethod, check_float, method, place_beside
+from jpeft.tree.layout import LeafUse
+from jpeft.tree.paths import weight
+from jpeft.tree.where import Where, check_where
+
+# In a configuration: products in the activation's own dtype.
+ACTIVATION = "activation"
+
+
+@method("quantize")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize(LeafMethod):
+    """See `quantize`."""
+
+    format: str = "nf4"
+    double: bool = True
+    block_size: int | str = 64
+    where: Where = "linear"
+    exclude: Where = ()
+    compute_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        check_format("quantize", self.format)
+        check_block_size("quantize", self.block_size)
+        if not isinstance(self.double, bool):
+            raise ValueError(
+                f"quantize: double={self.double!r}: expected True or False"
+            )
+        if self.compute_dtype != ACTIVATION:
+            check_float("quantize", self.compute_dtype)
+        object.__setattr__(self, "where", check_where(self.where))
+        object.__setattr__(self, "exclude", check_where(self.exclude, "exclude"))
+
+    def selection(self) -> tuple[Where, Where]:
+        return self.where, self.exclude
+
+    def accepts(self, use: LeafUse) -> bool:
+        return use.is_weight
+
+    def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Quantized:
+        assert use.axes is not None
+        return self.of_array(jnp.asarray(base), arrangement(use.axes, use.kind))
+
+    def of_array(self, x: jax.Array, layout: Layout) -> Quantized:
+        as_it_comes = self.compute_dtype == ACTIVATION
+        return quantize_array(
+            x,
+            layout,
+            format=self.format,
+            block_size=self.block_size,
+            double_scales=self.double,
+            compute_dtype=None if as_it_comes else self.compute_dtype,
+        )
+
+    def adapted(
+        self, key: jax.Array, path: str, slot: Any, use: LeafUse
+    ) -> AdaptedLeaf:
+        check_plain(path, slot)
+        leaf = self.attach(key, path, weight(slot), use)
+        leaf = place_beside(leaf, unbox(slot)).replace(origin=self.origin())
+        return boxed(box_of(slot), leaf)  # type: ignore[arg-type]
+
+
+def check_plain(path: str, slot: Any) -> None:
+    """Raises if a weight is quantised or carries an adapter."""
+    for leaf in layers(slot):
+        if leaf.holds_weight:
+            raise ValueError(
+                f"{path}: already quantised ({getattr(leaf, 'format', '?')}); "
+                f"exclude={path!r} in one of the two, or dequantise it first with "
+                "jpeft.merge(params)"
+            )
+        raise ValueError(
+            f"{path}: carries an adapter ({type(leaf).__name__}) that was made for the "
+            "weight as it is; quantise first and adapt then, "
+            "jpeft.chain(jpeft.quantize(...), jpeft.lora(...)), or merge it first, "
+            "jpeft.merge(params)"
+        )
+
+
+def quantize(
+    format: str = "nf4",
+    double: bool = True,
+    block_size: int | str = 64,
+    where: Where = "linear",
+    *,
+    exclude: Where = (),
+    compute_dtype: Any = jnp.bfloat16,
+) -> Quantize:
+    """A transform that stores the selected weights in few bits.
+
+    format: "nf4", "fp4" (code books; Dettmers et al. 2023, arXiv:2305.14314), "int4",
+        "int8" (linear, symmetric), "int4_asymmetric", "int8_asymmetric" (with a zero
+        point), "dynamic8" (the 8-bit dynamic map; Dettmers et al. 2022,
+        arXiv:2110.02861), "quantile4", "quantile8" (a code book learned from each
+        weight's own quantiles).
+    double: quantise the scales of blocks too: 4.127 bits a parameter for nf4 in blocks
+        of 64, 4.5 without.  A scale for a channel or tensor stays float32.
+    block_size: elements that share a scale, along the input axes: 32, 64, ... 4096;
+        "channel" for one scale an output, "tensor" for one a matrix.
+    where, exclude: which weights; see `jpeft.tree.where`.  Formats mix in one chain:
+        `chain(quantize("int8", where=".*/down/.*"), quantize("nf4", where=".*/up/.*"))`
+    compute_dtype: what products with these weights are computed in, summed in float32;
+        None means the activation's own dtype.  Results keep the dtype the model asks.
+
+    The leaf keeps the weight's shape and dtype and does not train.  4-bit codes are
+    stored in whole groups of 64 along the input axes, filled up with zeros.
+
+    Raises ValueError for an unknown format, a block size that is none of these, a
+    weight that is quantised or carries an adapter already, whose axes are in doubt,
+    that is not floating, or holds NaN or infinity.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"dense": {"kernel": jnp.ones((64, 128))}}
+    >>> params = jpeft.quantize("nf4")(jax.random.key(0), params)
+    >>> leaf = params["dense"]["kernel"]
+    >>> leaf.shape, leaf.codes.shape, leaf.codes.dtype.name
+    ((64, 128), (32, 128), 'uint8')
+    """
+    return Quantize(
+        format=format,
+        double=double,
+        block_size=block_size,
+        where=where,
+        exclude=exclude,
+        compute_dtype=(
+            ACTIVATION
+            if compute_dtype is None or compute_dtype == ACTIVATION
+            else jnp.dtype(compute_dtype).name
+        ),
+    )

@@ -1,0 +1,138 @@
+"""Single arrays: quantise, dequantise, look at a code book."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpeft import compat
+from jpeft.formats import blocks
+from jpeft.formats.blocks import BLOCK_SIZES, CHANNEL, FORMATS, TENSOR
+from jpeft.leaf import is_leaf
+from jpeft.quant.leaf import Layout, Quantized, as_it_is, quantize_array
+
+
+def quantize(
+    x: jax.Array,
+    format: str = "nf4",
+    *,
+    block_size: int | str = 64,
+    double: bool = True,
+    axis: int | Sequence[int] | None = None,
+    compute_dtype: Any = None,
+) -> Quantized:
+    """x in few bits.
+
+    format, block_size, double: see `jpeft.quantize`.
+    axis: blocks run along these axes.  None: through the array in its memory order, as
+        bitsandbytes cuts any tensor.  For a kernel (in, out) that is a torch weight
+        (out, in), axis=0 makes the same blocks.
+    compute_dtype: of products, if the result is put into a parameter tree.
+
+    A block of zeros comes back as zeros, and so does zero anywhere.  An infinity comes
+    back and makes NaN of the rest of its block.  Raises ValueError for NaN, outside
+    jit; inside, its block becomes NaN.  Raises TypeError for what is not a real
+    floating-point array.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> q = jpeft.quant.quantize(jnp.linspace(-1.0, 1.0, 128), "nf4", double=False)
+    >>> q.codes.shape, q.scales.shape, float(jpeft.quant.dequantize(q)[-1])
+    ((64,), (2,), 1.0)
+    """
+    check_format("quant.quantize", format)
+    check_block_size("quant.quantize", block_size)
+    if is_leaf(x):
+        raise ValueError(
+            f"quant.quantize: {x!r} is an adapted leaf already; quantise the array it "
+            "stands for, jpeft.merge(params) makes it"
+        )
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"quant.quantize: expected a real floating-point array, got {x.dtype}"
+        )
+    if x.size == 0:
+        raise ValueError(f"quant.quantize: the array of shape {x.shape} is empty")
+    if not isinstance(x, compat.Tracer) and bool(jnp.any(jnp.isnan(x))):
+        raise ValueError(
+            f"quant.quantize: the array of shape {x.shape} holds NaN, which no code "
+            "stands for; check how it was made"
+        )
+    return quantize_array(
+        x,
+        _layout(x, axis),
+        format=format,
+        block_size=block_size,
+        double_scales=double,
+        compute_dtype=None if compute_dtype is None else jnp.dtype(compute_dtype).name,
+    )
+
+
+def _layout(x: jax.Array, axis: int | Sequence[int] | None) -> Layout:
+    if axis is None:
+        return as_it_is(x.ndim)
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    if not all(-x.ndim <= k < x.ndim for k in axes):
+        raise ValueError(f"quant.quantize: axis={axis!r} for an array of {x.ndim} axes")
+    blocked = tuple(k % x.ndim for k in axes)
+    rest = tuple(k for k in range(x.ndim) if k not in blocked)
+    if blocked == tuple(range(x.ndim - len(blocked), x.ndim)):
+        return Layout((*rest, *blocked), 0, len(rest), len(blocked))  # whole rows
+    return Layout((*blocked, *rest), 0, 0, len(blocked))
+
+
+def dequantize(q: Quantized, dtype: Any = None) -> jax.Array:
+    """The values: a product in float32, rounded once to `dtype` (default: that of the
+    array that was quantised)."""
+    if not isinstance(q, Quantized):
+        raise TypeError(
+            "quant.dequantize: expected what quant.quantize returns, got "
+            f"{type(q).__name__}; of an adapted tree jpeft.merge(params) makes arrays"
+        )
+    return q.materialize(dtype)
+
+
+def codebook(name: str) -> np.ndarray:
+    """The values of a format's codes, as parts of a block's scale; float32 (2^bits,).
+
+    Learned formats keep theirs with each array (`.book`); those with a zero point have
+    one for each block.
+    """
+    check_format("quant.codebook", name)
+    kind = FORMATS[name]
+    if kind.learned or kind.zero_point:
+        raise ValueError(
+            f"quant.codebook: {name!r} has no fixed code book: "
+            + ("it is learned, see q.book" if kind.learned else "blocks have a range")
+        )
+    if name == "int8":  # by code + 128
+        return (np.arange(-128, 128) / np.float32(127)).astype(np.float32)
+    return blocks.book_of(kind).copy()
+
+
+# --- checks --------------------------------------------------------------------------
+
+
+def check_format(name: str, format: Any) -> None:
+    if format not in FORMATS:
+        near = difflib.get_close_matches(str(format), list(FORMATS), 1, cutoff=0)[0]
+        raise ValueError(
+            f"{name}: format={format!r}: did you mean {near!r}? Known: "
+            f"{', '.join(FORMATS)}"
+        )
+
+
+def check_block_size(name: str, block_size: Any) -> None:
+    if block_size in (CHANNEL, TENSOR):
+        return
+    whole = isinstance(block_size, int) and not isinstance(block_size, bool)
+    if not whole or block_size not in BLOCK_SIZES:
+        raise ValueError(
+            f"{name}: block_size={block_size!r} does not fit: expected one of "
+            f"{', '.join(map(str, BLOCK_SIZES))}, {CHANNEL!r} or {TENSOR!r}"
+        )

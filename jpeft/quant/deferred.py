@@ -1,0 +1,152 @@
+"""`Deferred`: an equation that waits until a quantised weight is used.
+
+Done at once, `w * mask` would decode the weight and keep it for the backward pass.  So
+the equation is written down in a leaf, and done on the decoded values inside the
+product that consumes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jpeft import compat
+from jpeft.leaf import adapted_leaf, frozen, is_leaf, static
+from jpeft.quant.leaf import QuantizedValue
+
+
+@adapted_leaf
+class Deferred(QuantizedValue):
+    """One equation on quantised weights.
+
+    base: its operands: quantised or deferred leaves, and arrays.
+    primitive, params: the equation.  literals: ((place, number), ...), its other
+    operands.  take: which output this is, None if there is one only.
+    """
+
+    base: Any = frozen()
+    primitive: Any = static()
+    params: tuple[tuple[str, Any], ...] = static()
+    literals: tuple[tuple[int, Any], ...] = static()
+    take: int | None = static()
+    sizes: tuple[int, ...] = static()
+    element: str = static()
+    compute_dtype: str | None = static(default=None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.sizes
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.element)
+
+    @property
+    def compute(self) -> str | None:
+        return self.compute_dtype
+
+    def value(self, dtype: Any) -> jax.Array:
+        operands = [x.value(x.dtype) if is_leaf(x) else x for x in self.base]
+        for place, number in self.literals:
+            operands.insert(place, number)
+        if self.primitive.name == "pad" and not self.literals:
+            # Apart from the array, or JAX cannot differentiate by the filling alone.
+            x, fill = operands
+            config = dict(self.params)["padding_config"]
+            inside = lax.pad(jnp.ones(x.shape, bool), False, config)
+            out = jnp.where(inside, lax.pad(x, jnp.zeros((), x.dtype), config), fill)
+        else:
+            out = self.primitive.bind(*operands, **dict(self.params))
+        return (out if self.take is None else out[self.take]).astype(dtype)
+
+    def parts(self) -> tuple[Any, list[jax.Array], Callable[[Any, Any], Self]]:
+        """The real arrays among the operands, however deep, are taken out."""
+        real: list[jax.Array] = []
+        below: list[Any] = []
+        for x in self.base:
+            if isinstance(x, Deferred):
+                data, inner, put = x.parts()
+                below.append((data, put, len(inner)))
+                real.extend(inner)
+            elif not is_leaf(x) and jnp.issubdtype(jnp.result_type(x), jnp.floating):
+                below.append((None, lambda _, r: r[0], 1))
+                real.append(x)
+            else:
+                below.append((x, lambda data, _: data, 0))
+        counts = [n for *_, n in below]
+        puts = [put for _, put, _ in below]
+        template = self.replace(base=None)
+
+        def put_back(data: Any, real: Any) -> Any:
+            base, first = [], 0
+            for part, put, n in zip(data, puts, counts, strict=True):
+                base.append(put(part, real[first : first + n]))
+                first += n
+            return template.replace(base=tuple(base))
+
+        return tuple(data for data, *_ in below), real, put_back
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        return self.value(self.dtype if dtype is None else dtype)
+
+    def disable(self) -> Self:
+        return self
+
+    def fold_key(self, of: int, n: Any) -> Self:
+        return self
+
+    def has_key(self) -> bool:
+        return False
+
+
+def deferred(eqn: Any, ins: list[Any]) -> Any:
+    """The equation, waiting.  None where it must not: it makes more than the weights
+    that go in (an activation does that), or its parameters do not compare."""
+    operands, literals = [], []
+    for k, (x, var) in enumerate(zip(ins, eqn.invars, strict=True)):
+        if isinstance(var, compat.Literal):
+            literals.append((k, np.asarray(x)[()]))
+        else:
+            operands.append(x)
+    outs = [v.aval for v in eqn.outvars]
+    if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in outs):
+        return None
+    weights = sum(x.size for x in operands if is_leaf(x))
+    real = [
+        jnp.size(x)
+        for x in operands
+        if not is_leaf(x)
+        and jnp.size(x) > 1
+        and jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    ]
+    if any(n > weights for n in real):
+        return None
+    if real and max(a.size for a in outs) > weights + sum(real):
+        return None
+    params = tuple(sorted(eqn.params.items()))
+    try:
+        hash((params, tuple(literals)))
+    except TypeError:
+        return None
+    many = eqn.primitive.multiple_results
+    first = next(x for x in ins if is_leaf(x))
+    made = [
+        Deferred(
+            base=tuple(operands),
+            primitive=eqn.primitive,
+            params=params,
+            literals=tuple(literals),
+            take=k if many else None,
+            sizes=tuple(a.shape),
+            element=a.dtype.name,
+            compute_dtype=first.compute,
+            path=first.path,
+        )
+        for k, a in enumerate(outs)
+    ]
+    return made if many else made[0]

@@ -1,0 +1,217 @@
+"""bitsandbytes' serialised 4-bit weights: read them as they are, write them.
+
+    weight                                  uint8 (n / 2, 1), two neighbours a byte
+    weight.absmax                           float32, or uint8 if nested
+    weight.quant_map                        float32 (16,)
+    weight.nested_absmax, .nested_quant_map float32, if nested
+    weight.quant_state.bitsandbytes__nf4    JSON as uint8: type, block size, shape, ...
+
+Codes are moved, never decoded, so nothing is lost either way.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jpeft.formats import codebooks, double, packing
+from jpeft.formats.blocks import BLOCK_SIZES, FORMATS
+from jpeft.quant.leaf import Layout, Quantized, as_it_is, nested_order
+
+STATE = ".quant_state.bitsandbytes__"
+TYPES = ("nf4", "fp4")
+
+
+def from_bitsandbytes(
+    state: Mapping[str, Any],
+    name: str | None = None,
+    *,
+    transpose: bool = False,
+    compute_dtype: Any = None,
+) -> Quantized:
+    """The weight that a state dict of bitsandbytes holds, code for code.
+
+    state: {name: array}, as in a safetensors file.  name: of the weight, such as
+    "model.layers.0.mlp.up_proj.weight"; None if the state has one only.
+    transpose: False gives torch's shape (out, in), True a Flax kernel (in, out).
+    compute_dtype: of products; default the dtype the weight had.
+
+    Raises ValueError for missing keys, a type other than nf4 and fp4, sizes that do not
+    fit together, or a code book that is not bitsandbytes' own.
+    """
+    name = _only(state) if name is None else name
+    described = [k for k in state if k.startswith(name + STATE)]
+    if not described:
+        near = difflib.get_close_matches(name, list(state), 3, cutoff=0.3)
+        raise ValueError(
+            f"from_bitsandbytes: {name + STATE + 'nf4'!r} is missing: {name!r} is no "
+            f"4-bit weight of bitsandbytes; nearest keys: {near}"
+        )
+    info = json.loads(bytes(np.asarray(state[described[0]]).astype(np.uint8).tolist()))
+    nested = "nested_blocksize" in info or name + ".nested_absmax" in state
+    wanted = [name, name + ".absmax", name + ".quant_map"]
+    wanted += [f"{name}.nested_{k}" for k in ("absmax", "quant_map") if nested]
+    missing = [k for k in wanted if k not in state]
+    fields = ["quant_type", "blocksize", "dtype", "shape"]
+    fields += ["nested_blocksize", "nested_offset"] if nested else []
+    missing += [f"{described[0]}: {k}" for k in fields if k not in info]
+    if missing:
+        raise ValueError(
+            f"from_bitsandbytes: the state of {name!r} lacks {', '.join(missing)}; it "
+            "must hold everything that QuantState.as_dict(packed=True) gives"
+        )
+    return _read(
+        name, {k: np.asarray(state[k]) for k in wanted}, info, transpose, compute_dtype
+    )
+
+
+def _only(state: Mapping[str, Any]) -> str:
+    names = sorted({k[: k.index(STATE)] for k in state if STATE in k})
+    if len(names) != 1:
+        raise ValueError(
+            f"from_bitsandbytes: the state holds {len(names)} 4-bit weights"
+            + (f" ({', '.join(names[:3])}, ...): say which, name=" if names else "")
+        )
+    return names[0]
+
+
+def _read(
+    name: str,
+    arrays: Mapping[str, np.ndarray],
+    info: Mapping[str, Any],
+    transpose: bool,
+    compute_dtype: Any,
+) -> Quantized:
+    kind, size, shape = info["quant_type"], info["blocksize"], tuple(info["shape"])
+    if kind not in TYPES or size not in BLOCK_SIZES:
+        raise ValueError(
+            f"from_bitsandbytes: {name!r} is {kind!r} in blocks of {size}; expected "
+            f"{' or '.join(TYPES)} in blocks of {', '.join(map(str, BLOCK_SIZES))}"
+        )
+    n = math.prod(shape)
+    count = -(-n // size)
+    packed, absmax = arrays[name].reshape(-1), arrays[name + ".absmax"].reshape(-1)
+    if packed.shape[0] != (n + 1) // 2 or absmax.shape[0] != count:
+        raise ValueError(
+            f"from_bitsandbytes: {name!r} of shape {shape} in blocks of {size} needs "
+            f"{(n + 1) // 2} bytes and {count} scales, the state has "
+            f"{packed.shape[0]} and {absmax.shape[0]}"
+        )
+    _same_book(name, arrays[name + ".quant_map"], codebooks.CODEBOOKS[kind])
+    codes = packing.from_pairs(jnp.asarray(packed, jnp.uint8), n)
+    if len(shape) == 2 and shape[1] % size == 0:  # blocks within rows: a matrix
+        layout = Layout((0, 1) if transpose else (1, 0), 0, 0, 1)
+        codes = codes.reshape(shape).T
+        fit = lambda s: s.reshape(shape[0], -1).T
+        inner = (shape[1],)
+    else:
+        order = tuple(reversed(range(len(shape)))) if transpose else None
+        layout = as_it_is(len(shape))._replace(order=order or tuple(range(len(shape))))
+        fit, inner = (lambda s: s), shape
+    if transpose and len(shape) != 2:
+        raise ValueError(f"from_bitsandbytes: {name!r} of shape {shape} is no matrix")
+    fill = packing.padded(codes.shape[0]) - codes.shape[0]
+    pads = [(0, fill)] + [(0, 0)] * (codes.ndim - 1)
+    more: dict[str, Any] = {}
+    if name + ".nested_absmax" in arrays:
+        if info["nested_blocksize"] != double.NESTED_BLOCK:
+            raise ValueError(
+                f"from_bitsandbytes: {name!r} has nested blocks of "
+                f"{info['nested_blocksize']}, expected {double.NESTED_BLOCK}"
+            )
+        _same_book(name, arrays[name + ".nested_quant_map"], codebooks.dynamic_map())
+        more["nested"] = jnp.asarray(arrays[name + ".nested_absmax"], jnp.float32)
+        more["offset"] = jnp.asarray(info["nested_offset"], jnp.float32)
+    scales = jnp.asarray(absmax, jnp.uint8 if more else jnp.float32)
+    return Quantized(
+        codes=packing.pack(jnp.pad(codes, pads, constant_values=FORMATS[kind].zero), 0),
+        scales=fit(scales),
+        format=kind,
+        block_size=size,
+        order=layout.order,
+        stack=0,
+        lead=0,
+        inner=inner,
+        element=jnp.dtype(info["dtype"]).name,
+        compute_dtype=None if compute_dtype is None else jnp.dtype(compute_dtype).name,
+        **more,
+    )
+
+
+def _same_book(name: str, found: np.ndarray, own: np.ndarray) -> None:
+    if found.shape != own.shape or np.abs(found - own).max() > 1e-6:
+        raise ValueError(
+            f"from_bitsandbytes: {name!r} comes with a code book of its own, which "
+            "jpeft cannot keep; dequantise it with bitsandbytes and quantise it anew"
+        )
+
+
+def to_bitsandbytes(q: Quantized, name: str = "weight") -> dict[str, np.ndarray]:
+    """What bitsandbytes would serialise for this weight; the other way round.
+
+    A kernel (in, out) or (in, heads, features) becomes torch's (out, in), a table stays
+    as it is.  Raises ValueError for a format that bitsandbytes does not have, and where
+    blocks are not bitsandbytes' blocks: an input that is no multiple of the block size,
+    or a stack (write its rows one by one).
+    """
+    if not isinstance(q, Quantized):
+        raise TypeError(
+            f"to_bitsandbytes: expected a quantised weight, got {type(q).__name__}; "
+            "merge adapters first, or save them beside it"
+        )
+    if q.format not in TYPES or not isinstance(q.block_size, int):
+        raise ValueError(
+            f"to_bitsandbytes: {q.format} with block_size={q.block_size!r}: "
+            f"bitsandbytes has {' and '.join(TYPES)} in blocks of a number"
+        )
+    if q.stack:
+        raise ValueError(
+            f"to_bitsandbytes: a stack of shape {q.shape}; give one matrix at a time, "
+            "such as a row of it quantised on its own"
+        )
+    size, length = q.block_size, q.length
+    flat = q.codes.ndim == 1
+    if not flat and length % size:
+        raise ValueError(
+            f"to_bitsandbytes: the input has {length} elements, no multiple of the "
+            f"block size {size}, where bitsandbytes' blocks run on into the next row; "
+            "quantise with jpeft.quant.quantize(w.T), which cuts as it does"
+        )
+    codes = packing.unpack(q.codes, q.lead)
+    codes = codes.reshape(*codes.shape[: q.lead], -1, *codes.shape[q.lead + 2 :])
+    codes = jnp.moveaxis(codes, q.lead, -1)[..., :length]
+    sizes = [q.shape[k] for k in q.order]
+    if flat:
+        shape = tuple(sizes)
+    else:
+        others = sizes[: q.lead] + sizes[q.lead + len(q.inner) :]
+        shape = (math.prod(others), length)
+    absmax = nested_order(q.scales, q.lead)
+    info: dict[str, Any] = {
+        "quant_type": q.format,
+        "blocksize": size,
+        "dtype": q.element,
+        "shape": list(shape),
+    }
+    out = {
+        name: packing.pairs(codes.reshape(-1), q.kind.zero).reshape(-1, 1),
+        f"{name}.absmax": absmax,
+        f"{name}.quant_map": codebooks.CODEBOOKS[q.format],
+    }
+    if q.nested is not None:
+        out[f"{name}.nested_absmax"] = q.nested
+        out[f"{name}.nested_quant_map"] = codebooks.dynamic_map()
+        info |= {
+            "nested_blocksize": double.NESTED_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": float(q.offset),
+        }
+    text = json.dumps(info).encode()
+    out[f"{name}{STATE}{q.format}"] = np.frombuffer(text, np.uint8)
+    return {k: np.asarray(v) for k, v in out.items()}

@@ -1,0 +1,389 @@
+"""`Quantized`: a weight stored in few bits, standing where its array stood.
+
+The weight's axes are put in the order (*stack, *rows, *blocked, *columns), the blocked
+ones become one axis of K elements, and blocks run along it:
+
+    a linear weight      stack axes, none,        input axes,  output axes
+    an embedding table   stack axes, vocabulary,  features,    none
+    an array as it is    none,       none,        all axes,    none
+
+So blocks run along what is contracted, which is how bitsandbytes cuts a torch weight
+(out, in) whose rows are whole blocks, and a lookup in a table reads whole rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jpeft.boxes import is_box, names_of, rebox, unbox, with_names
+from jpeft.formats import blocks, double
+from jpeft.formats.blocks import FORMATS, Blocks, Format
+from jpeft.formats.packing import GROUP
+from jpeft.leaf import AdaptedLeaf, adapted_leaf, array_fields, frozen, static
+from jpeft.tree.layout import EMBEDDING
+
+# Its arrays, each with the stack's axes first.
+ARRAYS = ("codes", "scales", "zeros", "book", "nested", "offset")
+
+
+class QuantizedValue(AdaptedLeaf):
+    """What the rules of consumption need: a weight that is made when it is used."""
+
+    @property
+    def compute(self) -> str | None:
+        """The dtype to multiply in; None: the activation's."""
+        raise NotImplementedError
+
+    def value(self, dtype: Any) -> jax.Array:
+        """The whole weight in `dtype`."""
+        raise NotImplementedError
+
+    def parts(self) -> tuple[Any, list[jax.Array], Callable[[Any, Any], Self]]:
+        """(arrays that are constants, real arrays that may have gradients, how to put
+        the two together again)."""
+        return self, [], lambda data, _: data
+
+
+@adapted_leaf
+class Quantized(QuantizedValue):
+    """value = book[codes] * scales, block by block; see `jpeft.formats.blocks`.
+
+    codes: uint8 (int8 for "int8"), (*stack, *rows, K', *columns); 4-bit ones two a
+        byte.
+    scales: float32 (*stack, *rows, blocks, *columns); with `nested`, bytes.
+    nested, offset: of doubly quantised scales, float32 (*stack, groups) and (*stack,).
+    zeros: uint8, the zero points of asymmetric formats.
+    book: float32 (*stack, 2^bits), a code book learned from the weight.
+    order: the weight's axes in the order above; lead: how many are stack or rows.
+    inner: the sizes of the blocked axes.  element: the dtype the weight has.
+    names: of the weight's axes, if it was boxed.  residual: how LoftQ came to what was
+    quantised, if that is not the weight itself.
+    """
+
+    base: Any = frozen(default=None)
+    codes: Any = frozen()
+    scales: Any = frozen()
+    zeros: Any = frozen(default=None)
+    book: Any = frozen(default=None)
+    nested: Any = frozen(default=None)
+    offset: Any = frozen(default=None)
+    format: str = static()
+    block_size: int | str = static()
+    order: tuple[int, ...] = static()
+    stack: int = static(default=0)
+    lead: int = static(default=0)
+    inner: tuple[int, ...] = static()
+    element: str = static(default="float32")
+    compute_dtype: str | None = static(default=None)
+    names: tuple[Any, ...] | None = static(default=None)
+    residual: tuple[Any, ...] | None = static(default=None)
+
+    holds_weight: ClassVar[bool] = True
+
+    # -- the weight it stands for -----------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        codes = unbox(self.codes).shape
+        sizes = (*codes[: self.lead], *self.inner, *codes[self.lead + 1 :])
+        return tuple(sizes[self.order.index(k)] for k in range(len(sizes)))
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.element)
+
+    @property
+    def compute(self) -> str | None:
+        return self.compute_dtype
+
+    @property
+    def kind(self) -> Format:
+        return FORMATS[self.format]
+
+    @property
+    def length(self) -> int:
+        """Elements along the blocked axis, K."""
+        return math.prod(self.inner)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Blocks run down the columns of a matrix, which the 4-bit kernels know."""
+        return self.lead == self.stack
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """What is stored, in bits, over the parameters it stands for."""
+        stored = sum(unbox(x).nbytes for x in array_fields(self).values())
+        return 8.0 * stored / self.size
+
+    @property
+    def sharding(self) -> Any:
+        """Where the weight would be, from where its codes are."""
+        codes = unbox(self.codes)
+        found = getattr(codes, "sharding", None)
+        if not isinstance(found, NamedSharding):
+            return found
+        spec = tuple(found.spec) + (None,) * (codes.ndim - len(found.spec))
+        at = {k: n for k, n in zip(self._axes_of_codes(), spec, strict=True)}
+        named = PartitionSpec(*(at.get(k) for k in range(self.ndim)))
+        return NamedSharding(found.mesh, named)
+
+    def _axes_of_codes(self) -> tuple[int, ...]:
+        """The weight's axis behind each axis of the codes; K stands for its first."""
+        after = self.lead + len(self.inner)
+        return (*self.order[: self.lead + 1], *self.order[after:])
+
+    def field_axes(self) -> Mapping[str, tuple[int | None, ...]]:
+        axes, stack = self._axes_of_codes(), self.order[: self.stack]
+        found: dict[str, tuple[int | None, ...]] = {}
+        for name, x in array_fields(self).items():
+            of_matrix = name in ("nested", "offset", "book")
+            own = (None,) * (unbox(x).ndim - self.stack)
+            sizes = unbox(x).shape
+            found[name] = (
+                (*stack, *own)
+                if of_matrix
+                # An axis of one scale is shared: it has nothing to shard.
+                else tuple(
+                    k if n > 1 else None for k, n in zip(axes, sizes, strict=True)
+                )
+            )
+        return found
+
+    def weight_box(self) -> Any:
+        if not is_box(self.codes):
+            return None
+        return with_names(self.codes, np.zeros(0, np.float32), self.names or ())
+
+    # -- its values -------------------------------------------------------------------
+
+    def plain_scales(self) -> jax.Array:
+        """The scales in float32."""
+        if self.nested is None:
+            return self.scales
+        nested = double.Nested(self.scales, self.nested, self.offset)
+        return double.dequantize_scales(nested, self.lead, self.stack)
+
+    def with_plain_scales(self) -> Self:
+        """The same weight with scales that are not quantised themselves."""
+        if self.nested is None:
+            return self
+        return self.replace(scales=self.plain_scales(), nested=None, offset=None)
+
+    def blocks(self) -> Blocks:
+        return Blocks(self.codes, self.plain_scales(), self.zeros, self.book)
+
+    def value(self, dtype: Any) -> jax.Array:
+        """The whole weight: products in float32, rounded once."""
+        x = blocks.dequantize(
+            self.blocks(),
+            self.kind,
+            self.block_size,
+            self.lead,
+            self.length,
+            self.stack,
+            dtype,
+        )
+        return self.uncanonical(x)
+
+    def uncanonical(self, x: jax.Array) -> jax.Array:
+        """(*stack, *rows, K, *columns) -> the weight's own axes."""
+        x = x.reshape(*x.shape[: self.lead], *self.inner, *x.shape[self.lead + 1 :])
+        return jnp.transpose(x, tuple(map(int, np.argsort(self.order))))
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        return self.value(self.dtype if dtype is None else dtype)
+
+    def with_value(self, x: jax.Array) -> Self:
+        """x, (float32) of the weight's shape, in this leaf's format and boxes."""
+        layout = Layout(self.order, self.stack, self.lead, len(self.inner))
+        leaf = quantize_array(
+            x,
+            layout,
+            format=self.format,
+            block_size=self.block_size,
+            double_scales=self.nested is not None,
+        )
+        leaf = boxed(self.weight_box(), leaf)
+        return self.replace(**array_fields(leaf))
+
+    def disable(self) -> Self:
+        return self
+
+    # -- rows of a stack --------------------------------------------------------------
+
+    def along_stack(self, f: Callable[[jax.Array, int], jax.Array], axis: int) -> Self:
+        """`f(array, position)` on every array, at the position of a stack axis."""
+        at = self.order.index(axis)
+        assert at < self.stack
+        return self.replace(**{n: f(x, at) for n, x in array_fields(self).items()})
+
+    def without_stack_axis(self, axis: int) -> Self:
+        """The same leaf with one stack axis less; its arrays have lost theirs."""
+        order = tuple(k - (k > axis) for k in self.order if k != axis)
+        return self.replace(order=order, stack=self.stack - 1, lead=self.lead - 1)
+
+    def is_stack(self, axis: int) -> bool:
+        return self.order.index(axis) < self.stack
+
+    def unstack(self) -> tuple[Any, Any, Callable[[Any, Any], Any]] | None:
+        at = self.order.index(0)
+        after = self.lead + len(self.inner)
+        if self.lead <= at < after:
+            return None  # a slice through every block
+        leaf, constant = self, {}
+        if at >= self.stack:  # a row or a column of each matrix
+            leaf = self.with_plain_scales()
+            constant = {} if self.book is None else {"book": self.book}
+        place = at if at < after else at - len(self.inner) + 1
+        arrays = {n: x for n, x in array_fields(leaf).items() if n not in constant}
+        if any(x.shape[place] != self.shape[0] for x in arrays.values()):
+            return None  # one scale for all of them
+        scanned = {n: jnp.moveaxis(x, place, 0) for n, x in arrays.items()}
+        template = leaf.replace(
+            **dict.fromkeys(array_fields(leaf)),
+            order=tuple(k - 1 for k in self.order if k != 0),
+            stack=self.stack - (at < self.stack),
+            lead=self.lead - (at < self.lead),
+        )
+        return scanned, constant, lambda row, kept: template.replace(**row, **kept)
+
+    # -- for a mesh -------------------------------------------------------------------
+
+    def for_shards(self, spec: PartitionSpec, mesh: Any) -> Self | None:
+        """Stack, rows and columns are cut anywhere; the blocked axes only along the
+        first of them, between whole blocks and whole groups of packed codes.
+
+        Groups of nested scales run across a matrix, so a shard of one gets plain ones.
+        """
+        parts = [parts_of(names, mesh) for names in tuple(spec)]
+        parts += [1] * (self.ndim - len(parts))
+        cut = [k for k in range(self.ndim) if parts[k] > 1]
+        if all(self.is_stack(k) for k in cut):
+            return self
+        blocked = self.order[self.lead : self.lead + len(self.inner)]
+        leaf = self.with_plain_scales()
+        if not any(k in blocked for k in cut):
+            return leaf
+        first, n = blocked[0], parts[blocked[0]]
+        unit = GROUP if self.kind.packed else 1
+        if isinstance(self.block_size, int):
+            unit = max(unit, self.block_size)
+        whole = self.length % (n * unit) == 0 and isinstance(self.block_size, int)
+        if any(k in blocked and k != first for k in cut) or not whole:
+            return None
+        return leaf.replace(inner=(self.inner[0] // n, *self.inner[1:]))
+
+
+def parts_of(names: Any, mesh: Any) -> int:
+    """Into how many parts an entry of a partition specification cuts its axis."""
+    each = names if isinstance(names, tuple) else (names,)
+    return math.prod(mesh.shape[a] for a in each if a is not None)
+
+
+# --- making one ----------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """order: the weight's axes, canonically; of them `stack` and then others up to
+    `lead` come before the blocked ones."""
+
+    order: tuple[int, ...]
+    stack: int
+    lead: int
+    blocked: int
+
+
+def arrangement(axes: str, kind: str) -> Layout:
+    """Of a weight with these axis labels."""
+    s, i, o = ([k for k, c in enumerate(axes) if c == g] for g in "sio")
+    if kind == EMBEDDING:
+        return Layout((*s, *i, *o), len(s), len(s) + len(i), len(o))
+    return Layout((*s, *i, *o), len(s), len(s), len(i))
+
+
+def as_it_is(ndim: int) -> Layout:
+    """Blocks in the array's own memory order."""
+    return Layout(tuple(range(ndim)), 0, 0, ndim)
+
+
+def nested_order(scales: jax.Array, axis: int) -> jax.Array:
+    """Scales flat, in the order in which bitsandbytes counts them."""
+    return jnp.moveaxis(scales, axis, -1).reshape(-1)
+
+
+def quantize_array(
+    x: jax.Array,
+    layout: Layout,
+    *,
+    format: str,
+    block_size: int | str,
+    double_scales: bool,
+    compute_dtype: str | None = None,
+) -> Quantized:
+    """x as a leaf.  The arithmetic is one jitted program a shape."""
+    order, stack, lead, blocked = layout
+    arrays = _arrays(
+        x,
+        layout=layout,
+        format=format,
+        block_size=block_size,
+        double_scales=double_scales,
+    )
+    inner = tuple(x.shape[k] for k in order[lead : lead + blocked])
+    return Quantized(
+        **arrays,
+        format=format,
+        block_size=block_size,
+        order=order,
+        stack=stack,
+        lead=lead,
+        inner=inner,
+        element=jnp.dtype(x.dtype).name,
+        compute_dtype=compute_dtype,
+    )
+
+
+def _quantized_arrays(
+    x: jax.Array,
+    *,
+    layout: Layout,
+    format: str,
+    block_size: int | str,
+    double_scales: bool,
+) -> dict[str, Any]:
+    order, stack, lead, blocked = layout
+    x = jnp.transpose(x, order)
+    x = x.reshape(*x.shape[:lead], -1, *x.shape[lead + blocked :])
+    q = blocks.quantize(x, FORMATS[format], block_size, lead, stack)
+    made = {"codes": q.codes, "scales": q.scales, "zeros": q.zeros, "book": q.book}
+    if double_scales and isinstance(block_size, int):
+        nested = double.quantize_scales(q.scales, lead, stack)
+        made |= {
+            "scales": nested.codes,
+            "nested": nested.absmax,
+            "offset": nested.offset,
+        }
+    return made
+
+
+_arrays = jax.jit(
+    _quantized_arrays,
+    static_argnames=("layout", "format", "block_size", "double_scales"),
+)
+
+
+def boxed(box: Any, leaf: Quantized) -> Quantized:
+    """The leaf with boxes on its arrays, and the names of the weight's own."""
+    if not is_box(box):
+        return leaf
+    axes = leaf.field_axes()
+    arrays = {n: rebox(box, x, axes[n]) for n, x in array_fields(leaf).items()}
+    return leaf.replace(**arrays, names=names_of(box))

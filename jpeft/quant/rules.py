@@ -1,0 +1,446 @@
+"""How a quantised weight acts in the equations of a model.
+
+Consumed by a product, it is decoded tile by tile (`jpeft.quant.product`).  Rows of a
+stack (layers, experts) and of a table are taken from the codes; a transpose, and a
+reshape within input or output axes, only rename axes.  What else is done to the weight
+before it is used waits in a `Deferred` leaf, so that nothing decoded lives longer than
+the equation that consumes it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jpeft.adapt.interpreter import Interpreter, rule
+from jpeft.adapt.labels import axis_groups
+from jpeft.formats import blocks
+from jpeft.formats.blocks import TENSOR, Blocks
+from jpeft.formats.double import NESTED_BLOCK, dequantize_codes
+from jpeft.leaf import array_fields, is_leaf
+from jpeft.quant.deferred import deferred
+from jpeft.quant.leaf import Quantized, QuantizedValue
+from jpeft.quant.product import How, linear, product
+
+# --- consumed ------------------------------------------------------------------------
+
+
+@rule("dot_general", kind=QuantizedValue, adds=True)
+def _dot_general(it: Interpreter, eqn: Any, ins: list[Any], plus: Any = None) -> Any:
+    if all(map(is_leaf, ins)):
+        # Two weights meet: the smaller one is this equation's activation.
+        k = 0 if ins[0].size <= ins[1].size else 1
+        ins = [x.materialize() if j == k else x for j, x in enumerate(ins)]
+        return it.bind(eqn, ins, plus)
+    side = 0 if is_leaf(ins[0]) else 1
+    leaf, x = ins[side], ins[1 - side]
+    if not jnp.issubdtype(x.dtype, jnp.floating):  # nothing to differentiate
+        pair = [v.value(v.dtype) if is_leaf(v) else v for v in ins]
+        y = it.native(eqn)(*pair)
+        return y if plus is None else y + plus.astype(y.dtype)
+    if isinstance(leaf, Quantized) and not _asks_more(eqn):
+        out = _as_matrix(eqn, side, leaf, x, plus)
+        if out is not None:
+            return out
+    out = _general(eqn, side, leaf, x)
+    return out if plus is None else out + plus.astype(out.dtype)
+
+
+def _asks_more(eqn: Any) -> bool:
+    """Whether the product must keep to more than the kernels promise."""
+    precise = eqn.params["precision"] not in (None, lax.Precision.DEFAULT) and (
+        eqn.params["precision"] != (lax.Precision.DEFAULT, lax.Precision.DEFAULT)
+    )
+    return precise or eqn.params.get("out_sharding") is not None
+
+
+def _as_matrix(
+    eqn: Any, side: int, leaf: Quantized, x: jax.Array, plus: jax.Array | None
+) -> Any:
+    """The product as x @ W or x @ W.T, where it contracts the rows or the columns."""
+    contracting, batch = eqn.params["dimension_numbers"]
+    mine, theirs = contracting[side], contracting[1 - side]
+    stack = leaf.order[: leaf.stack]
+    if set(batch[side]) != set(stack):
+        return None
+    after = leaf.lead + len(leaf.inner)
+    inner, columns = leaf.order[leaf.lead : after], leaf.order[after:]
+    rows = inner if leaf.is_matrix else leaf.order[leaf.stack : leaf.lead]
+    columns = columns if leaf.is_matrix else inner
+    if set(mine) == set(rows):
+        transposed, summed, kept = False, rows, columns
+    elif set(mine) == set(columns):
+        transposed, summed, kept = True, columns, rows
+    else:
+        return None
+    # The activation as (stack, free, summed), in the weight's order.
+    at = dict(zip((*mine, *batch[side]), (*theirs, *batch[1 - side]), strict=True))
+    free = [k for k in range(x.ndim) if k not in at.values()]
+    sizes = [x.shape[k] for k in free]
+    x2 = jnp.transpose(x, [*(at[k] for k in stack), *free, *(at[k] for k in summed)])
+    many = (math.prod(leaf.shape[k] for k in stack),) if stack else ()
+    x2 = x2.reshape(*many, math.prod(sizes), math.prod(leaf.shape[k] for k in summed))
+    out = eqn.outvars[0].aval
+    how = How(transposed, x.dtype.name, _inside(leaf, x), out.dtype.name)
+    # The result's axes, and dot_general's order of them: batch, what is left of the
+    # left operand, of the right one.
+    made = (
+        *(leaf.shape[k] for k in stack),
+        *sizes,
+        *(leaf.shape[k] for k in kept),
+    )
+    labels: list[Any] = [*stack, *(("x", k) for k in free), *kept]
+    own = [k for k in range(leaf.ndim) if k not in (*mine, *batch[side])]
+    others = [("x", k) for k in free]
+    wanted = [*batch[side], *(own + others if side == 0 else others + own)]
+    perm = [labels.index(k) for k in wanted]
+    if plus is not None:
+        plus = jnp.transpose(plus.astype(out.dtype), tuple(map(int, np.argsort(perm))))
+        plus = plus.reshape(*many, math.prod(sizes), -1)
+    y = product(how, leaf, x2, plus).reshape(made)
+    return y if perm == list(range(y.ndim)) else jnp.transpose(y, perm)
+
+
+def _inside(leaf: QuantizedValue, x: jax.Array) -> str:
+    if leaf.compute is not None:
+        return leaf.compute
+    return max(x.dtype, leaf.dtype, key=lambda dtype: dtype.itemsize).name
+
+
+def _general(eqn: Any, side: int, leaf: QuantizedValue, x: jax.Array) -> jax.Array:
+    """Any other dimension numbers: the whole weight is made for this product alone."""
+    p, out = eqn.params, eqn.outvars[0].aval
+    inside = _inside(leaf, x)
+
+    def f(w: jax.Array, x: jax.Array) -> jax.Array:
+        pair = (w, x.astype(inside)) if side == 0 else (x.astype(inside), w)
+        wide = jnp.promote_types(inside, jnp.float32)
+        y = lax.dot_general(
+            *pair,
+            p["dimension_numbers"],
+            precision=p["precision"],
+            preferred_element_type=wide,
+            out_sharding=p.get("out_sharding"),
+        )
+        return y.astype(out.dtype)
+
+    return linear(f, leaf, x, inside)
+
+
+@rule("conv_general_dilated", kind=QuantizedValue)
+def _conv(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    x, leaf = ins
+    if is_leaf(x) or not is_leaf(leaf):
+        return None
+    run = it.native(eqn)
+    return linear(lambda w, x: run(x, w), leaf, x, leaf.dtype)
+
+
+@rule("ragged_dot_general", kind=QuantizedValue)
+def _ragged_dot(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    x, leaf, *sizes = ins
+    if is_leaf(x) or not is_leaf(leaf):
+        return None
+    run = it.native(eqn)
+    return linear(lambda w, x, *s: run(x, w, *s), leaf, x, leaf.dtype, *sizes)
+
+
+@rule("gather", kind=QuantizedValue)
+def _gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    leaf, indices = ins
+    if is_leaf(indices) or not is_leaf(leaf):
+        return None
+    if isinstance(leaf, Quantized):
+        axis = _whole_rows(eqn, leaf)
+        if axis is not None:
+            if leaf.is_stack(axis) and leaf.ndim > 2:
+                return _picked(eqn, leaf, axis, indices)
+            if leaf.order.index(axis) < leaf.lead:
+                return _looked_up(it, eqn, leaf, axis, indices)
+    return it.native(eqn)(leaf.value(leaf.dtype), indices)
+
+
+def _whole_rows(eqn: Any, leaf: Quantized) -> int | None:
+    """The one axis that the gather indexes, if it takes all of the others."""
+    p, numbers = eqn.params, eqn.params["dimension_numbers"]
+    if numbers.operand_batching_dims or len(numbers.start_index_map) != 1:
+        return None
+    (axis,) = numbers.start_index_map
+    whole = all(n == leaf.shape[k] for k, n in enumerate(p["slice_sizes"]) if k != axis)
+    if not whole or numbers.collapsed_slice_dims != (axis,):
+        return None
+    # The rows' axes stay together, in order, behind the indices'.
+    ndim = len(eqn.outvars[0].aval.shape)
+    first = ndim - (leaf.ndim - 1)
+    return axis if numbers.offset_dims == tuple(range(first, ndim)) else None
+
+
+def _looked_up(
+    it: Interpreter, eqn: Any, leaf: Quantized, axis: int, indices: jax.Array
+) -> Any:
+    """Rows of a table: the same lookup in the codes and in the scales of those rows."""
+    at = leaf.order.index(axis)
+    if leaf.lead - leaf.stack != 1 or leaf.stack or leaf.codes.ndim != 2:
+        return None
+    rows = indices[..., 0]
+    take = lambda x: x if x.shape[0] == 1 else _take(eqn, x, indices, at)
+    codes = take(leaf.codes)
+    if leaf.nested is None:
+        scales = take(leaf.scales)
+    else:
+        scales = _scales_of_rows(leaf, rows, take(leaf.scales))
+    zeros = None if leaf.zeros is None else take(leaf.zeros)
+    width, n = codes.shape[-1], rows.size
+    flat = lambda x: None if x is None else x.reshape(-1, x.shape[-1])
+    part = Blocks(codes.reshape(n, width), flat(scales), flat(zeros), leaf.book)  # type: ignore[arg-type]
+    y = blocks.dequantize(
+        part, leaf.kind, leaf.block_size, 1, leaf.length, dtype=leaf.dtype
+    )
+    sizes = (*rows.shape, *leaf.inner)
+    out = eqn.outvars[0].aval
+    y = y.reshape(sizes).reshape(out.shape)
+    return _out_of_range(eqn, leaf, axis, rows, y)
+
+
+def _take(eqn: Any, x: jax.Array, indices: jax.Array, axis: int) -> jax.Array:
+    """The equation's lookup on another array with the same rows."""
+    rest = tuple(k for k in range(x.ndim) if k != axis)
+    first = indices.ndim - 1
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(first, first + len(rest))),
+        collapsed_slice_dims=(axis,),
+        start_index_map=(axis,),
+    )
+    sizes = tuple(1 if k == axis else n for k, n in enumerate(x.shape))
+    mode = eqn.params["mode"]
+    # Rows out of range are filled once, in the values.
+    fill = mode == lax.GatherScatterMode.FILL_OR_DROP
+    return lax.gather(
+        x,
+        indices,
+        numbers,
+        sizes,
+        mode=lax.GatherScatterMode.CLIP if fill else mode,
+        indices_are_sorted=eqn.params["indices_are_sorted"],
+        unique_indices=eqn.params["unique_indices"],
+    )
+
+
+def _scales_of_rows(leaf: Quantized, rows: jax.Array, codes: jax.Array) -> jax.Array:
+    """The nested scales of some rows of a table, and of no others."""
+    per = leaf.scales.shape[-1]
+    rows = jnp.clip(rows, 0, leaf.codes.shape[0] - 1)
+    block = jnp.arange(per, dtype=rows.dtype).reshape(*(1,) * rows.ndim, per)
+    place = rows[..., None] * per + block
+    each = jnp.take(leaf.nested, place // NESTED_BLOCK, mode="clip")
+    return dequantize_codes(codes, each, leaf.offset)
+
+
+def _out_of_range(
+    eqn: Any, leaf: Quantized, axis: int, rows: jax.Array, y: jax.Array
+) -> jax.Array:
+    if eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+        return y
+    fill = eqn.params["fill_value"]
+    fill = jnp.nan if fill is None else fill
+    inside = (rows >= 0) & (rows < leaf.shape[axis])
+    inside = inside.reshape(*inside.shape, *(1,) * (y.ndim - inside.ndim))
+    return jnp.where(inside, y, jnp.asarray(fill, y.dtype))
+
+
+def _picked(eqn: Any, leaf: Quantized, axis: int, indices: jax.Array) -> Any:
+    """Matrices of a stack, by index: experts' weights stay codes."""
+    if indices.ndim > 2 or not leaf.order[0] == axis:
+        return None if indices.ndim > 2 else deferred(eqn, [leaf, indices])
+    out = leaf.along_stack(lambda x, at: _take(eqn, x, indices, at), axis)
+    if indices.ndim == 1:
+        return out.without_stack_axis(axis)
+    # The picked matrices are a stack in the place of the old one, in front.
+    order = (0, *(k + (k < axis) for k in leaf.order[1:]))
+    return out.replace(order=order)
+
+
+# --- moved ---------------------------------------------------------------------------
+
+
+@rule("convert_element_type", kind=Quantized)
+def _convert(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    dtype = eqn.params["new_dtype"]
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return None
+    return ins[0].replace(element=jnp.dtype(dtype).name)
+
+
+@rule(
+    "sharding_constraint",
+    "name",
+    "mesh_cast",
+    "reshard",
+    "layout_constraint",
+    "copy",
+    "copy_p",
+    "stop_gradient",
+    kind=QuantizedValue,
+)
+def _same(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """The codes stay where they are, whatever is said of the weight."""
+    return ins[0]
+
+
+@rule("optimization_barrier", kind=QuantizedValue)
+def _barrier(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
+    return list(lax.optimization_barrier(ins))
+
+
+@rule("slice", kind=Quantized)
+def _slice(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    leaf, p = ins[0], eqn.params
+    start, stop = p["start_indices"], p["limit_indices"]
+    strides = p["strides"] or (1,) * leaf.ndim
+    cut = [
+        k
+        for k, n in enumerate(leaf.shape)
+        if (start[k], stop[k], strides[k]) != (0, n, 1)
+    ]
+    if not all(leaf.is_stack(k) for k in cut):
+        return deferred(eqn, ins)
+    for k in cut:
+        leaf = leaf.along_stack(
+            lambda x, at, k=k: lax.slice_in_dim(x, start[k], stop[k], strides[k], at), k
+        )
+    return leaf
+
+
+@rule("dynamic_slice", kind=Quantized)
+def _dynamic_slice(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    leaf, *start = ins
+    if not is_leaf(leaf) or any(map(is_leaf, start)):
+        return None
+    sizes = eqn.params["slice_sizes"]
+    cut = [k for k, n in enumerate(leaf.shape) if sizes[k] != n]
+    if not all(leaf.is_stack(k) for k in cut):
+        return deferred(eqn, ins)
+    for k in cut:
+        leaf = leaf.along_stack(
+            lambda x, at, k=k: lax.dynamic_slice_in_dim(x, start[k], sizes[k], at), k
+        )
+    return leaf
+
+
+@rule("squeeze", "reshape", "expand_dims", kind=Quantized)
+def _reshape(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
+        return deferred(eqn, ins)
+    out = _regrouped(ins[0], eqn.outvars[0].aval.shape)
+    return deferred(eqn, ins) if out is None else out
+
+
+@rule("broadcast_in_dim", kind=Quantized)
+def _broadcast(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    leaf, to = ins[0], eqn.params["broadcast_dimensions"]
+    dst = eqn.outvars[0].aval.shape
+    if math.prod(dst) == leaf.size and tuple(to) == tuple(sorted(to)):
+        out = _regrouped(leaf, dst)  # axes of size 1 alone are new
+        if out is not None:
+            return out
+    return deferred(eqn, ins)
+
+
+def _regrouped(leaf: Quantized, dst: tuple[int, ...]) -> Quantized | None:
+    """The leaf reshaped, if axes are split or joined within one of its four groups.
+
+    New axes of size 1 go to the blocked ones, which have no axes of their own in the
+    arrays.
+    """
+    if 0 in dst:
+        return None
+    after = leaf.lead + len(leaf.inner)
+    bounds = (0, leaf.stack, leaf.lead, after, leaf.ndim)
+    old = [leaf.order[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    new: list[list[int]] = [[], [], [], []]
+    groups = axis_groups(leaf.shape, dst)
+    for g, members in enumerate(old):
+        rest = [k for k in members if leaf.shape[k] != 1]
+        while rest:
+            found = next((b for a, b in groups if a == rest[: len(a)]), None)
+            if found is None:
+                return None
+            source = next(a for a, b in groups if b == found)
+            new[g] += found
+            rest = rest[len(source) :]
+    ones = [k for k, n in enumerate(dst) if n == 1]
+    new[2] += ones
+    sizes = [[dst[k] for k in group] for group in new]
+    stack, rows, inner, columns = sizes
+    lead, k = len(stack) + len(rows), leaf.lead
+
+    def fit(x: jax.Array, name: str) -> jax.Array:
+        if name in ("nested", "offset", "book"):
+            return x.reshape(*stack, *x.shape[leaf.stack :])
+        shared = leaf.block_size == TENSOR and name != "codes"
+        of = lambda group: [1] * len(group) if shared else group
+        return x.reshape(*stack, *of(rows), x.shape[k], *of(columns))
+
+    arrays = {n: fit(x, n) for n, x in array_fields(leaf).items()}
+    return leaf.replace(
+        **arrays,
+        order=tuple(k for group in new for k in group),
+        stack=len(stack),
+        lead=lead,
+        inner=tuple(inner),
+    )
+
+
+@rule("transpose", kind=Quantized)
+def _transpose(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """Only the order changes: nothing is decoded."""
+    perm = eqn.params["permutation"]
+    leaf = ins[0]
+    return leaf.replace(order=tuple(perm.index(k) for k in leaf.order))
+
+
+# What is done to a weight before it is used, one equation after the other.
+_MOVES = (
+    "broadcast_in_dim",
+    "concatenate",
+    "convert_element_type",
+    "dynamic_slice",
+    "expand_dims",
+    "pad",
+    "reduce_precision",
+    "reshape",
+    "rev",
+    "slice",
+    "split",
+    "squeeze",
+    "stack",
+    "tile",
+    "transpose",
+)
+_ARITHMETIC = (
+    "abs",
+    "add",
+    "div",
+    "integer_pow",
+    "max",
+    "min",
+    "mul",
+    "neg",
+    "reduce_max",
+    "reduce_sum",
+    "rsqrt",
+    "select_n",
+    "sqrt",
+    "square",
+    "sub",
+)
+
+
+@rule(*_MOVES, *_ARITHMETIC, kind=QuantizedValue)
+def _wait(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    return deferred(eqn, ins)

@@ -1,0 +1,147 @@
+"""Every idiom of `tests/adapt/test_idioms.py` over a quantised base, with LoRA on top.
+
+Value and gradients (of the factors, and of the activation, which flows through the
+codes) against the plain model on `jpeft.merge` of the same tree.
+"""
+
+import dataclasses
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jpeft
+from jpeft.leaf import is_leaf
+from jpeft.quant import Quantized
+from jpeft.tree.layout import layouts
+from jpeft.tree.paths import map_slots, slots
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "adapt"))
+import test_idioms as idioms  # noqa: E402  the table of idioms
+
+# The activations' own dtype, so that both sides multiply the same numbers.
+FORMATS = {
+    "nf4": jpeft.quantize("nf4", block_size=32, compute_dtype=None),
+    "int8": jpeft.quantize("int8", block_size="channel", compute_dtype=None),
+}
+# What takes a full value though LoRA alone does not: a block is not cut.
+CUT = "four shards of eight rows, and no shard holds a whole block"
+WHOLE_VALUE = {
+    "scan over an input axis": "each step's slice goes through every block",
+    "shard_map by rows with psum": CUT,
+    "shard_map that gathers the weight": CUT,
+}
+
+
+def quantised(params, uses, axes, transform):
+    """Everything with input and output axes."""
+    known = layouts(slots(params), uses)
+
+    def one(path, slot):
+        use, forced = known.get(path), (axes or {}).get(path)
+        labels = forced or (use.axes if use and use.is_weight else None)
+        if labels is None or (use.doubt and not forced):
+            return slot
+        kind = "linear" if forced else use.kind
+        use = dataclasses.replace(use, axes=labels, doubt="", kind=kind)
+        return transform.adapted(jax.random.key(0), path, slot, use)
+
+    return map_slots(one, params)
+
+
+def first_float(args):
+    """Where the activation is among the arguments, if one has gradients."""
+    found = [
+        k
+        for k, x in enumerate(args)
+        if jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    ]
+    return found[0] if found else None
+
+
+def check(name, c, format, tolerance=2e-5):
+    uses = jpeft.find_uses(c.fn, c.params, *c.args)
+    base = quantised(c.params, uses, c.axes, FORMATS[format])
+    leaves = [x for x in slots(base).values if is_leaf(x)]
+    assert leaves and all(isinstance(x, Quantized) for x in leaves)
+    params = idioms.low_rank(base, uses, c.axes)
+    whole = bool(c.densified) or name in WHOLE_VALUE
+    apply = jpeft.adapt(c.fn, materialize="allow" if whole else "refuse")
+    trainable, frozen = jpeft.partition(params)
+    at = first_float(c.args)
+    put = lambda x: [x if k == at else a for k, a in enumerate(c.args)]
+
+    def loss(t, x):
+        return idioms.total(apply(jpeft.combine(t, frozen), *put(x)))
+
+    def reference(t, x):
+        merged = jpeft.merge(jpeft.combine(t, frozen))
+        return idioms.total(c.fn(merged, *put(x)))
+
+    grad = lambda f: f
+    if c.differentiable:
+        wanted = (0,) if at is None else (0, 1)
+        grad = lambda f: jax.value_and_grad(f, wanted)
+    x = None if at is None else c.args[at]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = jax.jit(grad(loss))(trainable, x)
+    said = {w.message.args[0] for w in caught if w.category is jpeft.DensifyWarning}
+    assert bool(said) == whole, said
+    want = jax.jit(grad(reference))(trainable, x)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        # float32, sums in another order
+        error = jnp.linalg.norm(a - b) / (jnp.linalg.norm(b) + 1e-3)
+        assert error < 2 * tolerance, (jax.tree_util.keystr(path), error)
+
+
+@pytest.mark.parametrize("name", idioms.CASES)
+@pytest.mark.parametrize(
+    "format", ["nf4", pytest.param("int8", marks=pytest.mark.slow)]
+)
+def test_a_quantised_base_under_lora_is_exact(name, format):
+    check(name, idioms.CASES[name], format)
+
+
+@pytest.mark.parametrize("features", [96, 130])
+def test_a_tied_table_whose_features_fill_no_group(features):
+    """Codes are stored in groups of 64; of the last one a part is wanted."""
+    c = dataclasses.replace(
+        idioms.CASES["tied"],
+        fn=lambda p, x, ids: jnp.tanh(p["w0"][ids] + x) @ p["w0"].T,
+        params={"w0": idioms.n(11, features)},
+        args=(idioms.n(*idioms.IDS.shape, features, k=1), idioms.IDS),
+    )
+    check("tied", c, "nf4")
+
+
+@pytest.mark.parametrize("program", ["jit", "checkpoint", "scan"])
+def test_groups_of_a_ragged_product_whose_sizes_are_data(program):
+    """Found inside a scan or a checkpoint, whose backward pass is traced apart."""
+
+    def one(w, x):
+        first = jnp.sum(x[:, 0] > 0, dtype=jnp.int32)
+        sizes = jnp.stack([first, 10 - first])
+        return jnp.tanh(jax.lax.ragged_dot(x, w, sizes))
+
+    fn = {
+        "jit": lambda p, x: one(p["w"][1], x),
+        "checkpoint": lambda p, x: jax.checkpoint(one)(p["w"][1], x),
+        "scan": lambda p, x: jax.lax.scan(lambda x, w: (one(w, x), None), x, p["w"])[0],
+    }[program]
+    c = idioms.Case(fn, {"w": idioms.n(3, 2, 8, 8)}, (idioms.n(10, 8, k=1),))
+    check(program, c, "nf4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", idioms.PROGRAMS)
+@pytest.mark.parametrize("name", idioms.IDIOMS)
+def test_each_idiom_inside_each_program(name, program):
+    if (name, program) == ("ragged_dot", "vmap"):
+        pytest.skip("JAX itself has no rule for this one")
+    check(name, idioms.PROGRAMS[program](idioms.CASES[name]), "nf4")
