@@ -108,6 +108,8 @@ class AdaptedLeaf:
     replaces_base: ClassVar[bool] = False
     # True: the leaf is the stored weight itself (a quantised one), with no base below.
     holds_weight: ClassVar[bool] = False
+    # True: the leaf asks which rows of a text are virtual tokens, or tells it.
+    knows_rows: ClassVar[bool] = False
 
     __array_priority__ = 100
 
@@ -169,6 +171,26 @@ class AdaptedLeaf:
         """Of a leaf that holds the weight: the same leaf holding another value."""
         raise NotImplementedError
 
+    def opens(self) -> frozenset[str]:
+        """Names of the links this leaf leaves for a later weight of its sub-layer."""
+        return frozenset()
+
+    def closes(self) -> frozenset[str]:
+        """Names of the links this leaf takes up."""
+        return frozenset()
+
+    def lends(self) -> Mapping[str, Any] | None:
+        """Arrays that every leaf of one transform shares and this one holds."""
+        return None
+
+    def borrow(self, lent: Mapping[str, Any]) -> Self:
+        """The leaf with what the leaves of its transform share, in transient fields."""
+        return self
+
+    def draws(self) -> bool:
+        """Whether the leaf acts at random where `adapt` has a key."""
+        return getattr(self, "dropout", 0.0) > 0.0
+
     def fold_key(self, of: int, n: Any) -> Self:
         """The leaf with the n-th of a kind folded into its dropout key, and its base's.
 
@@ -207,6 +229,68 @@ class AdaptedLeaf:
         )
 
 
+# --- values with something owed ------------------------------------------------------
+
+
+@dataclass_transform(
+    kw_only_default=True,
+    frozen_default=True,
+    eq_default=False,
+    field_specifiers=(frozen, static),
+)
+def carried(cls: type[T]) -> type[T]:
+    """Makes `cls`, a kind of `Carried`, a frozen dataclass and a pytree node.
+
+    Fields that are arrays (or trees of them) are declared `frozen()`, the rest
+    `static()`.
+    """
+    cls = dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)(cls)
+    fields = {f.name: f.metadata["role"] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    jax.tree_util.register_dataclass(
+        cls,
+        data_fields=[n for n, r in fields.items() if r != STATIC],
+        meta_fields=[n for n, r in fields.items() if r == STATIC],
+    )
+    return cls
+
+
+class Carried:
+    """A computed value on its way, with something still owed.
+
+    Keys that owe a prefix; scores in two parts; an output that waits through dropout.
+    It goes where the value goes, through the equations for which `through` knows how.
+    """
+
+    def settle(self) -> Any:
+        """The plain value."""
+        raise NotImplementedError
+
+    def through(self, it: Any, eqn: Any, ins: list[Any]) -> Any:
+        """What the equation makes of it (a list for several outputs), or None: every
+        carried operand is settled first."""
+        return None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(jnp.shape(self.settle()))
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+def is_carried(x: Any) -> bool:
+    return isinstance(x, Carried)
+
+
+def is_node(x: Any) -> bool:
+    """Of values in a program: not an array, but a leaf or a carried value."""
+    return isinstance(x, (AdaptedLeaf, Carried))
+
+
 def _brief(x: Any) -> str:
     if is_leaf(x) or x is None:
         return repr(x)
@@ -232,6 +316,12 @@ def array_fields(leaf: AdaptedLeaf) -> dict[str, Any]:
         for n, role in roles(leaf).items()
         if n != "base" and role in (TRAINABLE, FROZEN) and getattr(leaf, n) is not None
     }
+
+
+def transients(leaf: AdaptedLeaf) -> dict[str, Any]:
+    """What `adapt` put into the leaf for this call."""
+    fields = {n: getattr(leaf, n) for n, r in roles(leaf).items() if r == TRANSIENT}
+    return {n: x for n, x in fields.items() if x is not None}
 
 
 def map_fields(f: Callable[[Any], Any], leaf: AdaptedLeaf) -> AdaptedLeaf:
@@ -307,6 +397,6 @@ def leaf_specs(leaf: AdaptedLeaf, spec: PartitionSpec) -> Any:
     }
     if not leaf.holds_weight:
         changes["base"] = leaf_specs(leaf.base, spec) if is_leaf(leaf.base) else spec
-    if leaf.key is not None:
-        changes["key"] = PartitionSpec()
+    for n, x in transients(leaf).items():
+        changes[n] = jax.tree.map(lambda _: PartitionSpec(), x)
     return leaf.replace(**changes)

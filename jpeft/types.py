@@ -19,3 +19,7 @@ class DensifyWarning(UserWarning):
 
 class CheckpointError(ValueError):
     """An adapter on disk is damaged, or does not belong to the given base."""
+
+
+class PromiseError(ValueError):
+    """Something an adapter left to a later equation was never taken up."""

@@ -1,12 +1,14 @@
 """Rules of the primitives that hold programs: they are re-entered with the leaves.
 
-Leaves are pytrees, so they pass into jit, checkpoint, scan, while, cond and shard_map
-as they are.  They come out of jit and checkpoint too; out of the others they come as
-values.
+Leaves and carried values are pytrees, so they pass into jit, checkpoint, scan, while,
+cond and shard_map as they are.  They come out of jit and checkpoint too; out of the
+others they come as values.  So do links (see `channel`), which start and end in the
+bodies of the others.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpeft import compat
-from jpeft.adapt.interpreter import Interpreter, control_rule, has_tracer
-from jpeft.leaf import array_fields, is_leaf, leaf_specs
+from jpeft.adapt.channel import Channel, Links, Rows, crossing, knows_rows
+from jpeft.adapt.interpreter import Interpreter, control_rule, has_tracer, settled
+from jpeft.leaf import array_fields, is_leaf, is_node, leaf_specs
 
 _STEP = 2
 _OUT_OF_LOOP = "and an adapted weight cannot leave a loop, a branch or a shard_map"
@@ -30,14 +33,19 @@ def _jit(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     if not has_tracer(ins):
         # Called eagerly: a jit made here would be compiled anew at every call.
         return constrain(it, it.run(closed.jaxpr, closed.consts, ins))
-    if id(closed) not in it.memo:
+    # Two layers whose links stay inside are one program; a link that crosses has a
+    # name, and each name is another program.
+    which = id(closed), *crossing(ins)
+    if which not in it.memo:
 
-        def inner(*xs: Any) -> list[Any]:
-            return constrain(it, it.run(closed.jaxpr, closed.consts, xs))
+        def inner(channel: Any, *xs: Any) -> tuple[list[Any], Any]:
+            with _entered(it, channel, ins):
+                outs = constrain(it, it.run(closed.jaxpr, closed.consts, xs))
+                return outs, _left(it, ins)
 
         inner.__name__ = inner.__qualname__ = str(params.get("name", "jit"))
         options = dict(params.get("compiler_options_kvs") or ())
-        it.memo[id(closed)] = (
+        it.memo[which] = (
             closed,
             jax.jit(
                 inner,
@@ -45,8 +53,39 @@ def _jit(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
                 compiler_options=options or None,
             ),
         )
-    outs = it.memo[id(closed)][1](*ins)
+    outs, left = it.memo[which][1](_handed_in(it, ins), *ins)
+    _take_up(it, ins, left)
     return _handed_back(closed.jaxpr, ins, outs)
+
+
+# An inner program gets the links and the rows that its leaves ask for, and returns
+# those they leave: (links by name, rows).
+
+
+def _handed_in(it: Interpreter, ins: Sequence[Any]) -> tuple[Links, Rows]:
+    wanted, _ = crossing(ins)
+    links = {n: it.channel.links[n] for n in wanted if n in it.channel.links}
+    return links, it.rows if knows_rows(ins) else ()
+
+
+@contextlib.contextmanager
+def _entered(it: Interpreter, given: tuple[Links, Rows], ins: Sequence[Any]):
+    links, rows = given
+    with it.using(Channel(dict(links), tuple(rows))):
+        yield
+
+
+def _left(it: Interpreter, ins: Sequence[Any]) -> tuple[Links, Rows]:
+    return it.channel.links, it.rows if knows_rows(ins) else ()
+
+
+def _take_up(it: Interpreter, ins: Sequence[Any], left: tuple[Links, Rows]) -> None:
+    wanted, _ = crossing(ins)
+    kept = {n: x for n, x in it.channel.links.items() if n not in wanted}
+    links, rows = left
+    it.channel.links = {**kept, **links}
+    if knows_rows(ins):
+        it.channel.rows = tuple(rows)
 
 
 def _constraints(params: dict[str, Any]):
@@ -75,18 +114,25 @@ def _call(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
 @control_rule("checkpoint", "remat2")
 def _checkpoint(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     jaxpr, consts = compat.open_jaxpr(eqn.params["jaxpr"])
+
+    def inner(channel: Any, *xs: Any) -> tuple[list[Any], Any]:
+        with _entered(it, channel, ins):
+            return it.run(jaxpr, consts, xs), _left(it, ins)
+
     body = jax.checkpoint(
-        lambda *xs: it.run(jaxpr, consts, xs),
+        inner,
         policy=eqn.params["policy"],
         prevent_cse=eqn.params["prevent_cse"],
     )
-    return _handed_back(jaxpr, ins, body(*ins))
+    outs, left = body(_handed_in(it, ins), *ins)
+    _take_up(it, ins, left)
+    return _handed_back(jaxpr, ins, outs)
 
 
 def _handed_back(jaxpr: Any, ins: Sequence[Any], outs: Sequence[Any]) -> list[Any]:
     """Leaves returned as they came are the very objects that came in, so that who
     called can tell."""
-    at = {v: x for v, x in zip(jaxpr.invars, ins, strict=True) if is_leaf(x)}
+    at = {v: x for v, x in zip(jaxpr.invars, ins, strict=True) if is_node(x)}
     return [
         o if isinstance(v, compat.Literal) else at.get(v, o)
         for v, o in zip(jaxpr.outvars, outs, strict=True)
@@ -106,7 +152,14 @@ def _same_weight(x: Any, y: Any) -> bool:
 @control_rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 def _custom(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     """A gradient rule of the user's own that receives the weight: to look inside would
-    replace that rule by autodiff in silence, so only the full value will do."""
+    replace that rule by autodiff in silence, so only the full value will do.
+
+    What is owed on a carried value is owed inside, so there the rule is left out and
+    its program differentiated.
+    """
+    if not any(map(is_leaf, ins)):
+        name = compat.CALLS[eqn.primitive.name]
+        return it.run(*compat.open_jaxpr(eqn.params[name]), ins)
     why = (
         "whose own gradient rule receives the weight, so the delta cannot stay "
         "low-rank without losing that rule"
@@ -120,7 +173,7 @@ def _hoist(
     """Leaves in a carry: one that the body hands back untouched is a constant, any
     other becomes a value."""
     same = [
-        is_leaf(x) and jaxpr.outvars[k] is jaxpr.invars[before + k]
+        is_node(x) and jaxpr.outvars[k] is jaxpr.invars[before + k]
         for k, x in enumerate(carry)
     ]
     why = "in a loop's carry, where the loop changes it"
@@ -154,7 +207,7 @@ def _scan(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     jaxpr, closed = compat.open_jaxpr(p["jaxpr"])
     consts, xs = ins[:n_consts], ins[n_consts + n_carry :]
     same, init = _hoist(it, eqn, ins[n_consts : n_consts + n_carry], jaxpr, n_consts)
-    xs = [_with_rows(it, eqn, x) for x in xs]
+    xs = [_with_rows(it, eqn, settled(x)) for x in xs]
     parts = [x.unstack() if is_leaf(x) else (x, None, _first) for x in xs]
     # The scanned part of a leaf enters the body as it is: JAX recognises a scanned
     # input handed on unchanged and saves no copy of it for the backward pass.
@@ -169,7 +222,8 @@ def _scan(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
         args = [*consts, *_whole(carry, init, same), *joined]
         if step is not None:
             args = _folded(args, step)
-        out = it.run(jaxpr, closed, args)
+        with it.body(eqn):
+            out = it.run(jaxpr, closed, args)
         moved = it.plain(eqn, _moving(out[:n_carry], same), _OUT_OF_LOOP)
         rows = args[n_consts + n_carry :]
         ys = out[n_carry:]
@@ -213,14 +267,17 @@ def _while(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
 
     def go_on(state: tuple[Any, list[Any]]) -> Any:
         _, carry = state
-        return it.run(cond, cond_consts, [*of_cond, *_whole(carry, init, same)])[0]
+        with it.body(eqn):
+            args = [*of_cond, *_whole(carry, init, same)]
+            return settled(it.run(cond, cond_consts, args)[0])
 
     def body(state: tuple[Any, list[Any]]):
         step, carry = state
         args = [*of_body, *_whole(carry, init, same)]
         if step is not None:
             args, step = _folded(args, step), step + 1
-        out = it.run(loop, loop_consts, args)
+        with it.body(eqn):
+            out = it.run(loop, loop_consts, args)
         return step, it.plain(eqn, _moving(out, same), _OUT_OF_LOOP)
 
     _, carry = lax.while_loop(go_on, body, (start, _moving(init, same)))
@@ -231,7 +288,12 @@ def _while(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
 def _cond(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     def branch(closed: Any):
         jaxpr, consts = compat.open_jaxpr(closed)
-        return lambda *xs: it.plain(eqn, it.run(jaxpr, consts, xs), _OUT_OF_LOOP)
+
+        def run(*xs: Any) -> list[Any]:
+            with it.body(eqn):
+                return it.plain(eqn, it.run(jaxpr, consts, xs), _OUT_OF_LOOP)
+
+        return run
 
     index = it.densify(ins[0], eqn)
     return lax.switch(index, [branch(b) for b in eqn.params["branches"]], *ins[1:])
@@ -242,6 +304,7 @@ def _shard_map(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     p = eqn.params
     jaxpr, consts = compat.open_jaxpr(p["jaxpr"])
     why = "which cuts it where it cannot be cut"
+    ins = list(map(settled, ins))
     ins = [
         it.densify(x, eqn, why) if is_leaf(x) and cut is None else cut
         for x, s in zip(ins, p["in_specs"], strict=True)
@@ -251,8 +314,13 @@ def _shard_map(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
         leaf_specs(x, s) if is_leaf(x) else s
         for x, s in zip(ins, p["in_specs"], strict=True)
     )
+
+    def run(*xs: Any) -> tuple[Any, ...]:
+        with it.body(eqn, rows=False):
+            return tuple(it.plain(eqn, it.run(jaxpr, consts, xs), _OUT_OF_LOOP))
+
     f = jax.shard_map(
-        lambda *xs: tuple(it.plain(eqn, it.run(jaxpr, consts, xs), _OUT_OF_LOOP)),
+        run,
         mesh=p["mesh"],
         in_specs=specs,
         out_specs=tuple(p["out_specs"]),

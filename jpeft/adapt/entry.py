@@ -12,9 +12,10 @@ import jax
 
 from jpeft import compat
 from jpeft.adapt import control as _control  # noqa: F401  enters its rules
-from jpeft.adapt.interpreter import Interpreter
+from jpeft.adapt.interpreter import Interpreter, settled
 from jpeft.boxes import is_box, same_box, unbox
 from jpeft.leaf import AdaptedLeaf, Path, box_of, innermost, is_leaf, unboxed
+from jpeft.tree.lend import resolve
 from jpeft.tree.paths import is_array, segment
 from jpeft.types import DensifyWarning
 
@@ -57,8 +58,10 @@ def adapt(
             return fn(*args, **kwargs)
         program = Program(fn, args, kwargs)
         it = Interpreter(allow=materialize == "allow")
-        values = [prepare(x, key) for x in program.inputs]
+        values = [prepare(x, key) for x in resolve(program.inputs)]
         outs = it.run(program.closed.jaxpr, program.closed.consts, values)
+        it.channel.end("this call")
+        it.ledger.settle()
         result = program.result(it, outs, values)
         if it.densified:
             places = sorted({f"{p} in `{q}` at {s}" for p, q, s in it.densified})
@@ -76,12 +79,10 @@ def prepare(x: Any, key: jax.Array | None) -> Any:
         return x
     base = prepare(x.base, key)
     x = x.replace(base=base)
-    if x.is_value:
-        return x.materialize()
-    if key is not None and getattr(x, "dropout", 0.0) > 0.0:
+    if key is not None and x.draws():
         name = f"{str.__str__(x.path)}#{x.origin}"
         x = x.replace(key=jax.random.fold_in(key, zlib.crc32(name.encode())))
-    return x
+    return x.materialize() if x.is_value else x
 
 
 class Program:
@@ -131,6 +132,7 @@ class Program:
                 flat.append(static)
                 continue
             x, var = next(filled)
+            x = settled(x)
             if is_leaf(x):
                 untouched = not isinstance(var, compat.Literal) and names.get(var) is x
                 # A weight handed back as it came (a returned state) stays adapted.

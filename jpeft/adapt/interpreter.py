@@ -1,20 +1,23 @@
-"""Evaluates a jaxpr in which some values are adapted leaves.
+"""Evaluates a jaxpr in which some values are adapted leaves, or carried values.
 
-Runs of equations that touch no leaf go back to JAX's own evaluator, whole.  The others
-are looked up in one table of rules, (primitive, kind of leaf) -> function.  An equation
-without a rule is refused by name, or given the leaf's full value where that was
-allowed.
+Runs of equations that touch none of them go back to JAX's own evaluator, whole.  The
+others are looked up in one table of rules, (primitive, kind of leaf) -> function.  An
+equation without a rule is refused by name, or given the leaf's full value where that
+was allowed.  A carried value knows itself what goes through it, and settles into a
+plain array where nothing does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from jpeft import compat
-from jpeft.leaf import AdaptedLeaf, is_leaf
+from jpeft.adapt.channel import Channel, Ledger, Rows
+from jpeft.leaf import AdaptedLeaf, is_carried, is_leaf, is_node
 from jpeft.types import DensifyError
 
 # A rule returns the equation's output (a list for several), or None: no cheap form.
@@ -23,22 +26,29 @@ Rule = Callable[["Interpreter", Any, list[Any]], Any]
 _RULES: dict[tuple[str, type], Rule] = {}
 _CONTROL: dict[str, Rule] = {}
 _ADDS: set[Any] = set()
+_CARRIES: set[Any] = set()
 # What a dropout key folds in: the number of a use, or of a call that holds uses (a
 # loop's step folds `control._STEP`).
 _USE, _CALL = 1, 3
 
 
 def rule(
-    *primitives: str, kind: type[AdaptedLeaf], adds: bool = False
+    *primitives: str,
+    kind: type[AdaptedLeaf],
+    adds: bool = False,
+    carries: bool = False,
 ) -> Callable[[Any], Any]:
     """Enters a function in the table for leaves of `kind` and its subclasses.
 
     adds: it takes a fourth argument, what to add to its output (`Interpreter.bind`).
+    carries: it takes carried values as they are; other rules get them settled.
     """
 
     def enter(f: Any) -> Any:
         if adds:
             _ADDS.add(f)
+        if carries:
+            _CARRIES.add(f)
         for name in primitives:
             _RULES[name, kind] = f
         return f
@@ -76,7 +86,9 @@ class Interpreter:
     def __init__(self, allow: bool):
         self.allow = allow
         self.densified: list[tuple[str, str, str]] = []
-        self.memo: dict[int, tuple[Any, Callable[..., Any]]] = {}
+        self.memo: dict[Any, tuple[Any, Callable[..., Any]]] = {}
+        self.ledger = Ledger()
+        self.channel = Channel()
         self._host: Any = None
         self._outer: Any = None
         self._stack: list[Any] = []
@@ -86,9 +98,10 @@ class Interpreter:
     # -- values -----------------------------------------------------------------------
 
     def densify(self, x: Any, eqn: Any, why: str = "") -> Any:
-        """The full value of a leaf; raises DensifyError unless that was allowed."""
+        """The plain value: a carried one settled, the full value of a leaf, which
+        raises DensifyError unless that was allowed."""
         if not is_leaf(x):
-            return x
+            return settled(x)
         site = self.site(eqn)
         name = str.__str__(x.path) or "a leaf"
         if not self.allow:
@@ -122,6 +135,39 @@ class Interpreter:
             return var.val
         return self._env.get(var)
 
+    # -- links and rows ---------------------------------------------------------------
+
+    def open_link(self, eqn: Any, name: str, value: Any) -> None:
+        """Leaves `value`, a tree of arrays, for the leaf that closes `name`."""
+        self.channel.open(name, value, self.site(eqn))
+
+    def close_link(self, eqn: Any, name: str) -> Any:
+        return self.channel.close(name, self.site(eqn))
+
+    @property
+    def rows(self) -> Rows:
+        """Which positions are virtual tokens; see `Channel`."""
+        return self.channel.rows
+
+    def add_rows(self, at: jax.Array) -> None:
+        self.channel.rows = (*self.channel.rows, at)
+
+    @contextlib.contextmanager
+    def using(self, channel: Channel) -> Iterator[Channel]:
+        """Evaluates an inner program with a channel of its own."""
+        saved, self.channel = self.channel, channel
+        try:
+            yield channel
+        finally:
+            self.channel = saved
+
+    @contextlib.contextmanager
+    def body(self, eqn: Any, rows: bool = True) -> Iterator[None]:
+        """A body in which links start and end; rows enter it if they can."""
+        with self.using(Channel(rows=self.rows if rows else ())) as channel:
+            yield
+        channel.end(f"the `{eqn.primitive.name}` at {self.site(eqn)}")
+
     # -- one equation -----------------------------------------------------------------
 
     def bind(self, eqn: Any, ins: Sequence[Any], plus: Any = None) -> Any:
@@ -134,21 +180,32 @@ class Interpreter:
         ins = list(ins)
         if plus is not None:
             return self._bind_plus(eqn, ins, plus)
-        for x in ins:
-            if not is_leaf(x):
-                continue
-            name = eqn.primitive.name
-            found = _CONTROL.get(name) or find_rule(name, x)
+        if not any(map(is_node, ins)):
+            return self.native(eqn)(*ins)
+        name = eqn.primitive.name
+        leaf = next(filter(is_leaf, ins), None)
+        found: Any = _CONTROL.get(name)
+        if found is None and leaf is not None:
+            found = find_rule(name, leaf)
+            if found not in _CARRIES:
+                ins = list(map(settled, ins))
+        if found is None and leaf is None:
+            out = self._carry(eqn, ins)
+        else:
             out = found(self, eqn, ins) if found else None
+        return self.native(eqn)(*self.plain(eqn, ins)) if out is None else out
+
+    def _carry(self, eqn: Any, ins: list[Any]) -> Any:
+        """What the first carried operand that knows the equation makes of it."""
+        for x in filter(is_carried, ins):
+            out = x.through(self, eqn, ins)
             if out is not None:
                 return out
-            break
-        else:
-            return self.native(eqn)(*ins)
-        return self.native(eqn)(*self.plain(eqn, ins))
+        return None
 
     def _bind_plus(self, eqn: Any, ins: list[Any], plus: Any) -> Any:
-        leaf = next((x for x in ins if is_leaf(x)), None)
+        ins = list(map(settled, ins))
+        leaf = next(filter(is_leaf, ins), None)
         found: Any = None if leaf is None else find_rule(eqn.primitive.name, leaf)
         if found in _ADDS:
             out = found(self, eqn, ins, plus)
@@ -188,7 +245,7 @@ class Interpreter:
     # -- a program --------------------------------------------------------------------
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        """Evaluates a program; outputs may be leaves."""
+        """Evaluates a program; outputs may be leaves or carried values."""
         saved = self._host, self._outer, self._env, self._producer
         self._host, self._outer = jaxpr, compat.name_stack()
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
@@ -208,7 +265,7 @@ class Interpreter:
                     last[v] = k
         end = len(jaxpr.eqns)
         last.update((v, end) for v in jaxpr.outvars if not is_literal(v))
-        leaves = {v for v, x in env.items() if is_leaf(x)}
+        ours = {v for v, x in env.items() if is_node(x)}
         waiting: list[Any] = []
         owed: set[Any] = set()
         reads: dict[Any, int] = {}
@@ -232,7 +289,7 @@ class Interpreter:
             if is_literal(v):
                 return v.val
             x = env[v]
-            if v in leaves and x.has_key():
+            if v in ours and is_leaf(x) and x.has_key():
                 # Two uses of one weight draw two dropout masks.
                 return _keyed(x, e, v, reads)
             return x
@@ -240,7 +297,7 @@ class Interpreter:
         for k, e in enumerate(jaxpr.eqns):
             for v in e.outvars:
                 self._producer[v] = e
-            if not any(v in leaves for v in e.invars if not is_literal(v)):
+            if not any(v in ours for v in e.invars if not is_literal(v)):
                 waiting.append(e)
                 owed.update(e.outvars)
                 continue
@@ -252,9 +309,16 @@ class Interpreter:
             self._stack.pop()
             outs = out if e.primitive.multiple_results else [out]
             env.update(zip(e.outvars, outs, strict=True))
-            leaves.update(v for v, x in zip(e.outvars, outs, strict=True) if is_leaf(x))
+            ours.update(v for v, x in zip(e.outvars, outs, strict=True) if is_node(x))
         flush(end)
         return [v.val if is_literal(v) else env[v] for v in jaxpr.outvars]
+
+
+def settled(x: Any) -> Any:
+    """A carried value as a plain one; anything else as it is."""
+    while is_carried(x):
+        x = x.settle()
+    return x
 
 
 def _keyed(leaf: AdaptedLeaf, eqn: Any, var: Any, reads: dict[Any, int]) -> AdaptedLeaf:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpeft.adapt.interpreter import Interpreter, rule
-from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, static
+from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, static, transients
 
 R = "r"  # the label of the rank
 Label = Hashable
@@ -74,19 +74,20 @@ class Labelled(AdaptedLeaf):
             below, kept, join_below = rows
         else:
             below, kept, join_below = self.base, None, lambda row, _: row
-        template = self.replace(base=None, key=None, **dict.fromkeys(labels))
+        given = transients(self)  # one for all rows: the key, what is shared
+        template = self.replace(base=None, **dict.fromkeys([*labels, *given]))
 
         def join(row: Any, rest: Any) -> Any:
-            (base, arrays), (base_rest, others, key) = row, rest
+            (base, arrays), (base_rest, others, given) = row, rest
             return template.replace(
                 base=join_below(base, base_rest),
                 axes=self.axes[1:],
-                key=key,
                 **arrays,
                 **others,
+                **given,
             )
 
-        return (below, scanned), (kept, constant, self.key), join
+        return (below, scanned), (kept, constant, given), join
 
 
 # --- the algebra ---------------------------------------------------------------------

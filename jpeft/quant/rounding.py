@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jpeft.leaf import innermost, is_leaf, named
+from jpeft.leaf import innermost, is_leaf
+from jpeft.tree.lend import acting
 from jpeft.tree.paths import slots
 from jpeft.types import PyTree
 
@@ -37,10 +38,10 @@ def rounding(
     bfloat16 loses most and 4 bits all.  Weights without an adapter are left out.
     """
     out = {}
-    for path, slot in slots(params).items():
-        if not is_leaf(slot) or slot.holds_weight:
+    flat = slots(params)
+    for path, leaf in zip(flat.paths, acting(flat), strict=True):
+        if not is_leaf(leaf) or leaf.holds_weight:
             continue
-        leaf = named(slot, path)
         base = innermost(leaf)
         exact = leaf.materialize(jnp.float32)
         start = base.materialize(jnp.float32) if is_leaf(base) else base

@@ -18,9 +18,9 @@ from jpeft.leaf import (
     innermost,
     is_leaf,
     layers,
-    named,
     roles,
 )
+from jpeft.tree.lend import acting
 from jpeft.tree.paths import Slots, is_array, slots
 from jpeft.types import PyTree
 
@@ -198,11 +198,10 @@ def merge(params: PyTree, *, dtype: Any = None, requantize: bool = False) -> PyT
             f"dtype={dtype!r} is of plain arrays: give one of the two"
         )
 
-    def one(path: str, slot: Any) -> Any:
+    def one(slot: Any, leaf: Any) -> Any:
         if not is_leaf(slot):
             return slot
         base = innermost(slot)
-        leaf = named(slot, path)
         if requantize and is_leaf(base):
             return (
                 base if base is slot else base.with_value(leaf.materialize(jnp.float32))
@@ -211,7 +210,7 @@ def merge(params: PyTree, *, dtype: Any = None, requantize: bool = False) -> PyT
 
     flat = slots(params)
     _adapted(flat, "merge")
-    return flat.rebuild(one(p, x) for p, x in flat.items())
+    return flat.rebuild(map(one, flat.values, acting(flat)))
 
 
 def unload(params: PyTree) -> PyTree:

@@ -1,0 +1,38 @@
+"""Arrays that all leaves of one transform share and one of them holds.
+
+VeRA's random matrices, the network that makes every layer's prefix: they train, are
+counted and are saved once, in the leaf that lends them.  Before anything acts, each
+leaf of the same transform borrows them into its transient fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jpeft.leaf import AdaptedLeaf, is_leaf, layers, named
+from jpeft.tree.paths import Slots
+
+
+def resolve(values: Sequence[Any]) -> list[Any]:
+    """The same values, where every leaf has what the leaves of its transform share."""
+    lent: dict[str, dict[str, Any]] = {}
+    for x in values:
+        for leaf in layers(x):
+            given = leaf.lends()
+            if given is not None:
+                lent.setdefault(leaf.origin, {}).update(given)
+    if not lent:
+        return list(values)
+    return [_borrowed(x, lent) if is_leaf(x) else x for x in values]
+
+
+def _borrowed(leaf: AdaptedLeaf, lent: Mapping[str, Mapping[str, Any]]) -> AdaptedLeaf:
+    if is_leaf(leaf.base):
+        leaf = leaf.replace(base=_borrowed(leaf.base, lent))
+    return leaf.borrow(lent[leaf.origin]) if leaf.origin in lent else leaf
+
+
+def acting(flat: Slots) -> list[Any]:
+    """Every slot, its leaf out of its boxes, knowing its path and what it shares."""
+    return resolve([named(x, p) if is_leaf(x) else x for p, x in flat.items()])
