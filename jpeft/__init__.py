@@ -33,3 +33,7 @@ from jpeft.types import CheckpointError as CheckpointError
 from jpeft.types import DensifyError as DensifyError
 from jpeft.types import DensifyWarning as DensifyWarning
 from jpeft.types import __version__ as __version__
+from jpeft.virtual import VirtualTokens as VirtualTokens
+from jpeft.virtual import prepend_virtual_tokens as prepend_virtual_tokens
+from jpeft.virtual import strip_virtual_tokens as strip_virtual_tokens
+from jpeft.virtual import virtual_template as virtual_template

@@ -13,6 +13,7 @@ FLOORS = {
     "jpeft.types": 0,
     "jpeft.compat": 0,
     "jpeft.boxes": 1,
+    "jpeft.virtual": 1,
     "jpeft.formats": 1,
     "jpeft.kernels": 2,
     "jpeft.leaf": 2,
