@@ -12,6 +12,9 @@ from jpeft.checkpoint.manager import CheckpointManager as CheckpointManager
 from jpeft.checkpoint.stream import load_quantized as load_quantized
 from jpeft.config import from_config as from_config
 from jpeft.leaf import AdaptedLeaf as AdaptedLeaf
+from jpeft.methods.adalora import adalora as adalora
+from jpeft.methods.adalora import compact as compact
+from jpeft.methods.adalora import orthogonality as orthogonality
 from jpeft.methods.bitfit import bitfit as bitfit
 from jpeft.methods.full import full as full
 from jpeft.methods.loftq import loftq as loftq

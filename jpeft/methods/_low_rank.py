@@ -72,6 +72,40 @@ class LowRank(Labelled):
         return self.replace(base=base, b=jax.tree.map(jnp.zeros_like, self.b))
 
 
+@adapted_leaf
+class ActsAsLowRank(Labelled):
+    """A leaf whose delta is one product, made of other arrays than a `LowRank`'s.
+
+    It is moved about as it is, and acts as the `LowRank` that it makes.
+    """
+
+    def as_low_rank(self) -> LowRank:
+        raise NotImplementedError
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        return self.as_low_rank().materialize(dtype)
+
+
+@rule(
+    "dot_general",
+    "conv_general_dilated",
+    "gather",
+    "ragged_dot_general",
+    "neg",
+    "mul",
+    "div",
+    "reduce_sum",
+    "concatenate",
+    "stack",
+    "convert_element_type",
+    kind=ActsAsLowRank,
+)
+def _as_low_rank(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """Moved about as it is; consumed, scaled or cast as the one product."""
+    plain = lambda x: x.as_low_rank() if isinstance(x, ActsAsLowRank) else x
+    return it.bind(eqn, list(map(plain, ins)))
+
+
 # --- rules: where a model consumes the weight ----------------------------------------
 
 
@@ -163,8 +197,8 @@ def _gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         for k in range(len(eqn.outvars[0].aval.shape))
     ]
     labels = leaf.labels()
-    a, al = _gather_factor(p, leaf.a, labels["a"], indices, rows, batching)
-    b, bl = _gather_factor(p, leaf.b, labels["b"], indices, rows, batching)
+    a, al = gather_factor(p, leaf.a, labels["a"], indices, rows, batching)
+    b, bl = gather_factor(p, leaf.b, labels["b"], indices, rows, batching)
     y = it.base(eqn, ins)
     wide = {leaf.axes[k] for k in kept if p["slice_sizes"][k] > 1}
     if {"i", "o"} <= wide:  # what was gathered are weights: W[expert_ids]
@@ -173,15 +207,20 @@ def _gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     return y + (leaf.scale * align(z, zl, out)).astype(y.dtype)
 
 
-def _gather_factor(
+def gather_factor(
     p: Mapping[str, Any],
     x: jax.Array,
     labels: list[Label],
     indices: jax.Array,
     rows: list[Label],
     batching: dict[int, int],
+    fill: float = 0,
 ) -> tuple[jax.Array, list[Label]]:
-    """The same gather on one factor, by those index columns that speak of its axes."""
+    """The same gather on one factor, by those index columns that speak of its axes.
+
+    fill: what stands for rows out of range.  The base says what such a row is; its
+    delta is nothing.
+    """
     numbers = p["dimension_numbers"]
     sizes = [
         p["slice_sizes"][k] if isinstance(k, int) else n
@@ -209,7 +248,7 @@ def _gather_factor(
         mine,
         sizes,
         mode=p["mode"],
-        fill_value=0,  # the base says what a row out of range is; its delta is nothing
+        fill_value=fill,
         indices_are_sorted=p["indices_are_sorted"] and not batching,
         unique_indices=p["unique_indices"]
         and len(columns) == len(numbers.start_index_map),

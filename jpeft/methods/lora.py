@@ -33,11 +33,10 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from jpeft.adapt.interpreter import Interpreter, rule
-from jpeft.adapt.labels import Label, Labelled, R
+from jpeft.adapt.labels import Label, R
 from jpeft.leaf import adapted_leaf, frozen, is_leaf, static, trainable
 from jpeft.methods import _init
-from jpeft.methods._low_rank import LowRank
+from jpeft.methods._low_rank import ActsAsLowRank, LowRank
 from jpeft.transform import (
     LeafMethod,
     Pattern,
@@ -54,7 +53,7 @@ from jpeft.tree.where import Where, check_where
 
 
 @adapted_leaf
-class ShiftedLowRank(Labelled):
+class ShiftedLowRank(ActsAsLowRank):
     """W + scale * (A.B - A0.B0), where A and B started at A0 and B0.
 
     a, b, scale, dropout: as `LowRank`'s; a0, b0 have the shapes of a and b.
@@ -96,33 +95,10 @@ class ShiftedLowRank(Labelled):
             key=self.key,
         )
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        return self.as_low_rank().materialize(dtype)
-
     def disable(self) -> Self:
         base = self.base.disable() if is_leaf(self.base) else self.base
         b, b0 = (jax.tree.map(jnp.zeros_like, x) for x in (self.b, self.b0))
         return self.replace(base=base, b=b, b0=b0)
-
-
-@rule(
-    "dot_general",
-    "conv_general_dilated",
-    "gather",
-    "ragged_dot_general",
-    "neg",
-    "mul",
-    "div",
-    "reduce_sum",
-    "concatenate",
-    "stack",
-    "convert_element_type",
-    kind=ShiftedLowRank,
-)
-def _as_low_rank(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    """Moved about as it is; consumed, scaled or cast as the one product."""
-    plain = lambda x: x.as_low_rank() if isinstance(x, ShiftedLowRank) else x
-    return it.bind(eqn, list(map(plain, ins)))
 
 
 # --- the method ----------------------------------------------------------------------
@@ -145,28 +121,29 @@ class LoRA(LeafMethod):
     exclude: Where = ()
 
     def __post_init__(self) -> None:
-        check_positive("lora", "rank", self.rank, integer=True)
+        name = self.name
+        check_positive(name, "rank", self.rank, integer=True)
         if self.alpha is not None:
-            check_positive("lora", "alpha", self.alpha)
+            check_positive(name, "alpha", self.alpha)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(
-                f"lora: dropout={self.dropout!r}: expected a rate from 0 up to, not "
+                f"{name}: dropout={self.dropout!r}: expected a rate from 0 up to, not "
                 "including, 1"
             )
-        _init.check_init("lora", self.init)
-        check_float("lora", self.dtype)
+        _init.check_init(name, self.init)
+        check_float(name, self.dtype)
         patterns = {
             "rank_pattern": check_pattern(
-                "lora", "rank_pattern", self.rank_pattern, integer=True
+                name, "rank_pattern", self.rank_pattern, integer=True
             ),
-            "alpha_pattern": check_pattern("lora", "alpha_pattern", self.alpha_pattern),
+            "alpha_pattern": check_pattern(name, "alpha_pattern", self.alpha_pattern),
         }
         selection = {
             "where": check_where(self.where),
             "exclude": check_where(self.exclude, "exclude"),
         }
-        for name, value in {**patterns, **selection}.items():
-            object.__setattr__(self, name, value)
+        for field, value in {**patterns, **selection}.items():
+            object.__setattr__(self, field, value)
 
     def selection(self) -> tuple[Where, Where]:
         return self.where, self.exclude

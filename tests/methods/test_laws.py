@@ -32,6 +32,7 @@ class Method:
 METHODS = {
     "lora": Method(lambda: jpeft.lora(rank=2, alpha=3)),
     "rslora": Method(lambda: jpeft.lora(rank=2, alpha=3, rank_stabilized=True)),
+    "adalora": Method(lambda: jpeft.adalora(rank=2, alpha=3)),
     "bitfit": Method(lambda: jpeft.bitfit()),
     "bitfit_added": Method(lambda: jpeft.bitfit(add="linear"), merges=False),
     "full": Method(lambda: jpeft.full(".*")),
