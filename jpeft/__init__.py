@@ -15,6 +15,7 @@ from jpeft.leaf import AdaptedLeaf as AdaptedLeaf
 from jpeft.methods.adalora import adalora as adalora
 from jpeft.methods.adalora import compact as compact
 from jpeft.methods.adalora import orthogonality as orthogonality
+from jpeft.methods.adapter import adapter as adapter
 from jpeft.methods.bitfit import bitfit as bitfit
 from jpeft.methods.full import full as full
 from jpeft.methods.loftq import loftq as loftq

@@ -11,7 +11,7 @@ parametrisation and cost, never correctness.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,9 @@ class Labelled(AdaptedLeaf):
     """
 
     axes: str = static()
+
+    # The label of an axis that a movement makes of nothing.
+    spare: ClassVar[str] = "o"
 
     @classmethod
     def labels_of(cls, axes: str) -> dict[str, list[Label]]:
@@ -232,7 +235,7 @@ def _reshape(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         # Transposed first, as vmap of a convolution writes it.
         shape = jax.ShapeDtypeStruct([leaf.shape[k] for k in perm], leaf.dtype)
         leaf = _transposed(leaf, shape, perm)
-    axes: list[str] = ["o"] * len(dst)  # axes of size 1 may have any label
+    axes = [leaf.spare] * len(dst)  # axes of size 1 may have any label
     for src_group, dst_group in axis_groups(leaf.shape, dst):
         if len({leaf.axes[k] for k in src_group}) > 1:
             return None  # input and output axes in one: the rank would have to grow
@@ -251,7 +254,9 @@ def _reshape(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
 def _broadcast(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     leaf, to = ins[0], eqn.params["broadcast_dimensions"]
     dst = eqn.outvars[0].aval.shape
-    axes = "".join(leaf.axes[to.index(k)] if k in to else "o" for k in range(len(dst)))
+    axes = "".join(
+        leaf.axes[to.index(k)] if k in to else leaf.spare for k in range(len(dst))
+    )
 
     def f(x: jax.Array, old: list[Label], new: list[Label]) -> jax.Array:
         shape = [dst[k] if isinstance(k, int) else x.shape[old.index(k)] for k in new]
@@ -277,7 +282,7 @@ def _expand_dims(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     leaf, new_axes = ins[0], set(eqn.params["dimensions"])
     dst = eqn.outvars[0].aval.shape
     kept = [k for k in range(len(dst)) if k not in new_axes]
-    axes = ["o"] * len(dst)
+    axes = [leaf.spare] * len(dst)
     for k, c in zip(kept, leaf.axes, strict=True):
         axes[k] = c
 

@@ -399,7 +399,11 @@ def _rebuild(
         layer = described[k]
         kind = _kind(path, layer)
         fields = {n: arrays[_name(path, k, n)] for n in layer["arrays"]}
-        expected = {n for n, r in roles(kind).items() if r == TRAINABLE}
+        expected = {
+            f.name
+            for f in dataclasses.fields(kind)
+            if f.metadata["role"] == TRAINABLE and f.default is dataclasses.MISSING
+        }
         if missing := sorted(expected - set(fields)):
             raise CheckpointError(
                 f"{path}: the saved {layer['kind']} lacks {', '.join(missing)}"

@@ -421,7 +421,8 @@ def parts_of(
 
     where, exclude: "attention" (cross-attention included), "mlp", "all", a regular
         expression for the whole path of a sub-layer, a callable (path, sub-layer), a
-        list of these; `where` also takes weights named in full, see above.
+        list of these; `where` also takes weights named in full, see above, and
+        `exclude` a pattern for one of a sub-layer's weights.
     needs: which fields must be known.
 
     Raises ValueError on an item that matches nothing and on a sub-layer in doubt.
@@ -437,7 +438,8 @@ def parts_of(
             raise ValueError(_nothing(item, found, flat, method))
         chosen.update((s.path, s) for s in hits)
     for item in _items(exclude):
-        gone = [s.path for s in (*found, *chosen.values()) if _matches(item, s)]
+        every = {s.path: s for s in (*found, *chosen.values())}.values()
+        gone = [s.path for s in every if _matches(item, s) or _holds(item, s)]
         if not gone and isinstance(item, str) and item not in PRESETS:
             raise ValueError(
                 f"{method}: exclude={item!r} matches no sub-layer; nearest: "
@@ -490,6 +492,12 @@ def _matches(item: Any, s: SubLayer) -> bool:
     if item == MLP:
         return s.kind == MLP
     return re.fullmatch(item, s.path) is not None
+
+
+def _holds(item: Any, s: SubLayer) -> bool:
+    """Messages about a weight say how to leave it out: with its sub-layer."""
+    paths = (*s.weights, s.last_bias or "")
+    return isinstance(item, str) and any(re.fullmatch(item, p) for p in paths)
 
 
 def _nothing(item: Any, found: Sequence[SubLayer], flat: Slots, method: str) -> str:

@@ -372,6 +372,7 @@ def test_presets_patterns_callables_and_lists_choose():
     assert choose(lambda path, s: s.width == F) == [mlp]
     assert choose(["mlp", ".*attn"]) == [mlp, attention]
     assert choose("all", "attention") == [mlp]
+    assert choose("all", "layers/0/fc2/kernel") == [attention]  # by its weight
 
 
 @pytest.mark.parametrize(
