@@ -139,6 +139,14 @@ class AdaptedLeaf:
             "it has no merged value; keep it attached, or jpeft.unload(params)"
         )
 
+    def finalize(self) -> AdaptedLeaf:
+        """The leaf that acts as this one, without what only makes its arrays: an
+        encoder, a network for the training.  The leaf itself where there is none.
+
+        `adapt` takes it once a call, before anything acts.
+        """
+        return self
+
     def disable(self) -> Self:
         """The same structure with arrays that make it act as its base."""
         raise NotImplementedError
@@ -270,13 +278,29 @@ class Carried:
         carried operand is settled first."""
         return None
 
+    def on_value(self, f: Callable[[Any], Any]) -> Any:
+        """`f` done to the value, shape and dtype kept; what is owed stays owed."""
+        return f(self.settle())
+
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(jnp.shape(self.settle()))
 
     @property
+    def dtype(self) -> Any:
+        return jnp.result_type(self.settle())
+
+    @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    # A method over another one adds to what that one's leaf makes, or scales it.
+
+    def __add__(self, other: Any) -> Any:
+        return self.on_value(lambda x: x + other)
+
+    def __mul__(self, other: Any) -> Any:
+        return self.on_value(lambda x: x * other)
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]

@@ -16,6 +16,7 @@ from typing import Any
 from jpeft import compat
 from jpeft.adapt.entry import Program
 from jpeft.adapt.labels import axis_groups
+from jpeft.adapt.lookups import Lookups
 from jpeft.tree.layout import (
     BIAS,
     CONV,
@@ -113,7 +114,10 @@ class _Finder:
         assert len(program.inputs) >= n
         data = [False] * n + [True] * (len(program.inputs) - n)
         tags += [[] for _ in range(len(program.inputs) - n)]
-        self.walk(program.closed.jaxpr, tags, data, ())
+        jaxpr, consts = compat.open_jaxpr(program.closed)
+        self.lookups = Lookups(jaxpr, jaxpr.invars, n)
+        self.lookups.enter(jaxpr, consts, jaxpr.invars)
+        self.walk(jaxpr, tags, data, ())
 
     def walk(
         self,
@@ -129,6 +133,7 @@ class _Finder:
         depends = lambda v: not isinstance(v, compat.Literal) and fed.get(v, False)
         for eqn in jaxpr.eqns:
             self.made_by.update(dict.fromkeys(eqn.outvars, eqn))
+            self.lookups.add(eqn)
             ins = [read(v) for v in eqn.invars]
             from_data = [depends(v) for v in eqn.invars]
             outs: list[Tags]
@@ -146,8 +151,9 @@ class _Finder:
     ) -> tuple[list[Tags], list[bool]]:
         name, params = eqn.primitive.name, eqn.params
         if name in compat.CALLS and compat.CALLS[name] in params:
-            jaxpr, _ = compat.open_jaxpr(params[compat.CALLS[name]])
+            jaxpr, consts = compat.open_jaxpr(params[compat.CALLS[name]])
             skip = len(ins) - len(jaxpr.invars)
+            self.lookups.enter(jaxpr, consts, eqn.invars[skip:])
             label = f"jit:{params.get('name')}" if name in compat.JITS else name
             return self.walk(jaxpr, ins[skip:], fed[skip:], (*context, label))
         if name in ("scan", "while", "cond"):
@@ -230,7 +236,8 @@ class _Finder:
     def _cond(self, eqn: Any, ins: list[Tags], fed: list[bool], context: Any):
         found: list[Tags] = [[] for _ in eqn.outvars]
         for branch in eqn.params["branches"]:
-            jaxpr, _ = compat.open_jaxpr(branch)
+            jaxpr, consts = compat.open_jaxpr(branch)
+            self.lookups.enter(jaxpr, consts, eqn.invars[1:])
             outs, _ = self.walk(jaxpr, ins[1:], fed[1:], context)
             for k, tags in enumerate(outs):
                 self.record(eqn, tags, None, context)
@@ -291,10 +298,15 @@ class _Finder:
         ]
         if sum(sizes[k] > 1 for k in kept) < 2:
             roles = [
-                "s" if k in batching else "i" if k in numbers.start_index_map else "o"
+                "s"
+                if k in batching
+                # A batched slice gives an index, which is 0, to whole axes too.
+                else "i"
+                if k in numbers.start_index_map and sizes[k] < max(src[k], 2)
+                else "o"
                 for k in range(len(src))
             ]
-            self.record(eqn, tags, roles, context)
+            self.record(eqn, tags, roles, context, self._lookup(eqn))
             return [[]]
         # The rows gathered are matrices still (experts): stack, and still a weight.
         out = []
@@ -308,6 +320,16 @@ class _Finder:
             gone = {(a, "s") for q in (*one, *batching) for a in t.axes[q]}
             out.append(dataclasses.replace(t.moved(axes), gone=t.gone | gone))
         return [out]
+
+    def _lookup(self, eqn: Any) -> str:
+        """Of a gather of single rows: what becomes of ids beyond the table."""
+        sizes, shape = eqn.params["slice_sizes"], eqn.invars[0].aval.shape
+        rows = [
+            (column, shape[k])
+            for column, k in enumerate(eqn.params["dimension_numbers"].start_index_map)
+            if sizes[k] < shape[k]
+        ]
+        return self.lookups.fate(eqn.invars[1], *rows[0]) if len(rows) == 1 else ""
 
     def moved(
         self, eqn: Any, ins: list[Tags], context: tuple[str, ...]
@@ -425,6 +447,7 @@ class _Finder:
         tags: Tags,
         roles: Sequence[str] | None,
         context: tuple[str, ...],
+        lookup: str = "",
     ) -> None:
         """Notes a use; roles: a label for each axis of the value, None for no role."""
         opaque = any(c in compat.CUSTOM_RULES for c in context)
@@ -448,6 +471,7 @@ class _Finder:
                     context,
                     opaque,
                     t.blurred,
+                    lookup,
                 )
             )
 

@@ -36,6 +36,7 @@ class Use:
     context: tuple[str, ...]
     opaque: bool  # behind a gradient rule of the user's own
     blurred: bool  # not the weight itself, but something computed from it
+    lookup: str = ""  # of a lookup by row: what an id beyond the table becomes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,18 @@ class LeafUse:
     @property
     def is_weight(self) -> bool:
         return self.kind in WEIGHTS
+
+    @property
+    def lookup(self) -> str:
+        """What ids from the table's size up become before they are looked up.
+
+        "direct": they arrive.  "clipped", "wrapped", "shifted", "replaced": they are
+        lost, at least in one lookup.  "constant": no lookup is by ids of the data.
+        "": there is no lookup, or it could not be told.
+        """
+        found = {u.lookup for u in self.uses} - {""}
+        lost = sorted(found - {"direct", "constant"})
+        return next(iter([*lost, *sorted(found, reverse=True)]), "")
 
     def sizes(self, label: str) -> list[int]:
         assert self.axes is not None
@@ -139,6 +152,12 @@ _NORMS = re.compile(r"(norm|^ln|_ln|ln_|layernorm|^bn|batchnorm)", re.I)
 _CONVS = re.compile(r"conv", re.I)
 
 
+def in_norm(path: str) -> bool:
+    """Whether the module that holds this array is a normalisation, by its name."""
+    module = path.split("/")[-2:-1]
+    return bool(module and _NORMS.search(module[0]))
+
+
 def by_name(tree: Slots) -> dict[str, LeafUse]:
     """Flax's conventions: `kernel`, `embedding`, `bias`, `scale`, and their parents."""
     shapes = {
@@ -154,7 +173,7 @@ def _by_name(
 ) -> LeafUse:
     path, shape, name = "/".join(keys), shapes[keys], keys[-1] if keys else ""
     parent = keys[-2] if len(keys) > 1 else ""
-    in_norm = bool(_NORMS.search(parent))
+    of_norm = in_norm(path)
 
     def is_(kind: str, axes: str | None = None, doubt: str = "") -> LeafUse:
         return LeafUse(path, shape, kind, axes, doubt=doubt)
@@ -162,7 +181,7 @@ def _by_name(
     lower = name.lower()
     if lower in ("bias", "b", "beta"):
         return is_(BIAS)
-    if lower in ("scale", "gamma") or (in_norm and lower in ("weight", "w")):
+    if lower in ("scale", "gamma") or (of_norm and lower in ("weight", "w")):
         return is_(NORM)
     if len(shape) < 2 or lower in _NOT_WEIGHTS:
         return is_(OTHER)

@@ -15,10 +15,12 @@ from jpeft.leaf import (
     TRAINABLE,
     array_fields,
     box_of,
+    boxed_like,
     innermost,
     is_leaf,
     layers,
     roles,
+    transients,
 )
 from jpeft.tree.lend import acting
 from jpeft.tree.paths import Slots, is_array, slots
@@ -222,6 +224,30 @@ def unload(params: PyTree) -> PyTree:
     flat = slots(params)
     _adapted(flat, "unload")
     return flat.rebuild(innermost(x) for x in flat.values)
+
+
+def finalize(params: PyTree) -> PyTree:
+    """The same adapters without what was only there to train them.
+
+    The encoder of `p_tuning` and the network of a reparametrised `prefix` give way to
+    the vectors they make.  What is trained or saved from here on is these.  Everything
+    else stays as it is.
+    """
+    flat = slots(params)
+    _adapted(flat, "finalize")
+    return flat.rebuild(map(_finalized, flat.values, acting(flat)))
+
+
+def _finalized(slot: Any, leaf: Any) -> Any:
+    """slot: as it is stored; leaf: the same one, ready to act."""
+    if not is_leaf(slot) or slot.holds_weight:
+        return slot
+    base = _finalized(slot.base, leaf.base)
+    done = leaf.finalize()  # borrowing may have made another kind of leaf already
+    if type(done) is type(slot):
+        return slot.replace(base=base)
+    changes = {"base": base, "path": slot.path, **dict.fromkeys(transients(done))}
+    return boxed_like(box_of(slot), done.replace(**changes))
 
 
 def disable(params: PyTree) -> PyTree:

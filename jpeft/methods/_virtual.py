@@ -1,0 +1,381 @@
+"""`VirtualEmbedding`: a token embedding that knows virtual ids, and how it acts.
+
+    row(id) = E[id]        id < V
+    row(id) = P[id - V]    from V on, wherever the id stands
+
+It acts as a table with more rows would, whatever the model does to the table, save that
+a tied head has no column for them: logits keep the vocabulary's size.  What it finds it
+tells (`it.add_rows`), so that weights further on know which rows of the text are
+virtual.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jpeft.adapt.interpreter import Interpreter, rule
+from jpeft.adapt.labels import (
+    Label,
+    Labelled,
+    R,
+    align,
+    broadcast_axes,
+    factor_along,
+    operand_labels,
+)
+from jpeft.compat import Tracer
+from jpeft.leaf import adapted_leaf, is_leaf, layers, static, trainable
+from jpeft.tree.layout import EMBEDDING, MATRIX, LeafUse
+
+# --- the leaves ----------------------------------------------------------------------
+
+
+@adapted_leaf
+class VirtualEmbedding(Labelled):
+    """A token embedding in which virtual tokens have zeros.
+
+    vocab: rows of the table; virtual ids begin there.  tokens: how many there are.
+    one_hot: whether a row of zeros in a one-hot lookup is a virtual token.
+    """
+
+    vocab: int = static()
+    tokens: int = static()
+    one_hot: bool = static(default=False)
+
+    knows_rows: ClassVar[bool] = True
+
+    @classmethod
+    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
+        return {}
+
+    @property
+    def axis(self) -> int | None:
+        """The axis of the vocabulary, while there is one."""
+        return self.axes.index("i") if self.axes.count("i") == 1 else None
+
+    def table(self, dtype: Any) -> jax.Array:
+        """The virtual tokens' rows, with the axes of the weight."""
+        shape = [self.tokens if c == "i" else n for c, n in self._axes_and_sizes()]
+        return jnp.zeros(shape, dtype)
+
+    def _axes_and_sizes(self) -> list[tuple[str, int]]:
+        return list(zip(self.axes, self.shape, strict=True))
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        raise TypeError(
+            f"{self.where()}a {type(self).__name__} adds virtual tokens to the "
+            "vocabulary, so it has no merged value of the weight's shape; keep it "
+            "attached, or jpeft.unload(params)"
+        )
+
+    def disable(self) -> Self:
+        base = self.base.disable() if is_leaf(self.base) else self.base
+        zeros = {
+            n: jax.tree.map(jnp.zeros_like, getattr(self, n)) for n in self.labels()
+        }
+        return self.replace(base=base, **zeros)
+
+
+@adapted_leaf
+class Prompt(VirtualEmbedding):
+    """A token embedding with rows of their own for virtual tokens.
+
+    prompt: (tokens, *features).
+    """
+
+    prompt: Any = trainable()
+
+    @classmethod
+    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
+        return {"prompt": [R, *(k for k, c in enumerate(axes) if c == "o")]}
+
+    def table(self, dtype: Any) -> jax.Array:
+        labels = self.labels()["prompt"]
+        order = [R if k == self.axis else k for k in range(self.ndim)]
+        return align(self.prompt, labels, order).astype(dtype)
+
+
+def beneath(leaf: VirtualEmbedding) -> bool:
+    """Whether a leaf below knows virtual ids too: it gets them, and it tells."""
+    return any(isinstance(x, VirtualEmbedding) for x in layers(leaf.base))
+
+
+# --- rules: where a model looks ids up -----------------------------------------------
+
+
+@rule("gather", kind=VirtualEmbedding)
+def _gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    leaf, indices = ins
+    if is_leaf(indices) or not is_leaf(leaf):
+        return None
+    p, numbers = eqn.params, eqn.params["dimension_numbers"]
+    axis = _looked_up(it, eqn, leaf, p["slice_sizes"])
+    if axis not in numbers.start_index_map or numbers.operand_batching_dims:
+        return it.densify(leaf, eqn, "which is no lookup of rows by token id")
+    # Further columns, of a batched slice, say where features begin: at the first.
+    column = numbers.start_index_map.index(axis)
+    ids = indices[..., column]
+    virtual, number = _told(it, leaf, ids)
+    if beneath(leaf):
+        y = it.base(eqn, ins)
+    else:
+        # With zeros among them they are neither sorted nor unique any longer.
+        flags = {"indices_are_sorted": False, "unique_indices": False}
+        eqn = eqn.replace(params={**p, **flags})
+        real = jnp.where(virtual, jnp.zeros_like(ids), ids)
+        y = it.base(eqn, [leaf, _with_column(indices, column, real)])
+    rows = lax.gather(
+        leaf.table(y.dtype),
+        _with_column(indices.astype(jnp.int32), column, number),
+        numbers,
+        tuple(p["slice_sizes"]),
+        # A token that the prompt does not have is NaN, however the model looks up.
+        mode=lax.GatherScatterMode.FILL_OR_DROP,
+    )
+    batch = [k for k in range(y.ndim) if k not in numbers.offset_dims]
+    return jnp.where(lax.broadcast_in_dim(virtual, y.shape, batch), rows, y)
+
+
+def _with_column(indices: jax.Array, column: int, ids: jax.Array) -> jax.Array:
+    parts = [indices[..., :column], ids[..., None], indices[..., column + 1 :]]
+    parts = [x for x in parts if x.shape[-1]]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+@rule("dynamic_slice", kind=VirtualEmbedding)
+def _dynamic_slice(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """One row by its number is a lookup too."""
+    leaf, *start = ins
+    if not is_leaf(leaf) or any(map(is_leaf, start)):
+        return None
+    sizes = eqn.params["slice_sizes"]
+    if leaf.axis is None or sizes[leaf.axis] == leaf.shape[leaf.axis]:
+        cut = lambda x, old, _: lax.dynamic_slice(
+            x,
+            [start[k] if isinstance(k, int) else jnp.zeros_like(start[0]) for k in old],
+            [
+                sizes[k] if isinstance(k, int) else n
+                for k, n in zip(old, x.shape, strict=True)
+            ],
+        )
+        return leaf.move(it.base(eqn, ins), cut)
+    axis = _looked_up(it, eqn, leaf, sizes)
+    virtual, number = _told(it, leaf, jnp.asarray(start[axis]))
+    y = it.base(eqn, ins)  # out of range it reads the last row
+    row = lax.dynamic_slice_in_dim(leaf.table(y.dtype), number, 1, axis)
+    return jnp.where(jnp.broadcast_to(virtual, y.shape), row, y)
+
+
+def _looked_up(it: Interpreter, eqn: Any, leaf: VirtualEmbedding, sizes: Any) -> int:
+    """The axis of the vocabulary, if the equation takes one whole row of it."""
+    axis = leaf.axis
+    whole = axis is not None and all(
+        n == (1 if k == axis else leaf.shape[k]) for k, n in enumerate(sizes)
+    )
+    if axis is None or not whole:
+        it.densify(leaf, eqn, "which is no lookup of rows by token id")
+        raise AssertionError  # it has no full value
+    if leaf.shape[axis] < leaf.vocab:
+        it.densify(
+            leaf,
+            eqn,
+            f"which looks up {leaf.shape[axis]} of the {leaf.vocab} rows, so the ids "
+            "are no longer the text's",
+        )
+    return axis
+
+
+def _told(
+    it: Interpreter, leaf: VirtualEmbedding, ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(which ids are virtual, the number of each one, 0 for real ones); told to `it`.
+
+    Where the ids can be looked at, virtual ones must be among them, unless the model is
+    asked for one position, as in generation.
+    """
+    wide = ids if ids.dtype.itemsize >= 4 else ids.astype(jnp.int32)
+    first = jnp.asarray(leaf.vocab, wide.dtype)
+    virtual = wide >= first
+    number = jnp.where(virtual, wide - first, jnp.zeros_like(first)).astype(jnp.int32)
+    if not beneath(leaf):
+        it.add_rows(jnp.where(virtual, number, jnp.int32(-1)))
+        _check_ids(it, leaf, ids)
+    return virtual, number
+
+
+def _check_ids(it: Interpreter, leaf: VirtualEmbedding, ids: Any) -> None:
+    promise = "virtual tokens", str.__str__(leaf.path)
+    it.ledger.owe(
+        promise,
+        f"{leaf.where()}no virtual token is in these ids; put them in front with "
+        f"jpeft.prepend_virtual_tokens(ids, n, vocab_size={leaf.vocab})",
+    )
+    if isinstance(ids, Tracer) or ids.size == 0 or ids.shape[-1:] in ((), (1,)):
+        it.ledger.pay(promise)
+        return
+    largest, end = int(jnp.max(ids)), leaf.vocab + leaf.tokens
+    if largest >= leaf.vocab:
+        it.ledger.pay(promise)
+    if largest >= end:
+        raise ValueError(
+            f"{leaf.where()}id {largest} is beyond the {leaf.tokens} virtual tokens "
+            f"{leaf.vocab} to {end - 1}; was prepend_virtual_tokens called with "
+            "another n, another vocab_size, or a task that the prompt does not have?"
+        )
+
+
+@rule("dot_general", kind=VirtualEmbedding)
+def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """A tied head scores real tokens; a one-hot lookup is one only on request."""
+    side = next(k for k, x in enumerate(ins) if isinstance(x, VirtualEmbedding))
+    leaf, x = ins[side], ins[1 - side]
+    contracting, batch = eqn.params["dimension_numbers"]
+    if leaf.axis in batch[side]:
+        return it.densify(leaf, eqn, "which pairs every token with a row of its own")
+    if leaf.axis not in contracting[side]:
+        below = [y.base if isinstance(y, VirtualEmbedding) else y for y in ins]
+        return it.bind(eqn, below)
+    if not leaf.one_hot:
+        return it.densify(
+            leaf,
+            eqn,
+            "a lookup by one-hot rows, in which a virtual id is a row of zeros like "
+            "any padding; if there are no other such rows, pass one_hot=True and the "
+            "k-th row of zeros of a text is its k-th virtual token",
+        )
+    if is_leaf(x) or tuple(contracting[side]) != (leaf.axis,) or batch[side]:
+        return None
+    if jnp.ndim(x) < 2:
+        return None
+    zero = jnp.all(x == 0, axis=contracting[1 - side][0])
+    rank = jnp.cumsum(zero, axis=-1, dtype=jnp.int32) - 1
+    virtual = zero & (rank < leaf.tokens)
+    if not beneath(leaf):
+        it.add_rows(jnp.where(virtual, rank, jnp.int32(-1)))
+    y = it.base(eqn, ins)
+    _, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+    tokens = [k for k in out if isinstance(k, tuple)]
+    table = jnp.moveaxis(leaf.table(y.dtype), leaf.axis, 0)
+    features = [k for k in range(leaf.ndim) if k != leaf.axis]
+    rows = jnp.take(table, jnp.where(virtual, rank, 0), axis=0)
+    at = [out.index(k) for k in tokens]
+    rows = align(rows, [*tokens, *features], out)
+    return jnp.where(lax.broadcast_in_dim(virtual, y.shape, at), rows, y)
+
+
+# --- rules: what happens to the table before -----------------------------------------
+
+
+@rule("mul", "div", kind=VirtualEmbedding)
+def _mul(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """Times a number or a vector of features, the virtual rows as the others."""
+    side = 0 if is_leaf(ins[0]) else 1
+    if all(map(is_leaf, ins)) or (side == 1 and eqn.primitive.name == "div"):
+        return None
+    leaf, v = ins[side], ins[1 - side]
+    varying = broadcast_axes(it, eqn, 1 - side)
+    if eqn.outvars[0].aval.shape != leaf.shape or leaf.axis in varying:
+        return None
+    v = jnp.broadcast_to(v, leaf.shape)
+
+    def f(x: jax.Array, labels: list[Label], _: list[Label]) -> jax.Array:
+        factor = jnp.broadcast_to(factor_along(v, varying, labels), x.shape)
+        factor = factor.astype(x.dtype)
+        return x * factor if eqn.primitive.name == "mul" else x / factor
+
+    return leaf.move(it.base(eqn, ins), f)
+
+
+@rule("pad", kind=VirtualEmbedding)
+def _pad(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """Rows may be added behind the table; virtual ids still begin where they did."""
+    leaf, value = ins
+    if not is_leaf(leaf) or is_leaf(value):
+        return None
+    for k, (low, high, inner) in enumerate(eqn.params["padding_config"]):
+        if low or inner or (high and k != leaf.axis):
+            return None
+    return leaf.move(it.base(eqn, ins), lambda x, *_: x)
+
+
+@rule("rev", "tile", kind=VirtualEmbedding)
+def _reordered(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """Ids would mean other rows."""
+    return None
+
+
+# --- which weight is the token embedding ---------------------------------------------
+
+_OTHER_TABLES = re.compile(
+    r"pos|wpe|type|segment|bias|relative|distance|patch|time|class|label|lang|speaker",
+    re.I,
+)
+_TOKENS = re.compile(
+    r"tok|word|wte|vocab|shared|embedder|input_embedding|^embed(ding|der)?s?$", re.I
+)
+
+
+def is_table(use: LeafUse) -> bool:
+    return use.kind in (EMBEDDING, MATRIX) and len(use.shape) >= 2
+
+
+def token_embedding(candidates: Mapping[str, LeafUse], method: str) -> str:
+    """The path of the one weight that is looked up by token ids.
+
+    By how the model uses it, where `find_uses` says so, and by its name.
+    """
+    named = lambda path, names: any(names.search(s) for s in path.split("/")[-2:])
+    tables = {
+        p: u
+        for p, u in candidates.items()
+        if u.kind == EMBEDDING or (u.kind == MATRIX and named(p, _TOKENS))
+    }
+    fed = {p: u for p, u in tables.items() if u.lookup != "constant"}
+    found = [p for p in fed if not named(p, _OTHER_TABLES)] or list(fed)
+    if len(found) > 1:
+        found = [p for p in found if named(p, _TOKENS)] or found
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ValueError(
+            f"{method}: no weight here is a token embedding by its name or use; name "
+            'it with where="...", or pass uses=jpeft.find_uses(fn, params, *args). A '
+            "model that is given vectors instead of ids has none: there "
+            'jpeft.prefix(length, mode="kv") is the way'
+        )
+    raise ValueError(
+        f"{method}: which of {found} is the token embedding? Name it with "
+        f"where={found[0]!r}, or pass uses=jpeft.find_uses(fn, params, *args)"
+    )
+
+
+def check_lookups(path: str, use: LeafUse, method: str) -> None:
+    """Raises if the model is known to lose virtual ids before it looks them up."""
+    if use.axes is None or sorted(use.axes.replace("o", "")) != ["i"]:
+        raise ValueError(
+            f"{path}: {method} needs a table (vocabulary, features), and this weight "
+            f"of shape {use.shape} has the axes {use.axes!r}; exclude={path!r}"
+        )
+    for u in use.uses:
+        if u.lookup in LOST:
+            raise ValueError(
+                f"{path}: the model {LOST[u.lookup]} before it looks them up at "
+                f"{u.site or 'a library line'}, so virtual tokens would be lost "
+                f"without a trace and {method} cannot act; let the model look up the "
+                "ids as they come"
+            )
+
+
+# What `LeafUse.lookup` says of ids from the vocabulary's size up.
+LOST = {
+    "clipped": "clips token ids to the vocabulary",
+    "wrapped": "wraps token ids around the vocabulary",
+    "replaced": "replaces token ids beyond the vocabulary",
+    "shifted": "shifts token ids",
+}
