@@ -88,6 +88,8 @@ class Interpreter:
         self.densified: list[tuple[str, str, str]] = []
         self.memo: dict[Any, tuple[Any, Callable[..., Any]]] = {}
         self.ledger = Ledger()
+        # noted(role, value, axis): told of each key and value a prefix stands before.
+        self.noted: Callable[[str, Any, int], None] = lambda *_: None
         self.channel = Channel()
         self._host: Any = None
         self._outer: Any = None

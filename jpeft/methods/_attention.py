@@ -1,0 +1,633 @@
+"""Learned keys and values carried through a model's own attention.
+
+A prefix is P more keys and values in every attention.  They are never put beside the
+real ones: the projection's output is `Tagged` with them, and where it is scored the
+scores are kept in two parts (`Extended`), until the product with the values:
+
+    s = [q.K | q.P_k]     w = softmax(s)     o = w_real.V + w_prefix.P_v
+
+What the model does to real keys (rotary positions, norms, biases, caches) is done to
+them alone; learned keys enter after it, as in Li & Liang's cache.  What it does to the
+scores (scales, soft caps, softmax) is done to both parts; a mask or a position bias has
+no column for the prefix, whose scores it leaves as they are.
+
+`columns` says which feature of the payload each feature of the value is: an integer
+array that broadcasts to the value, moved about by NumPy as the value is by JAX.  So
+fused projections, grouped heads, heads folded into the batch and partial rotary parts
+need no case of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jpeft.adapt.interpreter import Interpreter, settled
+from jpeft.adapt.labels import Label, align, axis_groups, contract, operand_labels
+from jpeft.leaf import Carried, carried, frozen, is_carried, static
+from jpeft.types import PromiseError
+
+KEY, VALUE = "keys", "values"
+
+_UNARY = frozenset(
+    "abs cbrt convert_element_type copy copy_p cos erf exp exp2 expm1 floor "
+    "integer_pow is_finite log log1p logistic neg not optimization_barrier "
+    "reduce_precision reshard rsqrt sharding_constraint sign sin sqrt square "
+    "stop_gradient tanh name pvary pcast mesh_cast layout_constraint".split()
+)
+_BINARY = frozenset(
+    "add add_any sub mul div max min pow and or xor ne eq lt le gt ge rem atan2".split()
+)
+# What is only looked at: a norm's mean, a check, a log.
+_HARMLESS = frozenset("argmax argmin debug_callback debug_print".split())
+_JOINS: dict[str, Callable[[Any, Any], Any]] = {
+    "reduce_sum": lax.add,
+    "reduce_max": lax.max,
+    "reduce_min": lax.min,
+    "reduce_prod": lax.mul,
+    "reduce_or": lax.bitwise_or,
+    "reduce_and": lax.bitwise_and,
+}
+
+
+class Index:
+    """A small integer array as static data: hashed and compared by content."""
+
+    __slots__ = ("array", "_hash")
+
+    def __init__(self, array: Any):
+        self.array = np.asarray(array, np.int32)
+        self._hash = hash((self.array.shape, self.array.tobytes()))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Index) and np.array_equal(self.array, other.array)
+
+    def __repr__(self) -> str:
+        return f"Index{self.array.shape}"
+
+
+# --- keys and values that owe a prefix -----------------------------------------------
+
+
+@carried
+class Tagged(Carried):
+    """A key or a value (or a fused projection not yet cut) that owes a prefix.
+
+    main: the real ones.  keys, values: (P, features), or (examples, P, features).
+    columns: for each feature of `main`: the payload's feature, those of `values`
+    counted after those of `keys`; -1 for others (queries).  whole: `columns` before
+    each cut along the features, for when the pieces are put together again.
+    examples: for each element of `main`, its example, if each has a prefix of its own.
+    on: 1, or 0 where the prefix is switched off.
+    """
+
+    main: Any = frozen()
+    keys: Any = frozen()
+    values: Any = frozen()
+    on: Any = frozen()
+    columns: Index = static()
+    whole: tuple[Index, ...] = static(default=())
+    examples: Index | None = static(default=None)
+    name: str = static(default="")
+
+    def settle(self) -> Any:
+        return self.main
+
+    def on_value(self, f: Callable[[Any], Any]) -> Any:
+        return self.replace(main=f(self.main))
+
+    @property
+    def role(self) -> str | None:
+        """KEY or VALUE; None while it holds more than that."""
+        n = 0 if self.keys is None else self.keys.shape[-1]
+        low, high = self.columns.array.min(), self.columns.array.max()
+        if low < 0:
+            return None
+        return KEY if high < n else VALUE if low >= n else None
+
+    def moved(self, main: Any, f: Callable[[np.ndarray], np.ndarray]) -> Any:
+        """Over `main`, which was moved as `f` moves an array that broadcasts to it."""
+        columns = Index(f(self.columns.array))
+        if (columns.array < 0).all():
+            return main
+        whole = self.whole
+        if columns.array.size != self.columns.array.size and self.role is not None:
+            whole = (*whole, self.columns)
+        examples = self.examples and Index(f(self.examples.array))
+        return self.replace(main=main, columns=columns, whole=whole, examples=examples)
+
+    def through(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            return _attend(it, eqn, ins)
+        if name in _HARMLESS:
+            return None
+        if any(isinstance(x, Extended) for x in ins):
+            return self._lost(it, eqn)
+        plain = [settled(x) for x in ins]
+        if name in _UNARY or name in _BINARY or name == "select_n" or name == "clamp":
+            y = it.native(eqn)(*plain)
+            if eqn.primitive.multiple_results:
+                return [
+                    x.replace(main=z) if is_carried(x) else z
+                    for x, z in zip(ins, y, strict=True)
+                ]
+            return self.replace(main=y) if _spans(self, y) else self._lost(it, eqn)
+        if name in ("dynamic_update_slice", "pad"):
+            y = it.native(eqn)(*plain)
+            return self.replace(main=y) if _spans(self, y) else self._lost(it, eqn)
+        if name == "scatter":
+            return self._into(it, eqn, ins, plain) or self._lost(it, eqn)
+        if name in ("concatenate", "stack"):
+            return self._together(it, eqn, ins, plain) or self._lost(it, eqn)
+        if name == "split":
+            axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+            ends = np.cumsum((0, *sizes)).tolist()
+            cut = lambda k: (
+                lambda a: (
+                    a if a.shape[axis] == 1 else _take(a, axis, ends[k], ends[k + 1])
+                )
+            )
+            ys = it.native(eqn)(*plain)
+            return [self.moved(y, cut(k)) for k, y in enumerate(ys)]
+        move = _movement(eqn, self.main.shape)
+        if move is None:
+            return None if name.startswith("reduce_") else self._lost(it, eqn)
+        return self.moved(it.native(eqn)(*plain), move)
+
+    def _lost(self, it: Interpreter, eqn: Any) -> Any:
+        role = self.role or "keys or values"
+        raise PromiseError(
+            f"{self.name}: prefix in mode 'kv': the model's {role} go into "
+            f"`{eqn.primitive.name}` at {it.site(eqn)}, where a prefix cannot be "
+            "carried along; use jpeft.prefix(..., mode='tokens')"
+        )
+
+    def _into(self, it: Interpreter, eqn: Any, ins: list[Any], plain: list[Any]) -> Any:
+        """Written into a cache: what is read from there owes the prefix."""
+        y = it.native(eqn)(*plain)
+        if ins[0] is self:
+            return self.replace(main=y)
+        numbers = eqn.params["dimension_numbers"]
+        gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+        window = [k for k in range(y.ndim) if k not in gone]
+
+        def f(a: np.ndarray) -> np.ndarray:
+            loose = [k for k in range(a.ndim) if k not in numbers.update_window_dims]
+            if any(a.shape[k] > 1 for k in loose):
+                raise _Lost
+            sizes = [a.shape[k] for k in numbers.update_window_dims]
+            return a.reshape(
+                [sizes[window.index(k)] if k in window else 1 for k in range(y.ndim)]
+            )
+
+        try:
+            return self.moved(y, f)
+        except _Lost:
+            return None
+
+    def _together(
+        self, it: Interpreter, eqn: Any, ins: list[Any], plain: list[Any]
+    ) -> Any:
+        """Pieces side by side: halves of rotated keys, a cache and what is new."""
+        parts = [x for x in ins if isinstance(x, Tagged)]
+        y = it.native(eqn)(*plain)
+        if any(x.role != self.role for x in parts):
+            return None
+        stacked = eqn.primitive.name == "stack"
+        axis = eqn.params["axis"] if stacked else eqn.params["dimension"]
+        axis %= y.ndim
+        lift = lambda a: np.expand_dims(a, axis) if stacked else a
+        columns = [lift(x.columns.array) for x in parts]
+        examples = self.examples and Index(lift(self.examples.array))
+        alike = all(np.array_equal(a, columns[0]) for a in columns)
+        if alike and not stacked and columns[0].shape[axis] == 1:
+            return self.replace(main=y, columns=Index(columns[0]), examples=examples)
+        # Along the features.
+        if len(parts) < len(ins):
+            return None
+        a = columns[0]
+        shape = [
+            y.shape[k] if k == axis or a.shape[k] > 1 else 1 for k in range(y.ndim)
+        ]
+        for k in reversed(range(len(self.whole))):
+            if self.whole[k].array.size == math.prod(shape):
+                # All that was cut is there again, in its places.
+                back = Index(self.whole[k].array.reshape(shape))
+                return self.replace(
+                    main=y, columns=back, whole=self.whole[:k], examples=examples
+                )
+        if stacked:
+            return self.replace(main=y, examples=examples) if alike else None
+        wide = [
+            np.broadcast_to(
+                a,
+                [x.shape[axis] if k == axis else n for k, n in enumerate(a.shape)],
+            )
+            for a, x in zip(columns, parts, strict=True)
+        ]
+        joined = Index(np.concatenate(wide, axis))
+        return self.replace(main=y, columns=joined, examples=examples)
+
+
+class _Lost(Exception):
+    """Features were spread where columns cannot follow."""
+
+
+def _spans(t: Tagged, y: Any) -> bool:
+    """Whether the columns still describe `y`."""
+    a = t.columns.array
+    return a.ndim == jnp.ndim(y) and all(
+        n in (1, m) for n, m in zip(a.shape, y.shape, strict=True)
+    )
+
+
+def _take(a: np.ndarray, axis: int, start: int, stop: int, step: int = 1) -> np.ndarray:
+    cut: list[Any] = [slice(None)] * a.ndim
+    cut[axis] = slice(start, stop, step)
+    return a[tuple(cut)]
+
+
+def _movement(
+    eqn: Any, src: tuple[int, ...]
+) -> Callable[[np.ndarray], np.ndarray] | None:
+    """What a one-operand equation does to an array that broadcasts to its operand."""
+    name, p = eqn.primitive.name, eqn.params
+    dst = tuple(eqn.outvars[0].aval.shape)
+    if name == "transpose":
+        return lambda a: a.transpose(p["permutation"])
+    if name == "squeeze":
+        return lambda a: a.squeeze(tuple(p["dimensions"]))
+    if name == "expand_dims":
+        return lambda a: np.expand_dims(a, tuple(p["dimensions"]))
+    if name in ("reduce_sum", "reduce_max"):  # einsum sums an axis of size 1
+        if any(src[k] != 1 for k in p["axes"]):
+            return None
+        return lambda a: a.squeeze(tuple(p["axes"]))
+    if name == "rev":
+        return lambda a: np.flip(a, p["dimensions"])
+    if name == "reshape" and p.get("dimensions") is None:
+        return lambda a: _reshaped(a, src, dst)
+    if name == "broadcast_in_dim":
+        to = p["broadcast_dimensions"]
+
+        def spread(a: np.ndarray) -> np.ndarray:
+            shape = [a.shape[to.index(k)] if k in to else 1 for k in range(len(dst))]
+            return a.reshape(shape)
+
+        return spread
+    if name == "slice":
+        start, stop = p["start_indices"], p["limit_indices"]
+        step = p["strides"] or (1,) * len(src)
+
+        def cut(a: np.ndarray) -> np.ndarray:
+            for k in range(a.ndim):
+                if a.shape[k] > 1:
+                    a = _take(a, k, start[k], stop[k], step[k])
+            return a
+
+        return cut
+    if name == "dynamic_slice":
+        whole = lambda a: all(n == 1 or src[k] == dst[k] for k, n in enumerate(a.shape))
+
+        def keep(a: np.ndarray) -> np.ndarray:
+            if not whole(a):
+                raise PromiseError(_LOST)
+            return a
+
+        return keep
+    if name == "tile":
+        reps = p["reps"]
+        return lambda a: np.tile(
+            a, [r if n > 1 else 1 for r, n in zip(reps, a.shape, strict=True)]
+        )
+    return None
+
+
+_LOST = (
+    "a prefix in mode 'kv' met a dynamic slice along the features of a key; use "
+    "jpeft.prefix(..., mode='tokens')"
+)
+
+
+def _reshaped(a: np.ndarray, src: tuple[int, ...], dst: tuple[int, ...]) -> np.ndarray:
+    """A reshape done to an array that broadcasts to the operand.
+
+    Axes along which it does not vary stay of size 1, unless they are merged with one
+    along which it does.
+    """
+    wide, shape = list(a.shape), [1] * len(dst)
+    for s, d in axis_groups(src, dst):
+        if any(a.shape[k] > 1 for k in s):
+            for k in s:
+                wide[k] = src[k]
+            for k in d:
+                shape[k] = dst[k]
+    return np.broadcast_to(a, wide).reshape(shape)
+
+
+# --- scores in two parts -------------------------------------------------------------
+
+
+@carried
+class Extended(Carried):
+    """Scores (or weights) of the real keys, and beside them those of the prefix.
+
+    main, extra: equal shapes but for `axis`, the axis of the keys.
+    """
+
+    main: Any = frozen()
+    extra: Any = frozen()
+    on: Any = frozen()
+    axis: int = static()
+    name: str = static(default="")
+
+    def settle(self) -> Any:
+        return self.main
+
+    def through(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+        name, p = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            return _attend(it, eqn, ins)
+        if name in _UNARY:
+            if eqn.primitive.multiple_results:
+                return list(lax.optimization_barrier(ins))
+            main = it.native(eqn)(self.main)
+            return self.replace(main=main, extra=self._other(it, eqn, [self.extra]))
+        if name in _BINARY or name == "clamp":
+            return self._elementwise(it, eqn, ins)
+        if name == "select_n":
+            return self._select(it, eqn, ins)
+        if name in _JOINS:
+            return self._reduce(it, eqn)
+        if name == "transpose":
+            turn = p["permutation"]
+            move = lambda x: lax.transpose(x, turn)
+            return self._both(move, tuple(turn).index(self.axis))
+        if name == "squeeze":
+            gone = p["dimensions"]
+            if self.axis in gone:
+                return self._refuse(it, eqn, "drops the axis of the keys")
+            axis = self.axis - sum(k < self.axis for k in gone)
+            return self._both(lambda x: lax.squeeze(x, gone), axis)
+        if name in ("broadcast_in_dim", "reshape", "expand_dims"):
+            return self._reshape(it, eqn)
+        return self._refuse(it, eqn, "has no meaning for scores in two parts")
+
+    def _refuse(self, it: Interpreter, eqn: Any, why: str) -> Any:
+        raise PromiseError(
+            f"{self.name}: prefix in mode 'kv': `{eqn.primitive.name}` on attention "
+            f"scores at {it.site(eqn)} {why}; use jpeft.prefix(..., mode='tokens')"
+        )
+
+    def _both(self, f: Callable[[Any], Any], axis: int) -> Self:
+        return self.replace(main=f(self.main), extra=f(self.extra), axis=axis)
+
+    def _other(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+        """The equation on the prefix's part, whose shape is another."""
+        if eqn.primitive.name == "sharding_constraint":
+            return ins[0]
+        return it.native(eqn)(*ins)
+
+    def _constant(self, it: Interpreter, var: Any, x: Any) -> Any:
+        """An operand that is one value along the keys (softmax's maximum and sum), cut
+        down to it; None if it is not."""
+        if jnp.ndim(x) == 0:
+            return x
+        found = it.producer(var)
+        if x.shape[self.axis] != 1:
+            if found is None or found.primitive.name != "broadcast_in_dim":
+                return None
+            to = found.params["broadcast_dimensions"]
+            source = found.invars[0].aval.shape
+            if self.axis in to and source[to.index(self.axis)] != 1:
+                return None
+        return lax.slice_in_dim(x, 0, 1, axis=self.axis)
+
+    def _elementwise(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+        name = eqn.primitive.name
+        main = it.native(eqn)(*map(settled, ins))
+        others = []
+        for k, x in enumerate(ins):
+            if isinstance(x, Extended):
+                others.append(x.extra)
+                continue
+            one = self._constant(it, eqn.invars[k], settled(x))
+            if one is None:
+                # A mask, a position bias, a dropout mask: nothing to the prefix.
+                first = ins[0] is self
+                neutral = name in ("add", "add_any", "mul") or (
+                    name in ("sub", "div") and first
+                )
+                if not neutral:
+                    return self._refuse(it, eqn, "has no neutral value for the prefix")
+                extra = self.extra.astype(main.dtype)
+                return self.replace(main=main, extra=extra)
+            others.append(one)
+        if name == "clamp":
+            extra = lax.clamp(*others)
+        else:
+            wide = [jnp.broadcast_to(x, self.extra.shape) for x in others]
+            extra = self._other(it, eqn, wide)
+        return self.replace(main=main, extra=extra)
+
+    def _select(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+        main = it.native(eqn)(*map(settled, ins))
+        which, *cases = ins
+        mine = [x for x in cases if isinstance(x, Extended)]
+        if not isinstance(which, Extended):
+            if len(mine) == 1:
+                return self.replace(main=main, extra=mine[0].extra)
+            one = self._constant(it, eqn.invars[0], which)
+            if one is None:
+                return self._refuse(it, eqn, "chooses between two scores by key")
+            pick = jnp.broadcast_to(one, self.extra.shape)
+            return self.replace(
+                main=main, extra=lax.select_n(pick, *(x.extra for x in mine))
+            )
+        found = []
+        for k, x in enumerate(cases):
+            if isinstance(x, Extended):
+                found.append(x.extra)
+                continue
+            one = self._constant(it, eqn.invars[k + 1], settled(x))
+            if one is None:
+                return self._refuse(it, eqn, "takes another value for each key")
+            found.append(jnp.broadcast_to(one, which.extra.shape))
+        return self.replace(main=main, extra=lax.select_n(which.extra, *found))
+
+    def _reduce(self, it: Interpreter, eqn: Any) -> Any:
+        name, gone = eqn.primitive.name, eqn.params["axes"]
+        main, extra = it.native(eqn)(self.main), self.extra
+        if self.axis not in gone:
+            axis = self.axis - sum(k < self.axis for k in gone)
+            return self.replace(main=main, extra=it.native(eqn)(extra), axis=axis)
+        if self.on is not None and name == "reduce_max":
+            low = jnp.asarray(-jnp.inf, extra.dtype)
+            extra = jnp.where(self.on > 0, extra, low)
+        other = it.native(eqn)(extra)
+        if self.on is not None and name == "reduce_sum":
+            other = other * self.on.astype(other.dtype)
+        return _JOINS[name](main, other)
+
+    def _reshape(self, it: Interpreter, eqn: Any) -> Any:
+        src, dst = self.main.shape, tuple(eqn.outvars[0].aval.shape)
+        if eqn.primitive.name == "broadcast_in_dim":
+            to = eqn.params["broadcast_dimensions"]
+            axis = to[self.axis]
+            if dst[axis] != src[self.axis]:
+                return self._refuse(it, eqn, "repeats the axis of the keys")
+            shape = list(dst)
+            shape[axis] = self.extra.shape[self.axis]
+            extra = lax.broadcast_in_dim(self.extra, shape, to)
+        else:
+            before = math.prod(src[: self.axis])
+            fits = [
+                k
+                for k, n in enumerate(dst)
+                if n == src[self.axis] and math.prod(dst[:k]) == before
+            ]
+            if not fits:
+                return self._refuse(it, eqn, "merges the axis of the keys")
+            axis = fits[-1] if src[self.axis] > 1 else min(fits, key=self._near)
+            shape = list(dst)
+            shape[axis] = self.extra.shape[self.axis]
+            extra = self.extra.reshape(shape)
+        return self.replace(main=it.native(eqn)(self.main), extra=extra, axis=axis)
+
+    def _near(self, k: int) -> int:
+        return abs(k - self.axis)
+
+
+# --- where they meet -----------------------------------------------------------------
+
+
+def _attend(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """`dot_general`: the scores of a tagged key, or the sum of tagged values."""
+    if any(isinstance(x, Extended) for x in ins):
+        side = 0 if isinstance(ins[0], Extended) else 1
+        return _sum_values(it, eqn, ins, side)
+    for side, t in enumerate(ins):
+        if isinstance(t, Tagged) and t.role == KEY:
+            return _scores(it, eqn, ins, side) or t._lost(it, eqn)
+    return next(t for t in ins if isinstance(t, Tagged))._lost(it, eqn)
+
+
+def _scores(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
+    t, q = ins[side], settled(ins[1 - side])
+    numbers = eqn.params["dimension_numbers"]
+    used = {*numbers[0][side], *numbers[1][side]}
+    if not all(_features(t, k) for k in numbers[0][side]):
+        return None  # not over the features of the keys
+    free = [k for k in range(t.main.ndim) if k not in used]
+    seq = [k for k in free if _still(t, k)]
+    if len(seq) != 1:
+        return None
+    ql, out = operand_labels(eqn, side, t.main.ndim, q.ndim)
+    payload, labels = _payload(t, KEY, seq[0])
+    main = it.native(eqn)(*map(settled, ins))
+    extra, xl = contract(q, ql, payload.astype(t.main.dtype), labels, out, **_how(eqn))
+    it.ledger.pay((str.__str__(t.name), KEY))
+    it.noted(KEY, t, seq[0])
+    return Extended(
+        main=main,
+        extra=align(extra, xl, out).astype(main.dtype),
+        on=t.on,
+        axis=out.index(seq[0]),
+        name=t.name,
+    )
+
+
+def _sum_values(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
+    w, t = ins[side], ins[1 - side]
+    (sums, batch) = eqn.params["dimension_numbers"]
+    if isinstance(t, Extended):
+        return w._refuse(it, eqn, "multiplies two tables of scores")
+    if w.axis not in sums[side]:
+        if w.axis in batch[side]:
+            return w._refuse(it, eqn, "has the keys as a batch axis")
+        # Scores times something else (a relative position): each part by itself.
+        other = settled(t)
+        ol, out = operand_labels(eqn, side, w.main.ndim, other.ndim)
+        main = it.native(eqn)(*map(settled, ins))
+        extra, xl = contract(
+            w.extra, list(range(w.main.ndim)), other, ol, out, **_how(eqn)
+        )
+        extra = align(extra, xl, out).astype(main.dtype)
+        return w.replace(main=main, extra=extra, axis=out.index(w.axis))
+    if not isinstance(t, Tagged) or t.role != VALUE:
+        return w._refuse(it, eqn, "sums values that carry no prefix")
+    seq = sums[1 - side][sums[side].index(w.axis)]
+    if not _still(t, seq):
+        return w._refuse(it, eqn, "sums over the features of the values")
+    wl, out = operand_labels(eqn, 1 - side, t.main.ndim, w.main.ndim)
+    payload, labels = _payload(t, VALUE, seq)
+    main = it.native(eqn)(*map(settled, ins))
+    if t.on is not None:
+        payload = payload * t.on.astype(payload.dtype)
+    extra, xl = contract(
+        w.extra.astype(w.main.dtype),
+        wl,
+        payload.astype(t.main.dtype),
+        labels,
+        out,
+        **_how(eqn),
+    )
+    it.ledger.pay((str.__str__(t.name), VALUE))
+    it.noted(VALUE, t, seq)
+    # Along an axis of `main` that only repeats the values, so are the prefix's.
+    order = [k for k in out if k in xl]
+    sizes = dict(zip(xl, extra.shape, strict=True))
+    extra = align(extra, xl, order).reshape([sizes.get(k, 1) for k in out])
+    return main + jnp.broadcast_to(extra, main.shape).astype(main.dtype)
+
+
+def _how(eqn: Any) -> dict[str, Any]:
+    p = eqn.params
+    return {
+        "precision": p["precision"],
+        "preferred_element_type": p["preferred_element_type"],
+    }
+
+
+def _features(t: Tagged, axis: int) -> bool:
+    return t.columns.array.shape[axis] > 1 or t.main.shape[axis] == 1
+
+
+def _still(t: Tagged, axis: int) -> bool:
+    """Whether neither features nor examples vary along an axis."""
+    arrays = [t.columns.array] + ([t.examples.array] if t.examples else [])
+    return all(a.shape[axis] == 1 for a in arrays)
+
+
+def _payload(t: Tagged, role: str, seq: int) -> tuple[jax.Array, list[Label]]:
+    """The prefix laid out as `t.main` is, with P positions along `seq`, and the axes it
+    has: axes along which it would only be repeated are left out."""
+    table = t.keys if role == KEY else t.values
+    first = 0 if role == KEY or t.keys is None else t.keys.shape[-1]
+    axes: Sequence[int] = [k for k in range(t.main.ndim) if not _still(t, k)]
+    squeeze = lambda a: a.reshape([a.shape[k] for k in axes])
+    columns = squeeze(t.columns.array) - first
+    if t.examples is None:
+        out = _columns_of(table, columns)  # (P, ...)
+    else:
+        examples = squeeze(t.examples.array)
+        out = jnp.moveaxis(table, 1, 0)[:, examples, columns]
+    return out, [seq, *axes]
+
+
+def _columns_of(table: jax.Array, columns: np.ndarray) -> jax.Array:
+    """table[:, columns], as a reshape where it is one."""
+    n = table.shape[-1]
+    if columns.size == n and np.array_equal(columns.reshape(-1), np.arange(n)):
+        return table.reshape(table.shape[0], *columns.shape)
+    return table[:, columns]

@@ -1,0 +1,620 @@
+"""Prefix tuning: learned keys and values before every attention.
+
+Li & Liang 2021, arXiv:2101.00190.
+
+    o = softmax(q [P_k; K]^T / sqrt(d)) [P_v; V]    P_k, P_v (*stack, length, features)
+
+Mode "kv": P_k and P_v are trained, one for the kernel that makes keys and one for that
+which makes values.  The model's own attention runs unchanged, whatever it is made of
+(`_attention` says how); there are no extra positions, masks or cache slots.  Learned
+keys enter after the model's rotary positions and key norms.
+
+Mode "tokens": the text gets virtual tokens (`jpeft.prepend_virtual_tokens`), whose keys
+and values are overwritten by learned ones where they are projected.  Any attention
+works, opaque kernels included; the model then does to learned keys what it does to real
+ones (rotary, norm), and they take positions.
+
+The paper makes P_k and P_v with a network while training, which is dropped afterwards
+(`jpeft.finalize`):
+
+    H = tanh(E W_1 + b_1)     shared by all layers     E (length, d)   W_1 (d, width)
+    P = H W_2 + b_2           of each kernel           W_2 (*stack, width, features)
+
+Where we depart: without `reparametrization`, P itself trains (P-tuning v2's way, Liu et
+al. 2022, arXiv:2110.07602), which suits classification and few steps; the paper found
+the network to train more steadily.  Attention weights that a model hands out are those
+of the real tokens.  Dropout on attention weights does not drop the prefix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpeft.adapt.interpreter import Interpreter, rule
+from jpeft.adapt.labels import Label, Labelled, operand_labels
+from jpeft.boxes import unbox
+from jpeft.leaf import (
+    AdaptedLeaf,
+    adapted_leaf,
+    box_of,
+    boxed_like,
+    frozen,
+    innermost,
+    is_leaf,
+    layers,
+    static,
+    trainable,
+    transient,
+    wide_dtype,
+)
+from jpeft.methods._attention import KEY, VALUE, Index, Tagged
+from jpeft.transform import (
+    Transform,
+    check_finite,
+    check_float,
+    check_positive,
+    method,
+    path_key,
+    place_beside,
+)
+from jpeft.tree.layout import LeafUse, layouts
+from jpeft.tree.paths import slots, weight
+from jpeft.tree.sublayers import SubLayer, parts_of
+from jpeft.tree.where import Where, check_where
+
+OTHER = "other"
+INITS = ("gaussian", "unit", "zeros")
+# What a projection makes, as runs of its output features: (("keys", 64), ...).
+Runs = tuple[tuple[str, int], ...]
+
+# --- the leaves ----------------------------------------------------------------------
+
+
+@adapted_leaf
+class _OfKernel(Labelled):
+    """On a kernel whose output features are keys, values, or both among others.
+
+    on: 1, or 0 where the prefix is switched off.  runs: what the output features are;
+    () means that all are keys, or all values.  features: where the output features have
+    gone since (`Index` over the output axes), if the kernel was moved about.
+    """
+
+    on: Any = frozen()
+    role: str = static(default=KEY)
+    runs: Runs = static(default=())
+    features: Index | None = static(default=None)
+
+    def columns(self) -> np.ndarray:
+        """For each output feature the column of the payload, -1 for none."""
+        if self.features is not None:
+            return self.features.array
+        shape = [n for n, c in zip(self.shape, self.axes, strict=True) if c == "o"]
+        if not self.runs:
+            return np.arange(math.prod(shape)).reshape(shape)
+        found, at = [], {KEY: 0, VALUE: self.count(KEY)}
+        for role, n in self.runs:
+            start = at.get(role)
+            found.append(np.full(n, -1) if start is None else start + np.arange(n))
+            if start is not None:
+                at[role] += n
+        return np.concatenate(found).reshape(shape)
+
+    def count(self, role: str) -> int:
+        """How many features of the payload are keys, or values."""
+        if self.runs:
+            return sum(n for r, n in self.runs if r == role)
+        if role != self.role:
+            return 0
+        return math.prod(
+            n for n, c in zip(self.shape, self.axes, strict=True) if c == "o"
+        )
+
+    def move(self, base: Any, f: Any, axes: str | None = None) -> Self:
+        place = lambda a: [k for k, c in enumerate(a) if c == "o"]
+        with jax.ensure_compile_time_eval():
+            columns = f(
+                jnp.asarray(self.columns(), jnp.int32),
+                place(self.axes),
+                place(self.axes if axes is None else axes),
+            )
+            features = Index(columns)
+        old = self.labels()
+        made = self.replace(base=base, axes=self.axes if axes is None else axes)
+        new = made.labels()
+        arrays = {n: f(getattr(self, n), old[n], new[n]) for n in old}
+        return made.replace(features=features, **arrays)
+
+    def unstack(self) -> Any:
+        return super().unstack() if self.axes[:1] == "s" else None
+
+    def switched(self, on: float) -> Self:
+        return self.replace(on=jax.tree.map(lambda x: jnp.full_like(x, on), self.on))
+
+    def disable(self) -> Self:
+        base = self.base.disable() if is_leaf(self.base) else self.base
+        return self.replace(base=base).switched(0.0)
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        raise TypeError(
+            f"{self.where()}a prefix is not a change of the weight, so it has no "
+            "merged value; keep it attached, or jpeft.unload(params)"
+        )
+
+
+@adapted_leaf
+class Prefix(_OfKernel):
+    """Learned keys, values, or both, beside what a kernel makes.
+
+    keys, values: (*stack, length, features), or (*stack, tasks, length, features).
+    task: with several tasks, that of each example; put there by `jpeft.select`.
+    """
+
+    keys: Any = trainable(default=None)
+    values: Any = trainable(default=None)
+    tasks: int = static(default=1)
+    task: Any = transient()
+
+    def labels(self) -> dict[str, list[Label]]:
+        stack: list[Label] = [k for k, c in enumerate(self.axes) if c == "s"]
+        rows = [*stack, *(["task"] if self.tasks > 1 else []), "length", "feature"]
+        held = [n for n in (KEY, VALUE) if getattr(self, n) is not None]
+        return {**dict.fromkeys(held, rows), "on": stack}
+
+    @classmethod
+    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
+        stack: list[Label] = [k for k, c in enumerate(axes) if c == "s"]
+        rows: list[Label] = [*stack, "length", "feature"]
+        return {KEY: rows, VALUE: rows, "on": stack}
+
+
+@adapted_leaf
+class MadePrefix(_OfKernel):
+    """A prefix made by a network; `lends` the part that all layers share.
+
+    w (*stack, width, features) and c (*stack, features): the last layer, its own.
+    embedding (length, d), w1 (d, width), b1 (width): held by one leaf for all.
+    """
+
+    w: Any = trainable()
+    c: Any = trainable()
+    embedding: Any = trainable(default=None)
+    w1: Any = trainable(default=None)
+    b1: Any = trainable(default=None)
+    hidden: Any = transient()
+
+    def labels(self) -> dict[str, list[Label]]:
+        shared: dict[str, list[Label]] = {
+            "embedding": ["length", "d"],
+            "w1": ["d", "width"],
+            "b1": ["width"],
+        }
+        held = {n: k for n, k in shared.items() if getattr(self, n) is not None}
+        return {**self.labels_of(self.axes), **held}
+
+    @classmethod
+    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
+        stack: list[Label] = [k for k, c in enumerate(axes) if c == "s"]
+        return {
+            "w": [*stack, "width", "feature"],
+            "c": [*stack, "feature"],
+            "on": stack,
+        }
+
+    def lends(self) -> Mapping[str, Any] | None:
+        if self.embedding is None:
+            return None
+        e, w1, b1 = map(unbox, (self.embedding, self.w1, self.b1))
+        return {"hidden": jnp.tanh(jnp.matmul(e, w1, precision="highest") + b1)}
+
+    def borrow(self, lent: Mapping[str, Any]) -> Self:
+        return self.replace(hidden=lent["hidden"])
+
+    def finalize(self) -> AdaptedLeaf:
+        """What the network makes, without the network."""
+        if self.hidden is None:
+            raise ValueError(
+                f"{self.where()}the network that makes this prefix is held by another "
+                "weight of the same transform; pass the whole tree"
+            )
+        w, c = unbox(self.w), unbox(self.c)
+        rows = jnp.matmul(self.hidden, w, precision="highest") + c[..., None, :]
+        n = self.count(KEY)
+        parts: dict[str, Any] = {KEY: rows[..., :n], VALUE: rows[..., n:]}
+        made = Prefix(
+            base=self.base,
+            axes=self.axes,
+            on=unbox(self.on),
+            role=self.role,
+            runs=self.runs,
+            features=self.features,
+            origin=self.origin,
+            path=self.path,
+            **{r: x for r, x in parts.items() if x.shape[-1]},
+        )
+        return boxed_like(box_of(self), made)
+
+
+# --- rules ---------------------------------------------------------------------------
+
+
+@rule("dot_general", kind=Prefix)
+def _project(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    if all(map(is_leaf, ins)):
+        return None
+    side = 0 if is_leaf(ins[0]) else 1
+    leaf, x = ins[side], ins[1 - side]
+    _, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+    mine = [k for k in out if isinstance(k, int)]
+    if [leaf.axes[k] for k in mine if leaf.shape[k] > 1] != [
+        "o" for k, c in enumerate(leaf.axes) if c == "o" and leaf.shape[k] > 1
+    ]:
+        return None  # used the other way round, or a whole stack at once
+    y = it.base(eqn, ins)
+    columns = leaf.columns()
+    shape = [leaf.shape[k] if k in mine and leaf.axes[k] == "o" else 1 for k in out]  # type: ignore[index]
+    order = [k for k in mine if leaf.axes[k] == "o"]
+    places = [k for k, c in enumerate(leaf.axes) if c == "o"]
+    columns = columns.transpose([places.index(k) for k in order]).reshape(shape)
+    name = str.__str__(leaf.path)
+    message = (
+        f"{name}: the prefix of this kernel reached no attention that could be read. "
+        "An opaque kernel (cuDNN, Pallas, flash attention in blocks) or a linear "
+        "attention needs jpeft.prefix(..., mode='tokens')"
+    )
+    for role in (KEY, VALUE):
+        if getattr(leaf, role) is not None:
+            it.ledger.owe((name, role), message)
+    keys, values, examples = leaf.keys, leaf.values, None
+    if leaf.tasks > 1:
+        keys, values, examples = _for_examples(leaf, jnp.shape(y), out)
+    tag = Tagged(
+        main=y,
+        keys=keys,
+        values=values,
+        on=leaf.on,
+        columns=Index(columns),
+        examples=examples,
+        name=leaf.path,
+    )
+    # So that a kernel of which nothing is key or value gives its plain output.
+    return tag.moved(y, lambda a: a)
+
+
+def _for_examples(
+    leaf: Prefix, shape: Sequence[int], out: Sequence[Label]
+) -> tuple[Any, Any, Index]:
+    """Each example's own rows, and which axis of the output counts examples."""
+    if leaf.task is None:
+        raise ValueError(
+            f"{leaf.where()}this prefix holds {leaf.tasks} tasks; say which one each "
+            "example has: params = jpeft.select(params, task_ids)"
+        )
+    n = leaf.task.shape[0]
+    axis = next((k for k, label in enumerate(out) if not isinstance(label, int)), None)
+    if axis is None or shape[axis] != n:
+        raise ValueError(
+            f"{leaf.where()}{n} task ids were selected, but the activations {shape} "
+            "have another number of examples; examples must lead"
+        )
+    pick = lambda x: None if x is None else x[leaf.task]
+    index = np.arange(n).reshape([n if k == axis else 1 for k in range(len(shape))])
+    return pick(leaf.keys), pick(leaf.values), Index(index)
+
+
+@rule(
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "stop_gradient",
+    "reduce_precision",
+    "pvary",
+    "pcast",
+    "neg",
+    kind=_OfKernel,
+)
+def _of_the_base(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """The learned rows are no product of the kernel, so what changes its values leaves
+    them alone."""
+    return ins[0].replace(base=it.base(eqn, ins))
+
+
+@rule("mul", "div", kind=_OfKernel)
+def _scaled(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    leaf = next(filter(is_leaf, ins))
+    if all(map(is_leaf, ins)) or eqn.outvars[0].aval.shape != leaf.shape:
+        return None
+    return leaf.replace(base=it.base(eqn, ins))
+
+
+@rule("pad", "all_gather", kind=_OfKernel)
+def _features_unknown(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    return None
+
+
+# --- the method ----------------------------------------------------------------------
+
+
+@method("prefix")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixTuning(Transform):
+    """See `prefix`."""
+
+    length: int
+    mode: str = "kv"
+    where: Where = "attention"
+    exclude: Where = ()
+    reparametrization: str | None = None
+    width: int = 512
+    init: str = "gaussian"
+    tasks: int = 1
+    heads: int | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("prefix", "length", self.length, integer=True)
+        check_positive("prefix", "width", self.width, integer=True)
+        check_positive("prefix", "tasks", self.tasks, integer=True)
+        if self.heads is not None:
+            check_positive("prefix", "heads", self.heads, integer=True)
+        check_float("prefix", self.dtype)
+        for name, known in (
+            ("mode", ("kv", "tokens")),
+            ("reparametrization", (None, "mlp")),
+            ("init", INITS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"prefix: {name}={getattr(self, name)!r}: expected one of {known}"
+                )
+        if self.tasks > 1 and self.reparametrization is not None:
+            raise ValueError(
+                "prefix: tasks= and reparametrization= exclude each other; train one "
+                "prefix a task, jpeft.finalize each"
+            )
+        for name in ("where", "exclude"):
+            object.__setattr__(self, name, check_where(getattr(self, name), name))
+
+    def __call__(
+        self,
+        key: jax.Array,
+        params: Any,
+        *,
+        uses: Mapping[str, LeafUse] | None = None,
+    ) -> Any:
+        flat = slots(params)
+        parts = parts_of(
+            flat, uses, self.where, self.exclude, "prefix", needs=("key", "value")
+        )
+        known, at = dict(layouts(flat, uses)), dict(flat.items())
+        wanted = targets(parts, known, self.heads)
+        order = [p for p in flat.paths if p in wanted]
+        check_finite({p: at[p] for p in order}, "prefix")
+        made: dict[str, AdaptedLeaf] = {}
+        for path in order:
+            check_free(self, path, at[path])
+            role, runs = wanted[path]
+            made[path] = self.attach(
+                path_key(key, path),
+                path,
+                at[path],
+                known[path],
+                role,
+                runs,
+                None if made else path_key(key, "shared"),
+            )
+        return flat.rebuild(made.get(p, x) for p, x in flat.items())
+
+    def attach(
+        self,
+        key: jax.Array,
+        path: str,
+        slot: Any,
+        use: LeafUse,
+        role: str,
+        runs: Runs,
+        shared: jax.Array | None,
+    ) -> AdaptedLeaf:
+        base = weight(slot)
+        dtype = wide_dtype(base.dtype) if self.dtype is None else jnp.dtype(self.dtype)
+        assert use.axes is not None
+        stack = tuple(use.sizes("s"))
+        common: dict[str, Any] = {
+            "base": base,
+            "axes": use.axes,
+            "on": jnp.ones(stack, dtype),
+            "role": role,
+            "runs": runs,
+            "origin": self.origin(),
+        }
+        shape = _OfKernel(**common)
+        n = {r: shape.count(r) for r in (KEY, VALUE)}
+        leaf: AdaptedLeaf
+        if self.reparametrization is None:
+            tasks = (self.tasks,) if self.tasks > 1 else ()
+            draw = _drawn(self.init)
+            rows: dict[str, Any] = {
+                r: draw(
+                    jax.random.fold_in(key, k), (*stack, *tasks, self.length, m), dtype
+                )
+                for k, (r, m) in enumerate(n.items())
+                if m
+            }
+            leaf = Prefix(tasks=self.tasks, **common, **rows)
+        else:
+            arrays: dict[str, Any] = {
+                **_last_layer(key, stack, self.width, sum(n.values()), dtype),
+                **self._shared(shared, math.prod(use.sizes("i")), dtype),
+            }
+            leaf = MadePrefix(**common, **arrays)
+        leaf = place_beside(leaf, unbox(innermost(slot))).replace(base=slot)
+        return boxed_like(box_of(slot), leaf)
+
+    def _shared(self, key: Any, d: int, dtype: Any) -> dict[str, Any]:
+        if key is None:
+            return {}
+        k1, k2, k3 = jax.random.split(key, 3)
+        return {
+            "embedding": jax.random.normal(k1, (self.length, d), dtype),
+            "w1": _uniform(k2, (d, self.width), d, dtype),
+            "b1": _uniform(k3, (self.width,), d, dtype),
+        }
+
+
+def prefix(
+    length: int,
+    *,
+    mode: str = "kv",
+    where: Where = "attention",
+    exclude: Where = (),
+    reparametrization: str | None = None,
+    width: int = 512,
+    init: str = "gaussian",
+    tasks: int = 1,
+    heads: int | None = None,
+    dtype: Any = None,
+) -> Transform:
+    """A transform that puts learned keys and values before every attention.
+
+    Li & Liang 2021, arXiv:2101.00190.
+
+    length: number of virtual positions, some ten to a few hundred.
+    mode: "kv" (nothing of the input changes) or "tokens" (ids with virtual tokens, see
+        `jpeft.prepend_virtual_tokens`); see the module's docstring.
+    where, exclude: which attentions, by the path of the sub-layer; "attention" is all
+        of them, cross-attention included.
+    reparametrization: "mlp" makes the prefix with the paper's network, of hidden size
+        `width`; drop it after the training with `jpeft.finalize(params)`.  None trains
+        the prefix itself.
+    init: without a network: "gaussian" N(0, 0.02^2), "unit" N(0, 1), "zeros".
+        `jpeft.prefix_from_text` takes the activations of a text instead.
+    tasks: prefixes kept side by side; `jpeft.select(params, ids)` then says which one
+        each example of a batch has.
+    heads: number of heads, where a fused kernel does not show it.
+    dtype: of what is trained; None means float32, or float64 beside float64.
+
+    Raises ValueError where the names of the weights do not say which kernels make keys
+    and values, PromiseError from the model where its attention cannot be read.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> w = lambda *shape: {"kernel": jnp.ones(shape)}
+    >>> attn = {n: w(8, 2, 4) for n in ("query", "key", "value")} | {"out": w(2, 4, 8)}
+    >>> params = jpeft.prefix(length=5)(jax.random.key(0), {"attn": attn})
+    >>> params["attn"]["key"]["kernel"].keys.shape
+    (5, 8)
+    """
+    made = PrefixTuning(
+        length=length,
+        mode=mode,
+        where=where,
+        exclude=exclude,
+        reparametrization=reparametrization,
+        width=width,
+        init=init,
+        tasks=tasks,
+        heads=heads,
+        dtype=None if dtype is None else jnp.dtype(dtype).name,
+    )
+    return made
+
+
+# --- which kernels -------------------------------------------------------------------
+
+
+def targets(
+    parts: Sequence[SubLayer],
+    known: dict[str, LeafUse],
+    heads: int | None,
+) -> dict[str, tuple[str, Runs]]:
+    """For each kernel that makes keys or values: (which, what its features are).
+
+    known: how the weights are used; what is found out about their axes is added.
+    """
+    out: dict[str, tuple[str, Runs]] = {}
+    for part in parts:
+        for path in dict.fromkeys((*part.key, *part.value)):
+            use = known[path] = told_by_output(part, path, known)
+            if use.axes is None or use.doubt:
+                raise ValueError(
+                    f"{path}: prefix cannot tell input from output axes of shape "
+                    f"{use.shape} ({use.doubt}); pass uses=jpeft.find_uses(fn, params, "
+                    f"*args), or exclude={part.path!r}"
+                )
+            shape = use.sizes("o")
+            makes = [r for r in ("key", "value") if path in getattr(part, r)]
+            marks = {r: part.features(r, shape, heads=heads).ravel() for r in makes}
+            if len(makes) == 1 and marks[makes[0]].all():
+                out[path] = (KEY if makes[0] == "key" else VALUE, ())
+                continue
+            each = np.full(math.prod(shape), OTHER, object)
+            for r, mark in marks.items():
+                each[mark] = KEY if r == "key" else VALUE
+            runs = tuple((r, len(list(g))) for r, g in itertools.groupby(each.tolist()))
+            out[path] = (KEY, runs)
+    return out
+
+
+def told_by_output(part: SubLayer, path: str, known: Mapping[str, LeafUse]) -> LeafUse:
+    """The use of a projection whose own shape leaves its axes in doubt: the kernels of
+    queries (*stack, in, *out) and output (*stack, *out, in) explain each other."""
+    use = known[path]
+    if use.uses or not use.doubt or not part.last or not part.query:
+        return use
+    q, o = known[part.query[0]].shape, known[part.last].shape
+    fits = [
+        n
+        for n in range(len(q) - 1)
+        if q[:n] == o[:n] and q[n] == o[-1] and q[n + 1 :] == o[n:-1]
+    ]
+    if len(fits) != 1 or use.shape[: fits[0] + 1] != q[: fits[0] + 1]:
+        return use
+    n = fits[0]
+    axes = "s" * n + "i" + "o" * (len(use.shape) - n - 1)
+    return dataclasses.replace(use, axes=axes, doubt="")
+
+
+def check_free(transform: Transform, path: str, slot: Any) -> None:
+    for leaf in layers(slot):
+        if leaf.origin == transform.origin():
+            raise ValueError(
+                f"{path}: this very {transform.name} transform is already applied "
+                "here; apply it to the base, jpeft.unload(params), or change where= or "
+                "exclude="
+            )
+        if leaf.replaces_base:
+            raise ValueError(
+                f"{path}: this leaf trains whole ({type(leaf).__name__}); train it "
+                f"beside a prefix by applying {transform.name} first"
+            )
+
+
+# --- first values --------------------------------------------------------------------
+
+
+def _drawn(init: str) -> Callable[..., jax.Array]:
+    std = {"gaussian": 0.02, "unit": 1.0, "zeros": 0.0}[init]
+    return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
+
+
+def _last_layer(
+    key: jax.Array, stack: tuple[int, ...], width: int, n: int, dtype: Any
+) -> dict[str, jax.Array]:
+    k1, k2 = jax.random.split(key)
+    return {
+        "w": _uniform(k1, (*stack, width, n), width, dtype),
+        "c": _uniform(k2, (*stack, n), width, dtype),
+    }
+
+
+def _uniform(
+    key: jax.Array, shape: tuple[int, ...], fan_in: int, dtype: Any
+) -> jax.Array:
+    """As a linear layer usually starts: U(-1, 1) / sqrt(fan_in)."""
+    return jax.random.uniform(key, shape, dtype, -1.0, 1.0) / math.sqrt(fan_in)
