@@ -17,6 +17,9 @@ from jpeft.methods.adalora import compact as compact
 from jpeft.methods.adalora import orthogonality as orthogonality
 from jpeft.methods.adapter import adapter as adapter
 from jpeft.methods.bitfit import bitfit as bitfit
+from jpeft.methods.diff_pruning import diff_pruning as diff_pruning
+from jpeft.methods.diff_pruning import expected_l0 as expected_l0
+from jpeft.methods.diff_pruning import sparsify as sparsify
 from jpeft.methods.full import full as full
 from jpeft.methods.loftq import loftq as loftq
 from jpeft.methods.lora import lora as lora

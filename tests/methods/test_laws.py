@@ -35,6 +35,11 @@ METHODS = {
     "adalora": Method(lambda: jpeft.adalora(rank=2, alpha=3)),
     "bitfit": Method(lambda: jpeft.bitfit()),
     "bitfit_added": Method(lambda: jpeft.bitfit(add="linear"), merges=False),
+    # Gates that start half open, so that alpha moves without the noise too.
+    "diff_pruning": Method(lambda: jpeft.diff_pruning(alpha=0.8)),
+    "diff_pruning_structured": Method(
+        lambda: jpeft.diff_pruning(structured=True, alpha=0.8)
+    ),
     "full": Method(lambda: jpeft.full(".*")),
     "lora_and_head": Method(
         lambda: jpeft.chain(
