@@ -2,6 +2,7 @@
 
 from jpeft import config as config
 from jpeft import optim as optim
+from jpeft import plot as plot
 from jpeft import quant as quant
 from jpeft import sharding as sharding
 from jpeft.adapt.entry import adapt as adapt

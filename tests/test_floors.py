@@ -23,6 +23,7 @@ FLOORS = {
     "jpeft.quant": 5,
     "jpeft.methods": 6,
     "jpeft.optim": 7,
+    "jpeft.plot": 7,
     "jpeft.checkpoint": 7,
     "jpeft.sharding": 7,
     "jpeft.config": 7,
@@ -31,6 +32,7 @@ EVERYWHERE = {"jax", "jaxtyping", "numpy"}
 ROOMS = {
     "flax": {"jpeft.boxes"},
     "optax": {"jpeft.optim"},
+    "matplotlib": {"jpeft.plot"},
     "orbax": {"jpeft.checkpoint._orbax"},
     "safetensors": {"jpeft.checkpoint._safetensors"},
     # The instruction that no Pallas primitive stands for.
