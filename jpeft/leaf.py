@@ -142,10 +142,13 @@ class AdaptedLeaf:
     def finalize(self) -> AdaptedLeaf:
         """The leaf that acts as this one, without what only makes its arrays: an
         encoder, a network for the training.  The leaf itself where there is none.
-
-        `adapt` takes it once a call, before anything acts.
         """
         return self
+
+    def begin(self) -> AdaptedLeaf:
+        """The leaf that acts in its place.  `adapt` asks once a call, before anything
+        acts."""
+        return self.finalize()
 
     def disable(self) -> Self:
         """The same structure with arrays that make it act as its base."""

@@ -78,7 +78,7 @@ def prepare(x: Any, key: jax.Array | None) -> Any:
     if not is_leaf(x):
         return x
     base = prepare(x.base, key)
-    x = x.replace(base=base).finalize()
+    x = x.replace(base=base).begin()
     if key is not None and x.draws():
         name = f"{str.__str__(x.path)}#{x.origin}"
         x = x.replace(key=jax.random.fold_in(key, zlib.crc32(name.encode())))

@@ -326,22 +326,32 @@ def is_table(use: LeafUse) -> bool:
 
 
 def token_embedding(candidates: Mapping[str, LeafUse], method: str) -> str:
-    """The path of the one weight that is looked up by token ids.
+    """The path of the one weight that is looked up by token ids."""
+    found = _token_tables(candidates, method)
+    if len(found) > 1:
+        raise ValueError(_which(found, method))
+    return found[0]
 
-    By how the model uses it, where `find_uses` says so, and by its name.
-    """
-    named = lambda path, names: any(names.search(s) for s in path.split("/")[-2:])
+
+def token_embeddings(candidates: Mapping[str, LeafUse], method: str) -> list[str]:
+    """The paths of all of them: an encoder and a decoder may have one each."""
+    found = _token_tables(candidates, method)
+    if len(found) > 1 and not all(_named(p, _TOKENS) for p in found):
+        raise ValueError(_which(found, method))
+    return found
+
+
+def _token_tables(candidates: Mapping[str, LeafUse], method: str) -> list[str]:
+    """By how the model uses it, where `find_uses` says so, and by its name."""
     tables = {
         p: u
         for p, u in candidates.items()
-        if u.kind == EMBEDDING or (u.kind == MATRIX and named(p, _TOKENS))
+        if u.kind == EMBEDDING or (u.kind == MATRIX and _named(p, _TOKENS))
     }
     fed = {p: u for p, u in tables.items() if u.lookup != "constant"}
-    found = [p for p in fed if not named(p, _OTHER_TABLES)] or list(fed)
+    found = [p for p in fed if not _named(p, _OTHER_TABLES)] or list(fed)
     if len(found) > 1:
-        found = [p for p in found if named(p, _TOKENS)] or found
-    if len(found) == 1:
-        return found[0]
+        found = [p for p in found if _named(p, _TOKENS)] or found
     if not found:
         raise ValueError(
             f"{method}: no weight here is a token embedding by its name or use; name "
@@ -349,7 +359,15 @@ def token_embedding(candidates: Mapping[str, LeafUse], method: str) -> str:
             "model that is given vectors instead of ids has none: there "
             'jpeft.prefix(length, mode="kv") is the way'
         )
-    raise ValueError(
+    return found
+
+
+def _named(path: str, names: re.Pattern[str]) -> bool:
+    return any(names.search(s) for s in path.split("/")[-2:])
+
+
+def _which(found: list[str], method: str) -> str:
+    return (
         f"{method}: which of {found} is the token embedding? Name it with "
         f"where={found[0]!r}, or pass uses=jpeft.find_uses(fn, params, *args)"
     )

@@ -56,6 +56,7 @@ from jpeft.leaf import (
     wide_dtype,
 )
 from jpeft.methods._attention import KEY, VALUE, Index, Tagged
+from jpeft.methods._prefix_tokens import tokens_prefix
 from jpeft.transform import (
     Transform,
     check_finite,
@@ -374,6 +375,11 @@ class PrefixTuning(Transform):
                 raise ValueError(
                     f"prefix: {name}={getattr(self, name)!r}: expected one of {known}"
                 )
+        if self.mode == "tokens" and self.reparametrization is not None:
+            raise ValueError(
+                "prefix: mode='tokens' and reparametrization= exclude each other; the "
+                "network is there in mode='kv'"
+            )
         if self.tasks > 1 and self.reparametrization is not None:
             raise ValueError(
                 "prefix: tasks= and reparametrization= exclude each other; train one "
@@ -395,6 +401,14 @@ class PrefixTuning(Transform):
         )
         known, at = dict(layouts(flat, uses)), dict(flat.items())
         wanted = targets(parts, known, self.heads)
+        if self.mode == "tokens":
+            return tokens_prefix(
+                *(self, key, flat, parts, known),
+                tokens=self.length * self.tasks,
+                draw=_drawn(self.init),
+                heads=self.heads,
+                dtype=self.dtype,
+            )
         order = [p for p in flat.paths if p in wanted]
         check_finite({p: at[p] for p in order}, "prefix")
         made: dict[str, AdaptedLeaf] = {}

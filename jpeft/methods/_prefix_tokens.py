@@ -1,0 +1,393 @@
+"""Prefix tuning by virtual tokens: what they make of keys and values is learned.
+
+    y = x W + b          keys or values, (..., features)
+    y[t] = P[n(t)]       where position t holds virtual token n(t)
+
+The token embedding tells which positions those are (`_virtual`); nothing else of the
+model is asked, so any attention will do.  The leaf stands on the bias, whose sum is the
+finished projection, and on the kernel where there is none.  In a fused projection it
+overwrites the features of keys and values alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jpeft.adapt.interpreter import Interpreter, rule
+from jpeft.adapt.labels import (
+    Label,
+    Labelled,
+    R,
+    align,
+    axis_groups,
+    operand_labels,
+)
+from jpeft.boxes import unbox
+from jpeft.leaf import (
+    AdaptedLeaf,
+    adapted_leaf,
+    box_of,
+    boxed_like,
+    innermost,
+    is_leaf,
+    layers,
+    static,
+    trainable,
+    wide_dtype,
+)
+from jpeft.methods._virtual import (
+    VirtualEmbedding,
+    check_lookups,
+    is_table,
+    token_embeddings,
+)
+from jpeft.transform import Transform, check_finite, path_key, place_beside
+from jpeft.tree.layout import LeafUse
+from jpeft.tree.paths import Slots, weight
+from jpeft.tree.sublayers import CROSS, SubLayer
+from jpeft.types import PromiseError
+
+Columns = tuple[tuple[bool, int], ...]
+Draw = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+# An axis of the activation, which a bias gets where it is broadcast.
+_OTHER = "n"
+
+
+# --- the leaves ----------------------------------------------------------------------
+
+
+@adapted_leaf
+class TokenRows(AdaptedLeaf):
+    """A bias or kernel whose output is overwritten where a token is virtual.
+
+    rows: (*stack, tokens, features), of the features overwritten.
+    columns: which those are, ((overwritten, how many), ...); () for all.
+    stream: "encoder" or "decoder", whose text the projection reads, or "".
+    """
+
+    axes: str = static()
+    rows: Any = trainable()
+    columns: Columns = static(default=())
+    stream: str = static(default="")
+
+    knows_rows: ClassVar[bool] = True
+
+    def field_axes(self) -> Mapping[str, tuple[int | None, ...]]:
+        stack = [k for k, c in enumerate(self.axes) if c == "s"]
+        features = [k for k, c in enumerate(self.axes) if c == "o"]
+        whole = len(features) == 1 and not self.columns
+        return {"rows": (*stack, None, features[0] if whole else None)}
+
+    def begin(self) -> AdaptedLeaf:
+        """With rows of every feature, which move as the weight's own axes do."""
+        *stack, tokens, _ = self.rows.shape
+        features = [n for n, c in zip(self.shape, self.axes, strict=True) if c == "o"]
+        rows, cut = self.rows, None
+        if self.columns:
+            cut = np.concatenate([np.full(n, mine) for mine, n in self.columns])
+            shape = (*stack, tokens, math.prod(features))
+            rows = jnp.zeros(shape, rows.dtype).at[..., np.flatnonzero(cut)].set(rows)
+            cut = jnp.asarray(cut.reshape(features), rows.dtype)
+        return ActingRows(
+            base=self.base,
+            axes=self.axes,
+            rows=rows.reshape(*stack, tokens, *features),
+            cut=cut,
+            stream=self.stream,
+            path=self.path,
+        )
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        raise TypeError(
+            f"{self.where()}a prefix is not a change of the weight, so it has no "
+            "merged value; keep it attached, or jpeft.unload(params)"
+        )
+
+    def disable(self) -> Self:
+        """Without virtual tokens in the text it does nothing, with them it is zero."""
+        base = self.base.disable() if is_leaf(self.base) else self.base
+        return self.replace(base=base, rows=jax.tree.map(jnp.zeros_like, self.rows))
+
+
+@adapted_leaf
+class ActingRows(Labelled):
+    """`TokenRows` in a call.
+
+    rows: (*stack, tokens, *out).  cut: (*out), 1 for features overwritten; None: all.
+    """
+
+    rows: Any = trainable()
+    cut: Any = trainable(default=None)
+    stream: str = static(default="")
+
+    knows_rows: ClassVar[bool] = True
+
+    @classmethod
+    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
+        stack, out = ([k for k, c in enumerate(axes) if c == g] for g in "so")
+        return {"rows": [*stack, R, *out], "cut": [*out]}
+
+    def labels(self) -> dict[str, list[Label]]:
+        found = self.labels_of(self.axes)
+        return found if self.cut is not None else {"rows": found["rows"]}
+
+
+# --- rules ---------------------------------------------------------------------------
+
+
+@rule("add", "add_any", kind=ActingRows)
+def _add(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    if all(map(is_leaf, ins)):
+        return None
+    leaf = next(filter(is_leaf, ins))
+    shape = eqn.outvars[0].aval.shape
+    if set(leaf.axes) - {"o", _OTHER} or len(shape) != leaf.ndim:
+        return None
+    if any(c == "o" and shape[k] != leaf.shape[k] for k, c in enumerate(leaf.axes)):
+        return None
+    out = [k if c == "o" else ("x", k) for k, c in enumerate(leaf.axes)]
+    return overwritten(it, eqn, leaf, it.base(eqn, ins), out)
+
+
+@rule("dot_general", kind=ActingRows)
+def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    if all(map(is_leaf, ins)):
+        return None
+    side = 0 if is_leaf(ins[0]) else 1
+    leaf, x = ins[side], ins[1 - side]
+    _, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+    mine = [k for k in out if isinstance(k, int)]
+    if {k for k in mine if leaf.shape[k] > 1} != {
+        k for k, c in enumerate(leaf.axes) if c == "o" and leaf.shape[k] > 1
+    }:
+        return None  # used the other way round, or a whole stack at once
+    labels: list[Label] = [
+        ("x", k) if isinstance(k, int) and leaf.axes[k] != "o" else k for k in out
+    ]
+    return overwritten(it, eqn, leaf, it.base(eqn, ins), labels)
+
+
+def overwritten(
+    it: Interpreter, eqn: Any, leaf: ActingRows, y: jax.Array, out: Sequence[Label]
+) -> jax.Array:
+    """y with the learned rows where tokens are virtual.
+
+    out: for each axis of y the weight's axis, or a label of its own.
+    """
+    acts = [j for j, k in enumerate(out) if not isinstance(k, int)]
+    sizes = tuple(y.shape[j] for j in acts)
+    at = virtual_rows(it, eqn, leaf, sizes)
+    features = [k for k in out if isinstance(k, int)]
+    labels = leaf.labels()
+    table = align(leaf.rows, labels["rows"], [R, *features])
+    rows = jnp.take(table, jnp.maximum(at, 0), axis=0, mode="clip")
+    rows = align(rows, [*(out[j] for j in acts), *features], out).astype(y.dtype)
+    here = lax.broadcast_in_dim(at >= 0, y.shape, acts)
+    if leaf.cut is not None:
+        cut = align(leaf.cut, labels["cut"], features) > 0.5
+        places = [j for j in range(y.ndim) if j not in acts]
+        here &= lax.broadcast_in_dim(cut, y.shape, places)
+    return jnp.where(here, rows, y)
+
+
+def virtual_rows(
+    it: Interpreter, eqn: Any, leaf: ActingRows, sizes: tuple[int, ...]
+) -> jax.Array:
+    """The number of the virtual token at each position, -1 at a real one."""
+    found = [at for at in it.rows if _fits(at.shape, sizes)]
+    start = f"{leaf.where()}this prefix in mode 'tokens' at {it.site(eqn)} "
+    if not it.rows:
+        raise PromiseError(
+            start + "knows of no virtual tokens: no ids were looked up in an embedding "
+            "before (the function is given vectors), or what was found cannot reach "
+            "here (a shard_map). Use jpeft.prefix(..., mode='kv')"
+        )
+    if not found:
+        raise PromiseError(
+            start + f"projects positions {sizes}, and the ids looked up have the "
+            f"shapes {[tuple(at.shape) for at in it.rows]}: it is not the text that is "
+            "projected here. Use jpeft.prefix(..., mode='kv')"
+        )
+    if len(found) == 2 and leaf.stream:
+        found = [found[0] if leaf.stream == "encoder" else found[-1]]
+    if len(found) > 1:
+        raise PromiseError(
+            start + f"cannot tell which of {len(found)} texts of shape "
+            f"{tuple(found[0].shape)} it projects; give them different lengths, or use "
+            "jpeft.prefix(..., mode='kv')"
+        )
+    return found[0].reshape(sizes)
+
+
+def _fits(ids: Sequence[int], sizes: Sequence[int]) -> bool:
+    """The same axes, but for those of size 1, or all of them as one."""
+    wide = lambda s: [n for n in s if n != 1]
+    return wide(ids) == wide(sizes) or wide(sizes) == wide([math.prod(ids)])
+
+
+# --- rules: a bias on its way to the sum ---------------------------------------------
+
+
+def _reshaped(dst: Sequence[int]) -> Any:
+    """Rows keep their features' sizes; axes of size 1 come and go."""
+    return lambda x, old, new: x.reshape(
+        [dst[k] if isinstance(k, int) else x.shape[old.index(k)] for k in new]
+    )
+
+
+@rule("reshape", kind=ActingRows)
+def _reshape(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    leaf, dst = ins[0], eqn.outvars[0].aval.shape
+    if 0 in dst or eqn.params.get("dimensions") is not None:
+        return None
+    axes = [_OTHER] * len(dst)
+    for src_group, dst_group in axis_groups(leaf.shape, dst):
+        if len({leaf.axes[k] for k in src_group}) > 1:
+            return None
+        for k in dst_group:
+            axes[k] = leaf.axes[src_group[0]]
+    return leaf.move(it.base(eqn, ins), _reshaped(dst), "".join(axes))
+
+
+@rule("broadcast_in_dim", "expand_dims", kind=ActingRows)
+def _broadcast(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """The rows are not spread: what is new belongs to the activation."""
+    leaf, dst = ins[0], eqn.outvars[0].aval.shape
+    to = eqn.params.get("broadcast_dimensions")
+    if to is None:
+        to = [k for k in range(len(dst)) if k not in eqn.params["dimensions"]]
+    axes = [_OTHER] * len(dst)
+    for source, k in enumerate(to):
+        if leaf.shape[source] == dst[k]:
+            axes[k] = leaf.axes[source]
+        elif leaf.axes[source] == "s":
+            return None
+    return leaf.move(it.base(eqn, ins), _reshaped(dst), "".join(axes))
+
+
+# --- attaching -----------------------------------------------------------------------
+
+
+def tokens_prefix(
+    transform: Transform,
+    key: jax.Array,
+    flat: Slots,
+    parts: Sequence[SubLayer],
+    known: Mapping[str, LeafUse],
+    *,
+    tokens: int,
+    draw: Draw,
+    heads: int | None = None,
+    dtype: Any = None,
+) -> Any:
+    """The tree with a prefix of `tokens` virtual tokens in the attentions `parts`.
+
+    known: the use of every weight, axes of the projections told.
+    draw: (key, shape, dtype) -> the first values.
+    """
+    at = dict(flat.items())
+    made: dict[str, AdaptedLeaf] = {}
+    name, origin = transform.name, transform.origin()
+    places = _places(parts, known, at, heads)
+    check_finite({p: at[p] for p in places}, name)
+    for path, (axes, columns, stream) in places.items():
+        slot = at[path]
+        base = weight(slot)
+        sizes = {
+            c: [n for n, a in zip(base.shape, axes, strict=True) if a == c]
+            for c in "so"
+        }
+        n = sum(k for mine, k in columns if mine) if columns else math.prod(sizes["o"])
+        own = wide_dtype(base.dtype) if dtype is None else jnp.dtype(dtype)
+        leaf = TokenRows(
+            base=base,
+            axes=axes,
+            rows=draw(path_key(key, path), (*sizes["s"], tokens, n), own),
+            columns=columns,
+            stream=stream,
+        )
+        made[path] = _put(transform, path, slot, leaf)
+    tables = {p: u for p, u in known.items() if is_table(u) and p not in places}
+    for path in token_embeddings(tables, name):
+        slot = at[path]
+        told = [x for x in layers(slot) if getattr(x, "vocab", None) is not None]
+        if told:
+            theirs = getattr(told[0], "tokens")  # noqa: B009  of a prompt, whichever
+            if theirs != tokens:
+                raise ValueError(
+                    f"{path}: {type(told[0]).__name__} gave {theirs} virtual tokens a "
+                    f"meaning, and this {name} has {tokens}; they are the same tokens, "
+                    "so make the lengths equal"
+                )
+            continue
+        use = known[path]
+        check_lookups(path, use, name)
+        assert use.axes is not None
+        leaf = VirtualEmbedding(
+            base=slot, axes=use.axes, vocab=use.sizes("i")[0], tokens=tokens
+        )
+        made[path] = leaf.replace(origin=origin)
+    return flat.rebuild(made.get(p, x) for p, x in flat.items())
+
+
+def _put(transform: Transform, path: str, slot: Any, leaf: AdaptedLeaf) -> AdaptedLeaf:
+    for below in layers(slot):
+        if below.origin == transform.origin():
+            raise ValueError(
+                f"{path}: this very {transform.name} transform is already applied "
+                "here; apply it to the base, jpeft.unload(params), or change where="
+            )
+    leaf = place_beside(leaf, unbox(innermost(slot)))
+    return boxed_like(box_of(slot), leaf.replace(base=slot, origin=transform.origin()))
+
+
+def _places(
+    parts: Sequence[SubLayer],
+    known: Mapping[str, LeafUse],
+    at: Mapping[str, Any],
+    heads: int | None,
+) -> dict[str, tuple[str, Columns, str]]:
+    """For each bias or kernel: its axes, the features overwritten, whose text."""
+    out = {}
+    for part in parts:
+        stream = "encoder" if part.kind == CROSS and part.stream else part.stream
+        for kernel in dict.fromkeys((*part.key, *part.value)):
+            use = known[kernel]
+            if use.axes is None:
+                raise ValueError(
+                    f"{kernel}: prefix cannot tell input from output axes of shape "
+                    f"{use.shape} ({use.doubt}); pass uses=jpeft.find_uses(fn, params, "
+                    f"*args), or exclude={part.path!r}"
+                )
+            stack, features = use.sizes("s"), use.sizes("o")
+            makes = [r for r in ("key", "value") if kernel in getattr(part, r)]
+            marks = [part.features(r, features, heads=heads).ravel() for r in makes]
+            cut = np.logical_or.reduce(marks)
+            columns = () if cut.all() else _runs(cut)
+            bias = _bias(kernel, at)
+            if bias is not None and weight(at[bias]).shape == (*stack, *features):
+                axes = "s" * len(stack) + "o" * len(features)
+                out[bias] = axes, columns, stream
+            else:
+                out[kernel] = use.axes, columns, stream
+    return out
+
+
+def _runs(cut: np.ndarray) -> Columns:
+    ends = [*(np.flatnonzero(np.diff(cut)) + 1), len(cut)]
+    return tuple(
+        (bool(cut[a]), int(b - a)) for a, b in zip([0, *ends], ends, strict=False)
+    )
+
+
+def _bias(kernel: str, at: Mapping[str, Any]) -> str | None:
+    module = kernel.rpartition("/")[0]
+    names = [f"{module}/{n}".lstrip("/") for n in ("bias", "b")]
+    return next((n for n in names if n in at and n != kernel), None)
