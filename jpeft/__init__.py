@@ -21,9 +21,13 @@ from jpeft.methods.bitfit import bitfit as bitfit
 from jpeft.methods.diff_pruning import diff_pruning as diff_pruning
 from jpeft.methods.diff_pruning import expected_l0 as expected_l0
 from jpeft.methods.diff_pruning import sparsify as sparsify
+from jpeft.methods.dora import dora as dora
 from jpeft.methods.full import full as full
+from jpeft.methods.ia3 import ia3 as ia3
 from jpeft.methods.loftq import loftq as loftq
+from jpeft.methods.loha import loha as loha
 from jpeft.methods.lora import lora as lora
+from jpeft.methods.norm_tuning import norm_tuning as norm_tuning
 from jpeft.methods.quantize import quantize as quantize
 from jpeft.optim.freeze import freeze as freeze
 from jpeft.optim.freeze import value_and_grad as value_and_grad

@@ -102,11 +102,15 @@ def nnx_form():
 
 
 def plain():
-    shapes = {"up": {"w": (WIDTH, HIDDEN)}, "down": {"w": (HIDDEN, OUT), "b": (OUT,)}}
+    shapes = {
+        "norm": {"scale": (WIDTH,)},
+        "up": {"w": (WIDTH, HIDDEN)},
+        "down": {"w": (HIDDEN, OUT), "b": (OUT,)},
+    }
     params = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
     def fn(p, x):
-        h = jnp.tanh(x @ p["up"]["w"])
+        h = jnp.tanh((x * (1.0 + p["norm"]["scale"])[None, None]) @ p["up"]["w"])
         return h @ p["down"]["w"] + p["down"]["b"][None, None]
 
     params = jax.tree.map(lambda x: x + 0.1, params)

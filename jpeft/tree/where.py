@@ -17,6 +17,7 @@ from jpeft.tree.layout import (
     MATRIX,
     NORM,
     LeafUse,
+    in_norm,
 )
 from jpeft.tree.paths import suggest
 
@@ -61,12 +62,8 @@ def _preset(name: str, use: LeafUse) -> bool:
     if name == "bias":
         return use.kind == BIAS
     if name == "norm":
-        return use.kind == NORM or (use.kind == BIAS and _in_norm(use.path))
+        return use.kind == NORM or (use.kind == BIAS and in_norm(use.path))
     return True
-
-
-def _in_norm(path: str) -> bool:
-    return bool(re.search(r"norm|(^|/)ln|_ln(/|$)", path.rsplit("/", 1)[0], re.I))
 
 
 def check_where(where: Any, name: str = "where") -> Where:

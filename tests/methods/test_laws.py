@@ -41,6 +41,14 @@ METHODS = {
         lambda: jpeft.diff_pruning(structured=True, alpha=0.8)
     ),
     "full": Method(lambda: jpeft.full(".*")),
+    "dora": Method(lambda: jpeft.dora(rank=2, alpha=3)),
+    "ia3": Method(
+        lambda: jpeft.ia3(
+            where=".*(up|head)/(kernel|w)", feedforward=".*down/(kernel|w)"
+        )
+    ),
+    "loha": Method(lambda: jpeft.loha(rank=2, alpha=3)),
+    "norm_tuning": Method(lambda: jpeft.norm_tuning()),
     "lora_and_head": Method(
         lambda: jpeft.chain(
             jpeft.lora(rank=2, alpha=2, where=".*up/(kernel|w)"),

@@ -1,0 +1,276 @@
+"""IA3: learned vectors rescale activations.  Liu et al. 2022, arXiv:2205.05638.
+
+    k' = l_k * k      v' = l_v * v      l (*stack, *out)   keys and values
+    y = (l_ff * h) W                    l (*stack, *in)    h enters the last FFN weight
+
+Every l starts at one, so the model starts as its base.  A vector stands beside a
+weight: those of keys and values scale its output, that of the feed-forward its input.
+All of it merges into the weights.
+
+    k = x W + b      k' = x (W * l) + b * l
+
+So the bias beside a rescaled output is rescaled by the same vector, which trains once,
+at the weight.
+
+Where we depart from the paper: a projection that makes queries, keys and values in one
+is rescaled whole, as Hugging Face PEFT does.  Rescaled queries add nothing that
+rescaled keys could not do (rotary positions and shared keys apart), since only their
+products count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, static, transient, wide_dtype
+from jpeft.methods._scaled import ScaledInput, ScaledOutput
+from jpeft.transform import LeafMethod, Transform, check_float, method
+from jpeft.tree.layout import BIAS, CONV, LINEAR, MATRIX, LeafUse
+from jpeft.tree.paths import Slots, slots
+from jpeft.tree.sublayers import MLP, SubLayer, sublayers
+from jpeft.tree.where import Where, check_where
+from jpeft.types import PyTree
+
+# --- the bias beside a rescaled weight -----------------------------------------------
+
+
+@adapted_leaf
+class ScaledBias(AdaptedLeaf):
+    """bias * l, with the vector of the weight beside it."""
+
+    link: str = static()
+    scale: Any = transient()
+
+    is_value: ClassVar[bool] = True
+
+    def borrow(self, lent: Mapping[str, Any]) -> Self:
+        return self.replace(scale=lent.get(self.link), link="")
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        if self.scale is None:
+            raise ValueError(
+                f"{self.where()}this bias is rescaled by the vector that trains at "
+                f"{self.link!r}, and that weight is not in the tree; pass both"
+            )
+        wide = wide_dtype(self.dtype)
+        base = self.base.materialize(wide) if is_leaf(self.base) else self.base
+        if jnp.shape(self.scale) != self.shape:
+            raise ValueError(
+                f"{self.where()}this bias has shape {self.shape} and the outputs it is "
+                f"added to {jnp.shape(self.scale)}: ia3 cannot rescale it"
+            )
+        out = jnp.asarray(base).astype(wide) * jnp.asarray(self.scale).astype(wide)
+        return out.astype(self.dtype if dtype is None else dtype)
+
+    def disable(self) -> Self:
+        base = self.base.disable() if is_leaf(self.base) else self.base
+        return self.replace(base=base)  # the vector is one where it trains
+
+    def field_axes(self) -> dict[str, tuple[int | None, ...]]:
+        return {}
+
+
+# --- the method ----------------------------------------------------------------------
+
+
+@method("ia3")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IA3(Transform):
+    """See `ia3`."""
+
+    where: Where | None = None
+    feedforward: Where | None = None
+    exclude: Where = ()
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        check_float("ia3", self.dtype)
+        for name in ("where", "feedforward", "exclude"):
+            value = getattr(self, name)
+            if value is not None:
+                value = () if value in ((), []) else check_where(value, name)
+                object.__setattr__(self, name, value)
+        if self.where == () and self.feedforward == ():
+            raise ValueError("ia3: where=() and feedforward=() leave nothing to train")
+
+    def __call__(
+        self,
+        key: jax.Array,
+        params: PyTree,
+        *,
+        uses: Mapping[str, LeafUse] | None = None,
+    ) -> PyTree:
+        flat = slots(params)
+        where, feedforward = self.selected(flat, uses)
+        parts = {OUTPUT: where, INPUT: feedforward}
+        steps = {
+            part: _Rescale(whole=self, part=part, where=chosen)
+            for part, chosen in parts.items()
+            if chosen != ()
+        }
+        found = {part: step.targets(flat, uses) for part, step in steps.items()}
+        if len(found) == 2 and (both := set(found[OUTPUT]) & set(found[INPUT])):
+            raise ValueError(
+                f"{min(both)}: ia3: selected by where=, which rescales its output, and "
+                "by feedforward=, which rescales its input; choose one of the two"
+            )
+        if biases := beside(flat, found.get(OUTPUT, {})):
+            links = tuple((k, k) for k in biases.values())
+            steps[OUTPUT] = dataclasses.replace(steps[OUTPUT], links=links)
+            steps[BIAS] = _Rescale(
+                whole=self,
+                part=BIAS,
+                where=exactly(biases),
+                links=tuple(biases.items()),
+            )
+        for step in steps.values():
+            params = step(key, params, uses=uses)
+        return params
+
+    def selected(
+        self, flat: Slots, uses: Mapping[str, LeafUse] | None
+    ) -> tuple[Where, Where]:
+        """What rescales outputs and what rescales inputs, the defaults filled in."""
+        if self.where is not None and self.feedforward is not None:
+            return self.where, self.feedforward
+        found = sublayers(flat, uses)
+        where, feedforward = self.where, self.feedforward
+        if where is None:
+            parts = [s for s in found if s.kind != MLP]
+            names = _named(parts, lambda s: (*s.key, *s.value))
+            where = _some(names, "where", "keys and values of an attention")
+        if feedforward is None:
+            parts = [s for s in found if s.kind == MLP]
+            names = _named(parts, lambda s: (s.last,) if s.last else ())
+            feedforward = _some(names, "feedforward", "last weight of a feed-forward")
+        return where, feedforward
+
+
+def _named(parts: list[SubLayer], of: Any) -> list[str]:
+    for s in parts:
+        if s.doubt and not of(s):
+            raise ValueError(
+                f"{s.path}: ia3 cannot tell which weights it means here: {s.doubt}; "
+                "name the weights whose output is rescaled in where=, and those whose "
+                "input is in feedforward="
+            )
+    return [p for s in parts for p in of(s)]
+
+
+def _some(names: list[str], argument: str, what: str) -> Where:
+    if not names:
+        raise ValueError(
+            f"ia3: no name in this tree shows the {what}; name the weights, as in "
+            f"{argument}='.*value/kernel', or leave them out with {argument}=()"
+        )
+    return exactly(names)
+
+
+def exactly(paths: Any) -> tuple[str, ...]:
+    return tuple(map(re.escape, dict.fromkeys(paths)))
+
+
+def beside(flat: Slots, kernels: Mapping[str, LeafUse]) -> dict[str, str]:
+    """bias -> kernel, for those that have one."""
+    paths, out = set(flat.paths), {}
+    for path in kernels:
+        module = path.rpartition("/")[0]
+        for name in ("bias", "b"):
+            bias = f"{module}/{name}" if module else name
+            if bias in paths:
+                out[bias] = path
+    return out
+
+
+# --- its three parts -----------------------------------------------------------------
+
+OUTPUT, INPUT = "output", "input"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rescale(LeafMethod):
+    """Outputs, inputs, or the biases beside the outputs.
+
+    links: path -> the name under which the vector is shared.
+    """
+
+    whole: IA3
+    part: str
+    where: Where
+    links: tuple[tuple[str, str], ...] = ()
+
+    name: ClassVar[str] = "ia3"
+
+    @property
+    def needs_axes(self) -> bool:  # type: ignore[override]
+        return self.part != BIAS
+
+    def origin(self) -> str:
+        return self.whole.origin()
+
+    def selection(self) -> tuple[Where, Where]:
+        # A bias goes with its weight.
+        return self.where, () if self.part == BIAS else self.whole.exclude
+
+    def accepts(self, use: LeafUse) -> bool:
+        if self.part == BIAS:
+            return use.kind == BIAS
+        return use.kind in (LINEAR, MATRIX) or (
+            use.kind == CONV and self.part == OUTPUT
+        )
+
+    def adapter_dtype(self, base: Any) -> Any:
+        asked = self.whole.dtype
+        return wide_dtype(base.dtype) if asked is None else jnp.dtype(asked)
+
+    def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> AdaptedLeaf:
+        link = dict(self.links).get(path, "")
+        if self.part == BIAS:
+            return ScaledBias(base=base, link=link, scale=None)
+        assert use.axes is not None
+        kind = ScaledOutput if self.part == OUTPUT else ScaledInput
+        labels = kind.labels_of(use.axes)["scale"]
+        sizes = [use.shape[k] for k in labels]  # type: ignore[index]
+        scale = jnp.ones(sizes, self.adapter_dtype(base))
+        return kind(base=base, axes=use.axes, scale=scale, link=link)
+
+
+def ia3(
+    *,
+    where: Where | None = None,
+    feedforward: Where | None = None,
+    exclude: Where = (),
+    dtype: Any = None,
+) -> IA3:
+    """A transform that rescales keys, values and what enters a feed-forward's last
+    weight.
+
+        k' = l_k * k     v' = l_v * v     y = (l_ff * h) W
+
+    Liu et al. 2022, arXiv:2205.05638.
+
+    where: weights whose output is rescaled, the bias beside them included; None means
+        the keys and values of every attention that the names show (a projection that
+        makes queries as well is rescaled whole), () means none.
+    feedforward: weights whose input is rescaled; None means the last weight of every
+        feed-forward that the names show, () means none.
+    exclude: weights that neither touches.
+    dtype: of the vectors; None means float32, or float64 beside float64.
+
+    Raises ValueError where the names do not show such weights, a selection matches
+    nothing or is in both.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"value": {"kernel": jnp.ones((7, 5)), "bias": jnp.zeros(5)}}
+    >>> ia3 = jpeft.ia3(where=".*value/kernel", feedforward=())
+    >>> jpeft.count(ia3(jax.random.key(0), params)).trainable
+    5
+    """
+    dtype = None if dtype is None else jnp.dtype(dtype).name
+    return IA3(where=where, feedforward=feedforward, exclude=exclude, dtype=dtype)

@@ -1,0 +1,307 @@
+"""LoHa: the elementwise product of two low-rank deltas.  Hyeon-Woo et al. 2021
+(FedPara), arXiv:2108.06098; as an adapter: Yeh et al. 2023 (LyCORIS), arXiv:2309.14859.
+
+    W' = W + s (A1 B1) * (A2 B2)     A (*stack, *in, rank)   B (*stack, rank, *out)
+
+s = alpha / rank.  With twice the parameters of LoRA its rank is up to rank^2.  One of
+the four starts at zero, so the model starts as its base.
+
+The elementwise product of two low-rank matrices is itself a product, of columns that
+are products of columns:
+
+    (A1 B1) * (A2 B2) = A B     A_i,pq = A1_ip A2_iq     B_pq,o = B1_po B2_qo
+
+So the delta acts as LoRA of rank^2 does, as long as that is fewer multiplications than
+the weight's own product; from there on (rank above about sqrt(in out / (in + out)), 20
+for 768 x 768) the delta is made for each product and dropped again, and once more for
+the backward pass.  Nothing of W's size is kept in between.
+
+Where we depart from the papers: FedPara trains W itself in this form, without a frozen
+base; and kernels of convolutions are factored as matrices, without a core tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from jpeft.adapt.interpreter import Interpreter, rule
+from jpeft.adapt.labels import Label, R, align, contract, operand_labels
+from jpeft.leaf import adapted_leaf, is_leaf, static, trainable, wide_dtype
+from jpeft.methods import _init
+from jpeft.methods._low_rank import ActsAsLowRank, LowRank, low_rank_product, through
+from jpeft.methods.lora import check_rank, factor_shapes
+from jpeft.transform import (
+    LeafMethod,
+    Pattern,
+    check_float,
+    check_pattern,
+    check_positive,
+    matched,
+    method,
+)
+from jpeft.tree.layout import CONV, LINEAR, MATRIX, LeafUse
+from jpeft.tree.where import Where, check_where
+
+FACTORS = ("a1", "b1", "a2", "b2")
+LYCORIS, PEFT = INITS = ("lycoris", "peft")
+
+# --- the leaf ------------------------------------------------------------------------
+
+
+@adapted_leaf
+class Hadamard(ActsAsLowRank):
+    """W + scale * (A1.B1) * (A2.B2).
+
+    a: (*stack, *in, rank); b: (*stack, rank, *out).
+    """
+
+    a1: Any = trainable()
+    b1: Any = trainable()
+    a2: Any = trainable()
+    b2: Any = trainable()
+    scale: float = static(default=1.0)
+
+    @classmethod
+    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
+        of = LowRank.labels_of(axes)
+        return {n: of[n[0]] for n in FACTORS}
+
+    @property
+    def rank(self) -> int:
+        return self.b1.shape[self.labels()["b1"].index(R)]
+
+    def as_low_rank(self) -> LowRank:
+        at = {n: labels.index(R) for n, labels in self.labels().items()}
+        return LowRank(
+            base=self.base,
+            axes=self.axes,
+            a=products_along(self.a1, self.a2, at["a1"]),
+            b=products_along(self.b1, self.b2, at["b1"]),
+            scale=self.scale,
+            origin=self.origin,
+            path=self.path,
+        )
+
+    def delta(self, dtype: Any) -> jax.Array:
+        one, two = (
+            low_rank_product(a, b, self.axes, dtype)
+            for a, b in ((self.a1, self.b1), (self.a2, self.b2))
+        )
+        return self.scale * one * two
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        wide = wide_dtype(self.dtype)
+        base = self.base.materialize(wide) if is_leaf(self.base) else self.base
+        out = jnp.asarray(base).astype(wide) + self.delta(wide)
+        return out.astype(self.dtype if dtype is None else dtype)
+
+    def disable(self) -> Self:
+        base = self.base.disable() if is_leaf(self.base) else self.base
+        return self.replace(base=base, b2=jax.tree.map(jnp.zeros_like, self.b2))
+
+
+@rule("dot_general", kind=Hadamard)
+def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    if all(map(is_leaf, ins)):
+        plain = lambda x: x.as_low_rank() if isinstance(x, Hadamard) else x
+        return it.bind(eqn, list(map(plain, ins)))
+    side = 0 if is_leaf(ins[0]) else 1
+    leaf, x = ins[side], ins[1 - side]
+    xl, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+    options = {
+        n: eqn.params.get(n)
+        for n in ("precision", "preferred_element_type", "out_sharding")
+    }
+    shape = eqn.outvars[0].aval.shape
+    whole = leaf.size * math.prod(
+        n for n, k in zip(x.shape, xl, strict=True) if isinstance(k, tuple)
+    )
+    low_rank = leaf.rank**2 * (x.size + math.prod(shape))
+    as_product = low_rank <= whole + 2 * leaf.rank * leaf.size
+    template = leaf.replace(base=jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), key=None)
+
+    def f(x: jax.Array, factors: dict[str, jax.Array]) -> jax.Array:
+        made = template.replace(**factors)
+        if as_product:
+            return through(made.as_low_rank(), x, xl, out, **options)
+        return _densely(made, x, xl, out, options)
+
+    # What is as large as the weight, or has rank^2 columns, is made again for the
+    # backward pass; the activation inside is kept.
+    policy = jax.checkpoint_policies.dots_saveable if as_product else None
+    f = jax.checkpoint(f, policy=policy, prevent_cse=False)
+    factors = {n: getattr(leaf, n) for n in FACTORS}
+    return it.base(eqn, ins, plus=f(x, factors))
+
+
+def _densely(
+    leaf: Hadamard,
+    x: jax.Array,
+    xl: list[Label],
+    out: list[Label],
+    options: dict[str, Any],
+) -> jax.Array:
+    """The product with a delta that is made for it."""
+    options = dict(options)
+    every: list[Label] = list(range(leaf.ndim))
+    delta = leaf.delta(wide_dtype(leaf.dtype)).astype(leaf.dtype)
+    sharding = options.pop("out_sharding")
+    place = None
+    if sharding is not None:  # an explicit mesh asks of each product where it goes
+        names = dict(zip(out, sharding.spec, strict=True))
+        place = lambda labels: NamedSharding(
+            sharding.mesh, PartitionSpec(*(names.get(k) for k in labels))
+        )
+    y, yl = contract(x, xl, delta, every, out, place=place, **options)
+    return align(y, yl, out)
+
+
+# --- the mathematics -----------------------------------------------------------------
+
+
+def products_along(
+    x: Float[Array, "..."], y: Float[Array, "..."], axis: int
+) -> Float[Array, "..."]:
+    """Every entry of x along an axis times every entry of y along it, x's slower."""
+    z = jnp.expand_dims(x, axis + 1) * jnp.expand_dims(y, axis)
+    return z.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+
+def draw(
+    key: jax.Array, shapes: Mapping[str, tuple[int, ...]], fan_in: int, init: str
+) -> dict[str, jax.Array]:
+    """First values of the four factors, in float32."""
+    k1, k2, k3 = jax.random.split(key, 3)
+    normal, zeros = jax.random.normal, jnp.zeros
+    if init == LYCORIS:
+        return {
+            "a1": normal(k1, shapes["a1"]),
+            "b1": 0.1 * normal(k2, shapes["b1"]),
+            "a2": normal(k3, shapes["a2"]),
+            "b2": zeros(shapes["b2"]),
+        }
+    rank = shapes["a1"][-1]
+    uniform = lambda k, n, fan: _init.draw_a(k, shapes[n], fan, "kaiming", jnp.float32)
+    return {
+        "a1": uniform(k1, "a1", fan_in),
+        "b1": uniform(k2, "b1", rank),
+        "a2": zeros(shapes["a2"]),
+        "b2": uniform(k3, "b2", rank),
+    }
+
+
+# --- the method ----------------------------------------------------------------------
+
+
+@method("loha")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoHa(LeafMethod):
+    """See `loha`."""
+
+    rank: int
+    alpha: float | None = None
+    init: str = LYCORIS
+    dtype: str | None = None
+    rank_pattern: Pattern = ()
+    alpha_pattern: Pattern = ()
+    where: Where = "linear"
+    exclude: Where = ()
+
+    def __post_init__(self) -> None:
+        name = self.name
+        check_positive(name, "rank", self.rank, integer=True)
+        if self.alpha is not None:
+            check_positive(name, "alpha", self.alpha)
+        if self.init not in INITS:
+            raise ValueError(f"{name}: init={self.init!r}: expected one of {INITS}")
+        check_float(name, self.dtype)
+        checked = {
+            "rank_pattern": check_pattern(
+                name, "rank_pattern", self.rank_pattern, integer=True
+            ),
+            "alpha_pattern": check_pattern(name, "alpha_pattern", self.alpha_pattern),
+            "where": check_where(self.where),
+            "exclude": check_where(self.exclude, "exclude"),
+        }
+        for field, value in checked.items():
+            object.__setattr__(self, field, value)
+
+    def selection(self) -> tuple[Where, Where]:
+        return self.where, self.exclude
+
+    def accepts(self, use: LeafUse) -> bool:
+        return use.kind in (LINEAR, MATRIX, CONV)
+
+    def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Hadamard:
+        rank = matched(self.rank_pattern, path, self.rank)
+        alpha = matched(self.alpha_pattern, path, self.alpha)
+        check_rank(path, rank, use)
+        assert use.axes is not None
+        of = factor_shapes(use.shape, use.axes, rank)
+        drawn = draw(
+            key, {n: of[n[0]] for n in FACTORS}, math.prod(use.sizes("i")), self.init
+        )
+        dtype = self.adapter_dtype(base)
+        factors: dict[str, Any] = {n: x.astype(dtype) for n, x in drawn.items()}
+        return Hadamard(
+            base=base,
+            axes=use.axes,
+            scale=1.0 if alpha is None else float(alpha / rank),
+            **factors,
+        )
+
+
+def loha(
+    rank: int,
+    alpha: float | None = None,
+    *,
+    where: Where = "linear",
+    exclude: Where = (),
+    init: str = LYCORIS,
+    dtype: Any = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> LoHa:
+    """A transform that puts an elementwise product of two low-rank deltas beside each
+    selected weight.
+
+        W' = W + s (A1 B1) * (A2 B2)     s = alpha / rank
+
+    Hyeon-Woo et al. 2021, arXiv:2108.06098; Yeh et al. 2023, arXiv:2309.14859.
+
+    rank: of each of the two; their product has up to its square.
+    alpha: numerator of the scale; None means `rank`, that is a scale of 1.
+    where, exclude: which weights, linear ones or convolutions.
+    init: "lycoris": A1, A2 ~ N(0, 1), B1 ~ N(0, 0.01), B2 zero, as the authors of
+        LyCORIS have it.  "peft": B1, B2 uniform with variance 1/(3 rank), A1 with
+        variance 1/(3 in), A2 zero, as Hugging Face PEFT has it; the delta then grows
+        much more slowly.
+    dtype: of the factors; None means float32, or float64 beside float64.
+    rank_pattern, alpha_pattern: {regular expression for the whole path: value}.
+
+    Raises ValueError for a rank below 1 or above the matrix, and as `jpeft.lora` does.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"dense": {"kernel": jnp.ones((7, 5))}}
+    >>> params = jpeft.loha(rank=2)(jax.random.key(0), params)
+    >>> jpeft.count(params).trainable
+    48
+    """
+    return LoHa(
+        rank=rank,
+        alpha=alpha,
+        init=init,
+        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        rank_pattern=tuple((rank_pattern or {}).items()),
+        alpha_pattern=tuple((alpha_pattern or {}).items()),
+        where=where,
+        exclude=exclude,
+    )

@@ -1,0 +1,69 @@
+"""Norm tuning: only normalisation layers train.  Zhao et al. 2023, arXiv:2312.11420.
+
+    scale' = scale + delta_scale      bias' = bias + delta_bias      in every norm
+
+The deltas start at zero, so the model starts as its base.
+
+Where we depart from the paper: the frozen scale and bias are kept and deltas train, so
+that one base serves many tasks; decay then pulls towards the base, not towards zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.methods.bitfit import Delta
+from jpeft.transform import LeafMethod, check_float, method
+from jpeft.tree.layout import BIAS, NORM, LeafUse, in_norm
+from jpeft.tree.where import Where, check_where
+
+
+@method("norm_tuning")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormTuning(LeafMethod):
+    """See `norm_tuning`."""
+
+    where: Where = "norm"
+    exclude: Where = ()
+    dtype: str | None = None
+
+    needs_axes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_float("norm_tuning", self.dtype)
+        object.__setattr__(self, "where", check_where(self.where))
+        object.__setattr__(self, "exclude", check_where(self.exclude, "exclude"))
+
+    def selection(self) -> tuple[Where, Where]:
+        return self.where, self.exclude
+
+    def accepts(self, use: LeafUse) -> bool:
+        return use.kind == NORM or (use.kind == BIAS and in_norm(use.path))
+
+    def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Delta:
+        return Delta(base=base, delta=jnp.zeros(use.shape, self.adapter_dtype(base)))
+
+
+def norm_tuning(
+    *, where: Where = "norm", exclude: Where = (), dtype: Any = None
+) -> NormTuning:
+    """A transform that trains the scale and bias of normalisation layers.
+
+    Zhao et al. 2023, arXiv:2312.11420.
+
+    where, exclude: which of them; every norm by default.
+    dtype: of the deltas; None means float32, or float64 beside float64.
+
+    Raises ValueError where the tree has no norm, by name or by `uses`.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"norm": {"scale": jnp.ones(7)}, "dense": {"bias": jnp.zeros(5)}}
+    >>> jpeft.count(jpeft.norm_tuning()(jax.random.key(0), params))
+    Count(trainable=7, frozen=12)
+    """
+    dtype = None if dtype is None else jnp.dtype(dtype).name
+    return NormTuning(where=where, exclude=exclude, dtype=dtype)
