@@ -23,12 +23,19 @@ from jpeft.methods.diff_pruning import expected_l0 as expected_l0
 from jpeft.methods.diff_pruning import sparsify as sparsify
 from jpeft.methods.dora import dora as dora
 from jpeft.methods.full import full as full
+from jpeft.methods.gated import gated as gated
 from jpeft.methods.ia3 import ia3 as ia3
 from jpeft.methods.loftq import loftq as loftq
 from jpeft.methods.loha import loha as loha
+from jpeft.methods.lokr import lokr as lokr
 from jpeft.methods.lora import lora as lora
+from jpeft.methods.mam import mam as mam
 from jpeft.methods.norm_tuning import norm_tuning as norm_tuning
+from jpeft.methods.prefix import prefix as prefix
+from jpeft.methods.p_tuning import p_tuning as p_tuning
+from jpeft.methods.prompt import prompt as prompt
 from jpeft.methods.quantize import quantize as quantize
+from jpeft.methods.unipelt import unipelt as unipelt
 from jpeft.optim.freeze import freeze as freeze
 from jpeft.optim.freeze import value_and_grad as value_and_grad
 from jpeft.transform import Transform as Transform
@@ -36,6 +43,7 @@ from jpeft.transform import chain as chain
 from jpeft.tree.split import combine as combine
 from jpeft.tree.split import count as count
 from jpeft.tree.split import disable as disable
+from jpeft.tree.split import finalize as finalize
 from jpeft.tree.split import merge as merge
 from jpeft.tree.split import partition as partition
 from jpeft.tree.split import summary as summary
@@ -44,6 +52,7 @@ from jpeft.tree.split import unload as unload
 from jpeft.types import CheckpointError as CheckpointError
 from jpeft.types import DensifyError as DensifyError
 from jpeft.types import DensifyWarning as DensifyWarning
+from jpeft.types import PromiseError as PromiseError
 from jpeft.types import __version__ as __version__
 from jpeft.virtual import VirtualTokens as VirtualTokens
 from jpeft.virtual import prepend_virtual_tokens as prepend_virtual_tokens

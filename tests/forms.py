@@ -19,9 +19,16 @@ WIDTH, HIDDEN, OUT, LAYERS = 7, 5, 3, 3
 
 @dataclasses.dataclass(frozen=True)
 class Form:
+    """args: the first is the batch; other: another one of its shape.
+
+    bare: of texts, the arguments without virtual tokens.
+    """
+
     fn: Callable[..., Any]
     params: Any
     args: tuple[Any, ...]
+    other: Any = None
+    bare: tuple[Any, ...] | None = None
 
 
 class Block(nn.Module):
@@ -93,12 +100,13 @@ def noisy(params):
 
 def linen(module):
     params = jax.jit(module.init)(jax.random.key(0), X)["params"]
-    return Form(lambda p, x: module.apply({"params": p}, x), noisy(params), (X,))
+    fn = lambda p, x: module.apply({"params": p}, x)
+    return Form(fn, noisy(params), (X,), X + 1.0)
 
 
 def nnx_form():
     graph, params = nnx.split(NnxModel(nnx.Rngs(0)))
-    return Form(lambda p, x: nnx.merge(graph, p)(x), noisy(params), (X,))
+    return Form(lambda p, x: nnx.merge(graph, p)(x), noisy(params), (X,), X + 1.0)
 
 
 def plain():
@@ -114,7 +122,7 @@ def plain():
         return h @ p["down"]["w"] + p["down"]["b"][None, None]
 
     params = jax.tree.map(lambda x: x + 0.1, params)
-    return Form(fn, noisy(params), (X,))
+    return Form(fn, noisy(params), (X,), X + 1.0)
 
 
 FORMS: dict[str, Callable[[], Form]] = {

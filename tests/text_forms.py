@@ -12,6 +12,8 @@ from flax import linen as nn
 from flax import nnx
 from forms import Form, noisy
 
+import jpeft
+
 VOCAB, WIDTH, HEADS, HEAD, HIDDEN, LAYERS, LENGTH, PLACES = 11, 6, 2, 5, 7, 2, 4, 16
 N = 3  # virtual tokens
 
@@ -143,33 +145,40 @@ class NnxLm(nnx.Module):
 
 
 IDS = jax.random.randint(jax.random.key(4), (2, LENGTH), 0, VOCAB)
+MORE = jax.random.randint(jax.random.key(5), (2, 4, LENGTH), 0, VOCAB)
 
 
-def linen_text(module, ids=IDS):
-    params = jax.jit(module.init)(jax.random.key(0), ids)["params"]
+def text_form(fn, params):
+    """A form whose batches are four texts with N virtual tokens each."""
+    virtual = jpeft.prepend_virtual_tokens(MORE, N, vocab_size=VOCAB).ids
+    return Form(fn, params, (virtual[0],), virtual[1], (MORE[0],))
+
+
+def linen_text(module):
+    params = jax.jit(module.init)(jax.random.key(0), IDS)["params"]
     fn = lambda p, *args: module.apply({"params": p}, *args)
-    return Form(fn, noisy(params), (ids,))
+    return text_form(fn, noisy(params))
 
 
 def nnx_text():
     graph, params = nnx.split(NnxLm(nnx.Rngs(0)))
-    return Form(lambda p, ids: nnx.merge(graph, p)(ids), noisy(params), (IDS,))
+    return text_form(lambda p, ids: nnx.merge(graph, p)(ids), noisy(params))
 
 
 def plain_text():
-    key = jax.random.key(5)
-    shapes = {"table": (VOCAB, WIDTH), "mix": (WIDTH, WIDTH), "out": (WIDTH, VOCAB)}
-    params = {
-        n: jax.random.normal(jax.random.fold_in(key, k), s)
-        for k, (n, s) in enumerate(shapes.items())
-    }
+    draw = lambda n, *s: jax.random.normal(jax.random.fold_in(jax.random.key(5), n), s)
+    names = ("query", "key", "value", "out")
+    attn = {n: {"w": draw(k, WIDTH, WIDTH)} for k, n in enumerate(names)}
+    params = {"table": draw(9, VOCAB, WIDTH), "attn": attn}
 
     def fn(p, ids):
         x = jnp.take(p["table"], ids, axis=0, mode="clip")
-        x = jnp.cumsum(x, 1)  # every token sees those before
-        return jnp.tanh(x @ p["mix"]) @ p["out"]
+        q, k, v = (x @ p["attn"][n]["w"] for n in names[:3])
+        y = jax.nn.softmax(q @ k.transpose(0, 2, 1)) @ v
+        x = jnp.tanh(y @ p["attn"]["out"]["w"])
+        return x @ p["table"].T
 
-    return Form(fn, params, (IDS,))
+    return text_form(fn, params)
 
 
 TEXT_FORMS = {

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
 
+from jpeft.adapt.labels import Labelled, R
 from jpeft.boxes import unbox
 from jpeft.checkpoint import _orbax
 from jpeft.checkpoint.digest import digests
@@ -408,7 +409,8 @@ def _rebuild(
             raise CheckpointError(
                 f"{path}: the saved {layer['kind']} lacks {', '.join(missing)}"
             )
-        made = kind(base=leaf, **layer["static"], **fields)
+        static = {n: freeze_value(x) for n, x in layer["static"].items()}
+        made = kind(base=leaf, **static, **fields)
         check_shapes(path, made, unbox(innermost(slot)).shape)
         leaf = boxed_like(box_of(slot), made)
     return leaf
@@ -416,7 +418,8 @@ def _rebuild(
 
 def check_shapes(path: str, leaf: AdaptedLeaf, shape: tuple[int, ...]) -> None:
     """Raises if an array does not fit the weight it stands beside."""
-    own: dict[str, set[int]] = {}
+    labels = leaf.labels() if isinstance(leaf, Labelled) else {}
+    own: dict[Any, set[int]] = {}
     for field, axes in leaf.field_axes().items():
         x = getattr(leaf, field)
         want = tuple(
@@ -427,13 +430,14 @@ def check_shapes(path: str, leaf: AdaptedLeaf, shape: tuple[int, ...]) -> None:
                 f"{path}/{field}: shape {tuple(x.shape)} does not fit a weight of "
                 f"shape {shape}"
             )
-        own.setdefault("rank", set()).update(
-            n for k, n in zip(axes, x.shape, strict=True) if k is None
-        )
-    if len(own.get("rank", ())) > 1:
-        raise CheckpointError(
-            f"{path}: its arrays disagree on the rank: {sorted(own['rank'])}"
-        )
+        for label, n in zip(labels.get(field, ()), x.shape, strict=False):
+            if not isinstance(label, int):
+                own.setdefault("rank" if label == R else label, set()).add(n)
+    for label, sizes in own.items():
+        if len(sizes) > 1:
+            raise CheckpointError(
+                f"{path}: its arrays disagree on the {label}: {sorted(sizes)}"
+            )
 
 
 # --- where arrays go -----------------------------------------------------------------

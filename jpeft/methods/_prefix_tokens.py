@@ -24,7 +24,6 @@ from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import (
     Label,
     Labelled,
-    R,
     align,
     axis_groups,
     operand_labels,
@@ -43,6 +42,7 @@ from jpeft.leaf import (
     wide_dtype,
 )
 from jpeft.methods._virtual import (
+    TOKENS,
     VirtualEmbedding,
     check_lookups,
     is_table,
@@ -132,7 +132,7 @@ class ActingRows(Labelled):
     @classmethod
     def labels_of(cls, axes: str) -> dict[str, list[Label]]:
         stack, out = ([k for k, c in enumerate(axes) if c == g] for g in "so")
-        return {"rows": [*stack, R, *out], "cut": [*out]}
+        return {"rows": [*stack, TOKENS, *out], "cut": [*out]}
 
     def labels(self) -> dict[str, list[Label]]:
         found = self.labels_of(self.axes)
@@ -186,7 +186,7 @@ def overwritten(
     at = virtual_rows(it, eqn, leaf, sizes)
     features = [k for k in out if isinstance(k, int)]
     labels = leaf.labels()
-    table = align(leaf.rows, labels["rows"], [R, *features])
+    table = align(leaf.rows, labels["rows"], [TOKENS, *features])
     rows = jnp.take(table, jnp.maximum(at, 0), axis=0, mode="clip")
     rows = align(rows, [*(out[j] for j in acts), *features], out).astype(y.dtype)
     here = lax.broadcast_in_dim(at >= 0, y.shape, acts)

@@ -23,7 +23,6 @@ from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import (
     Label,
     Labelled,
-    R,
     align,
     broadcast_axes,
     factor_along,
@@ -32,6 +31,8 @@ from jpeft.adapt.labels import (
 from jpeft.compat import Tracer
 from jpeft.leaf import adapted_leaf, is_leaf, layers, static, trainable
 from jpeft.tree.layout import EMBEDDING, MATRIX, LeafUse
+
+TOKENS = "tokens"  # the label of the virtual tokens
 
 # --- the leaves ----------------------------------------------------------------------
 
@@ -93,11 +94,11 @@ class Prompt(VirtualEmbedding):
 
     @classmethod
     def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        return {"prompt": [R, *(k for k, c in enumerate(axes) if c == "o")]}
+        return {"prompt": [TOKENS, *(k for k, c in enumerate(axes) if c == "o")]}
 
     def table(self, dtype: Any) -> jax.Array:
         labels = self.labels()["prompt"]
-        order = [R if k == self.axis else k for k in range(self.ndim)]
+        order = [TOKENS if k == self.axis else k for k in range(self.ndim)]
         return align(self.prompt, labels, order).astype(dtype)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 
 import chex
@@ -16,6 +15,7 @@ import pytest
 from forms import FORMS
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from text_forms import TEXT_FORMS, N
 
 import jpeft
 from jpeft.leaf import innermost, is_leaf
@@ -27,6 +27,7 @@ class Method:
     make: Callable[[], jpeft.Transform]
     merges: bool = True  # the effective weight exists
     quantizes: bool = False  # the base itself is stored in another format
+    text: bool = False  # it acts on texts with virtual tokens
 
 
 METHODS = {
@@ -41,14 +42,6 @@ METHODS = {
         lambda: jpeft.diff_pruning(structured=True, alpha=0.8)
     ),
     "full": Method(lambda: jpeft.full(".*")),
-    "dora": Method(lambda: jpeft.dora(rank=2, alpha=3)),
-    "ia3": Method(
-        lambda: jpeft.ia3(
-            where=".*(up|head)/(kernel|w)", feedforward=".*down/(kernel|w)"
-        )
-    ),
-    "loha": Method(lambda: jpeft.loha(rank=2, alpha=3)),
-    "norm_tuning": Method(lambda: jpeft.norm_tuning()),
     "lora_and_head": Method(
         lambda: jpeft.chain(
             jpeft.lora(rank=2, alpha=2, where=".*up/(kernel|w)"),
@@ -80,6 +73,13 @@ METHODS = {
     "lora_on_lora": Method(
         lambda: jpeft.chain(jpeft.lora(rank=2, alpha=3), jpeft.lora(rank=1, alpha=1))
     ),
+    "dora": Method(lambda: jpeft.dora(rank=2, alpha=3)),
+    "ia3": Method(
+        lambda: jpeft.ia3(
+            where=".*(up|head)/(kernel|w)", feedforward=".*down/(kernel|w)"
+        )
+    ),
+    "loha": Method(lambda: jpeft.loha(rank=2, alpha=3)),
     "adapter_houlsby": Method(
         lambda: jpeft.adapter(bottleneck=3, init="near_identity"), merges=False
     ),
@@ -92,6 +92,16 @@ METHODS = {
     "adapter_gated": Method(
         lambda: jpeft.adapter(2, placement="parallel", gate=True, activation="tanh"),
         merges=False,
+    ),
+    "lokr": Method(lambda: jpeft.lokr(rank=2, alpha=3)),
+    "norm_tuning": Method(lambda: jpeft.norm_tuning()),
+    "prompt": Method(lambda: jpeft.prompt(N), merges=False, text=True),
+    "p_tuning": Method(lambda: jpeft.p_tuning(N), merges=False, text=True),
+    "p_tuning_mlp": Method(
+        lambda: jpeft.p_tuning(N, encoder="mlp"), merges=False, text=True
+    ),
+    "prefix_tokens": Method(
+        lambda: jpeft.prefix(N, mode="tokens"), merges=False, text=True
     ),
 }
 KEY = jax.random.key(3)
@@ -107,7 +117,16 @@ def room(method):
 
 @functools.cache
 def form(name):
-    return FORMS[name]()
+    return (FORMS | TEXT_FORMS)[name]()
+
+
+def forms_of(method, names=FORMS):
+    return [f"text_{n}" if METHODS[method].text else n for n in names]
+
+
+def bare(f):
+    """Arguments on which a method that has learned nothing does nothing."""
+    return f.args if f.bare is None else f.bare
 
 
 @functools.cache
@@ -143,10 +162,11 @@ def loss_of(name):
 
 
 every = pytest.mark.parametrize(
-    ("method", "name"), list(itertools.product(METHODS, FORMS))
+    ("method", "name"), [(m, n) for m in METHODS for n in forms_of(m)]
 )
 in_linen = pytest.mark.parametrize(
-    ("method", "name"), list(itertools.product(METHODS, ["unrolled", "scan_remat"]))
+    ("method", "name"),
+    [(m, n) for m in METHODS for n in forms_of(m, ["unrolled", "scan_remat"])],
 )
 
 
@@ -162,7 +182,7 @@ def base_of(method, name):
 def output_of_base(method, name):
     f, base = form(name), base_of(method, name)
     plain = jpeft.merge(base) if METHODS[method].quantizes else base
-    return jax.jit(f.fn)(plain, *f.args)
+    return jax.jit(f.fn)(plain, *bare(f))
 
 
 @every
@@ -176,7 +196,7 @@ def test_unload_returns_the_base_bit_for_bit(method, name):
 @every
 def test_output_is_kept_at_attach(method, name):
     f = form(name)
-    got = jax.jit(jpeft.adapt(f.fn))(attached(method, name), *f.args)
+    got = jax.jit(jpeft.adapt(f.fn))(attached(method, name), *bare(f))
     np.testing.assert_allclose(got, output_of_base(method, name), **room(method))
 
 
@@ -203,7 +223,7 @@ def test_disabled_adapters_act_as_the_base(method, name):
     f, params = form(name), moved(attached(method, name))
     off = jpeft.disable(params)
     assert jax.tree.structure(off) == jax.tree.structure(params)
-    got = jax.jit(jpeft.adapt(f.fn))(off, *f.args)
+    got = jax.jit(jpeft.adapt(f.fn))(off, *bare(f))
     np.testing.assert_allclose(got, output_of_base(method, name), **room(method))
 
 
@@ -306,7 +326,7 @@ def test_works_under_jit_and_vmap_and_eval_shape(method, name):
     shapes = jax.eval_shape(make, KEY, f.params)
     assert jax.tree.structure(jitted) == jax.tree.structure(shapes)
     params = moved(attached(method, name))
-    xs = jnp.stack([f.args[0], 2 * f.args[0]])
+    xs = jnp.stack([f.args[0], f.other])
     got = jax.jit(jax.vmap(jpeft.adapt(f.fn), (None, 0)))(params, xs)
     want = [jax.jit(jpeft.adapt(f.fn))(params, x) for x in xs]
     np.testing.assert_allclose(got, jnp.stack(want), rtol=1e-5, atol=1e-5)
@@ -316,7 +336,7 @@ def test_works_under_jit_and_vmap_and_eval_shape(method, name):
 def test_eight_devices_give_the_same(method, name):
     f, params = form(name), moved(attached(method, name))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    x = jnp.concatenate([f.args[0], f.args[0] + 1.0])
+    x = jnp.concatenate([f.args[0], f.other])
     want = jax.jit(jpeft.adapt(f.fn))(params, x)
     there = jax.device_put(params, NamedSharding(mesh, P()))
     x = jax.device_put(x, NamedSharding(mesh, P("data")))
@@ -328,9 +348,10 @@ def test_eight_devices_give_the_same(method, name):
 @pytest.mark.parametrize("method", METHODS)
 def test_no_residual_copies_a_base_weight(method):
     """Under scan, what the forward pass hands to the backward pass holds no weight."""
-    params = moved(attached(method, "scan"))
+    (name,) = forms_of(method, ["scan"])
+    params = moved(attached(method, name))
     trainable, frozen = jpeft.partition(params)
-    loss = loss_of("scan")
+    loss = loss_of(name)
     grad = jax.grad(lambda t, f: loss(jpeft.combine(t, f)))
     program = jax.make_jaxpr(grad)(trainable, frozen)
     scans = [e for e in program.eqns if e.primitive.name == "scan"]
