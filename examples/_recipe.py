@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import _stages
+
 import jpeft
 from jpeft import config
 
@@ -31,10 +33,18 @@ class Train:
     schedule: str = _setting("linear", "linear (falls to 0) or constant")
     warmup: float = _setting(0.06, "part of the steps in which the rate rises")
     seed: int = _setting(0, "of the split, the order, the new weights and dropout")
+    # Tables of their own below [train]; see _stages.
+    lora_plus: _stages.LoraPlus | None = None
+    adalora: _stages.AdaLora | None = None
+    diff_pruning: _stages.DiffPruning | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
+        for field in settings():
             _check_type(field.name, getattr(self, field.name), str(field.type))
+        if self.adalora and self.diff_pruning:
+            raise ValueError(
+                "[train.adalora] and [train.diff_pruning] cannot be in one recipe"
+            )
         at_least = {"epochs": 1, "batch_size": 1, "length": 3, "seed": 0}
         for name, least in at_least.items():
             if (value := getattr(self, name)) < least:
@@ -54,6 +64,11 @@ class Train:
             raise ValueError(
                 f"schedule must be 'linear' or 'constant', found {self.schedule!r}"
             )
+
+
+def settings() -> list[dataclasses.Field[Any]]:
+    """The settings of ``[train]`` itself, each of which is an option too."""
+    return [f for f in dataclasses.fields(Train) if "help" in f.metadata]
 
 
 def _check_type(name: str, value: Any, expected: str) -> None:
@@ -78,20 +93,42 @@ def read(path: Path, overrides: Mapping[str, Any]) -> tuple[jpeft.Transform, Tra
     """What trains, and how; overrides that are not None replace the recipe's."""
     try:
         transform, table = config.read(path)
-        known = [field.name for field in dataclasses.fields(Train)]
-        for key in table:
-            if key not in known:
-                raise ValueError(
-                    f"[train] has no key {key!r}; {_nearest(key, known)}known: "
-                    f"{', '.join(known)}"
-                )
-        train = Train(**table)
+        train = Train(
+            **{
+                key: _table(f"train.{key}", _stages.TABLES[key], value)
+                if key in _stages.TABLES
+                else value
+                for key, value in _known("train", Train, table).items()
+            }
+        )
     except (ValueError, TypeError) as error:
         # jpeft names the file itself.
         text = str(error).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: {text}") from error
+    known = [field.name for field in settings()]
     given = {k: overrides[k] for k in known if overrides.get(k) is not None}
     return transform, dataclasses.replace(train, **given)
+
+
+def _known(name: str, kind: Any, table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The table, if it has no key that ``kind`` has not."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in table:
+        if key not in known:
+            raise ValueError(
+                f"[{name}] has no key {key!r}; {_nearest(key, known)}known: "
+                f"{', '.join(known)}"
+            )
+    return table
+
+
+def _table(name: str, kind: Any, table: Any) -> Any:
+    if not isinstance(table, Mapping):
+        raise ValueError(f"write [{name}], a table, not {table!r}")
+    for field in dataclasses.fields(kind):
+        value = table.get(field.name, field.default)
+        _check_type(f"[{name}] {field.name}", value, str(field.type))
+    return kind(**_known(name, kind, table))
 
 
 def _nearest(key: str, known: list[str]) -> str:

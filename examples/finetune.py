@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,7 @@ try:
     import _recipe
     import _report
     import _runs
+    import _stages
     import _text
     from safetensors import SafetensorError
     from tqdm import tqdm
@@ -74,21 +76,22 @@ def attach(
 
 
 def make_step(
-    model: _bert.BertClassifier, optimizer: optax.GradientTransformation
+    model: _bert.BertClassifier, stage: _stages.Stage
 ) -> Callable[..., tuple[Any, Any, jax.Array]]:
     """One step of training: gradients exist for the trainable leaves only."""
 
     def loss_of(trainable, frozen, ids, mask, labels, key):
-        apply = jpeft.adapt(model.apply, key=key)  # the key is for the recipe's dropout
+        apply = jpeft.adapt(model.apply, key=key)  # for dropout and random gates
         logits = apply({"params": jpeft.combine(trainable, frozen)}, ids, mask)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return loss + (stage.penalty(trainable) if stage.penalty else 0.0), loss
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(trainable, opt_state, frozen, ids, mask, labels, key):
-        loss, grads = jax.value_and_grad(loss_of)(
+        (_, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(
             trainable, frozen, ids, mask, labels, key
         )
-        updates, opt_state = optimizer.update(grads, opt_state, trainable)
+        updates, opt_state = stage.optimizer.update(grads, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, loss
 
     return step
@@ -106,7 +109,19 @@ def make_optimizer(recipe: _recipe.Train, steps: int) -> optax.GradientTransform
         ],
         [warmup],
     )
-    return optax.adamw(rate, weight_decay=recipe.weight_decay)
+    optimizer = optax.adamw(rate, weight_decay=recipe.weight_decay)
+    plus = recipe.lora_plus
+    return jpeft.optim.lora_plus(optimizer, plus.ratio) if plus else optimizer
+
+
+def make_stages(recipe: _recipe.Train, steps: int) -> list[_stages.Stage]:
+    """The parts of the training, one unless the method wants more."""
+
+    def make(steps: int, **changes: float) -> optax.GradientTransformation:
+        return make_optimizer(dataclasses.replace(recipe, **changes), steps)
+
+    method = recipe.adalora or recipe.diff_pruning
+    return method.stages(steps, make) if method else [_stages.Stage(steps, make(steps))]
 
 
 # -------------------------------------------------------------------------- preparing
@@ -139,7 +154,7 @@ class Run:
     held_out: _encoded.Encoded
     model: _bert.BertClassifier
     peft: jpeft.Transform
-    optimizer: optax.GradientTransformation
+    stages: list[_stages.Stage]
     manager: jpeft.CheckpointManager
     params: Any
     opt_state: Any
@@ -199,14 +214,17 @@ def prepare(args: argparse.Namespace, peft: jpeft.Transform | None = None) -> Ru
         )
     classes = texts[0].classes
     model, base = read_base(folder, len(classes), keys(recipe.seed).head)
-    if recipe.length > (positions := model.config.max_position_embeddings):
+    virtual = peft.virtual_tokens()
+    if recipe.length + virtual > (positions := model.config.max_position_embeddings):
+        more = f" and {virtual} virtual tokens" if virtual else ""
         raise ValueError(
-            f"length {recipe.length}: the base has only {positions} positions; choose "
-            "a smaller --length"
+            f"length {recipe.length}{more}: the base has only {positions} positions; "
+            "choose a smaller --length"
         )
     tokenize = _bert.load_tokenizer(folder, recipe.length)
+    vocab = model.config.vocab_size
     train, held_out = (
-        _encoded.encode(x, tokenize, model.config.vocab_size) for x in texts
+        _encoded.encode(x, tokenize, vocab).prepended(virtual, vocab) for x in texts
     )
     params = attach(peft, model, base, keys(recipe.seed).peft)
     run = Run(
@@ -226,15 +244,15 @@ def prepare(args: argparse.Namespace, peft: jpeft.Transform | None = None) -> Ru
         held_out=held_out,
         model=model,
         peft=peft,
-        optimizer=optax.identity(),
+        stages=[],
         manager=jpeft.CheckpointManager(out / _runs.CHECKPOINTS, peft, max_to_keep=2),
         params=params,
         opt_state=None,
         step=0,
         history={"before": None, "loss": [], "accuracy": []},
     )
-    run.optimizer = make_optimizer(recipe, run.steps)
-    run.opt_state = run.optimizer.init(jpeft.partition(params)[0])
+    run.stages = make_stages(recipe, run.steps)
+    run.opt_state = initial_state(run.stages[0], params)
     if args.resume:
         _runs.check_same(out, run.settings)
         restore(run, base)
@@ -247,10 +265,17 @@ def restore(run: Run, base: Any) -> None:
     """Puts the run where its latest checkpoint was."""
     if (step := run.manager.latest_step()) is None:
         raise _runs.nothing_to_resume(run.out)
+    ends = itertools.accumulate(stage.steps for stage in run.stages)
+    stage = next(x for x, end in zip(run.stages, ends, strict=True) if step <= end)
     run.params, run.opt_state, metadata = run.manager.restore(
-        base, run.opt_state, step=step
+        base, partial(initial_state, stage), step=step
     )
     run.step, run.history = step, metadata["history"]
+
+
+def initial_state(stage: _stages.Stage, params: Any) -> Any:
+    """The optimiser's, before the stage's first step."""
+    return stage.optimizer.init(jpeft.partition(params)[0])
 
 
 # --------------------------------------------------------------------------- training
@@ -264,42 +289,63 @@ def train(
     After a step at which ``stop()`` is true it saves a checkpoint and raises
     Interrupted.
     """
-    size, history = run.recipe.batch_size, run.history
-    step, dropout = make_step(run.model, run.optimizer), keys(run.recipe.seed).dropout
-    trainable, frozen = jpeft.partition(run.params)
-    opt_state, subset = run.opt_state, run.subset
-    first, seconds = run.step, 0.0
+    first, seconds, begin = run.step, 0.0, 0
     with _progress(run) as bar:
-        for rows in _batches_from(run, run.step):
-            began, batch = time.perf_counter(), run.train.take(rows)
-            key = jax.random.fold_in(dropout, run.step)
-            trainable, opt_state, loss = step(
-                trainable, opt_state, frozen, batch.ids, batch.mask, batch.labels, key
+        for stage in run.stages:
+            end = begin + stage.steps
+            if run.step <= end:  # a stage that was left at its end is still finished
+                if run.step == begin:
+                    run.opt_state = initial_state(stage, run.params)
+                seconds += _train_stage(run, stage, end, logits, stop, bar)
+                if stage.finish is not None:
+                    run.params = stage.finish(run.params)
+            begin = end
+    return run.recipe.batch_size * (run.step - first) / seconds if seconds else 0.0
+
+
+def _train_stage(
+    run: Run,
+    stage: _stages.Stage,
+    end: int,
+    logits: Callable[..., jax.Array],
+    stop: Callable[[], bool],
+    bar: Any,
+) -> float:
+    """Trains up to the step ``end``; gives the seconds that the steps took."""
+    history, subset, seconds = run.history, run.subset, 0.0
+    step, dropout = make_step(run.model, stage), keys(run.recipe.seed).dropout
+    trainable, frozen = jpeft.partition(run.params)
+    opt_state = run.opt_state
+    for rows in itertools.islice(_batches_from(run, run.step), end - run.step):
+        began, batch = time.perf_counter(), run.train.take(rows)
+        key = jax.random.fold_in(dropout, run.step)
+        trainable, opt_state, loss = step(
+            trainable, opt_state, frozen, batch.ids, batch.mask, batch.labels, key
+        )
+        run.step += 1
+        history["loss"].append(float(loss))
+        seconds += time.perf_counter() - began
+        if not np.isfinite(history["loss"][-1]):
+            raise Failed(
+                f"the loss is {history['loss'][-1]} at step {run.step}; try a "
+                f"--learning-rate below {run.recipe.learning_rate:g}"
             )
-            run.step += 1
-            history["loss"].append(float(loss))
-            seconds += time.perf_counter() - began
-            if not np.isfinite(history["loss"][-1]):
-                raise Failed(
-                    f"the loss is {history['loss'][-1]} at step {run.step}; try a "
-                    f"--learning-rate below {run.recipe.learning_rate:g}"
-                )
-            bar.set_postfix(loss=f"{np.mean(history['loss'][-20:]):.3f}", refresh=False)
-            bar.update(size)
-            run.params, run.opt_state = jpeft.combine(trainable, frozen), opt_state
-            if _is_evaluated(run):
-                found = _encoded.predict(logits, run.params, subset).argmax(1)
-                accuracy = float(np.mean(found == subset.labels))
-                history["accuracy"].append([run.step, accuracy])
-            if (stopped := stop()) or run.step % run.steps_per_epoch == 0:
-                run.manager.save(
-                    *(run.step, run.params),
-                    state=run.opt_state,
-                    metadata={"history": history},
-                )
-            if stopped:
-                raise _runs.Interrupted
-    return size * (run.step - first) / seconds if seconds else 0.0
+        bar.set_postfix(loss=f"{np.mean(history['loss'][-20:]):.3f}", refresh=False)
+        bar.update(run.recipe.batch_size)
+        run.params, run.opt_state = jpeft.combine(trainable, frozen), opt_state
+        if _is_evaluated(run):
+            found = _encoded.predict(logits, run.params, subset).argmax(1)
+            accuracy = float(np.mean(found == subset.labels))
+            history["accuracy"].append([run.step, accuracy])
+        if (stopped := stop()) or run.step % run.steps_per_epoch == 0:
+            run.manager.save(
+                *(run.step, run.params),
+                state=run.opt_state,
+                metadata={"history": history},
+            )
+        if stopped:
+            raise _runs.Interrupted
+    return seconds
 
 
 def _is_evaluated(run: Run) -> bool:
@@ -497,7 +543,7 @@ def parser() -> argparse.ArgumentParser:
     add("--eval", type=Path, help="held-out examples (a fifth of --data)")
     add("--text-column", metavar="NAME", default="text", help="(%(default)s)")
     add("--label-column", metavar="NAME", default="label", help="(%(default)s)")
-    for field in dataclasses.fields(_recipe.Train):
+    for field in _recipe.settings():
         kind, letter = {"int": (int, "N"), "float": (float, "X")}.get(
             str(field.type), (str, "NAME")
         )

@@ -113,7 +113,9 @@ class CheckpointManager:
         """(adapted params, state, metadata) of a step, the latest by default.
 
         state_like: a tree of the structure that was saved, such as a fresh
-        `tx.init(trainable)`; its arrays' shapes, dtypes and shardings are used.
+        `tx.init(trainable)`; its arrays' shapes, dtypes and shardings are used.  Or a
+        function that makes it of the restored parameters, where their shapes are known
+        only then (after `jpeft.compact` or `jpeft.sparsify`).
         """
         step = self.latest_step() if step is None else step
         if step is None or step not in self.steps():
@@ -127,7 +129,8 @@ class CheckpointManager:
             about = json.loads((folder / "state.json").read_text())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder}/state.json: damaged: {error}") from error
-        return params, self._state(folder, about, state_like), about["metadata"]
+        like = state_like(params) if callable(state_like) else state_like
+        return params, self._state(folder, about, like), about["metadata"]
 
     def close(self) -> None:
         """Nothing is pending: every save is finished when it returns."""

@@ -475,6 +475,100 @@ def test_the_learning_rate_rises_and_then_falls_or_stays(schedule):
     np.testing.assert_allclose(rates[-1], last, rtol=1e-4)
 
 
+# --------------------------------------------- methods that want more of the training
+
+
+def more(command, out, name, *options):
+    """The command of a run of nine steps of a recipe of the repository."""
+    return command(out, "--config", f"configs/{name}.toml", *options)
+
+
+@pytest.fixture(scope="module")
+def in_stages(command, tmp_path_factory):
+    """Folders of runs that were not interrupted."""
+    out = tmp_path_factory.mktemp("stages")
+    for name in ("adalora", "diff_pruning"):
+        assert finetune.main(more(command, out / name, name)) == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    # Of nine steps diff pruning learns what to keep in five; six end an epoch.
+    [("adalora", 4), ("diff_pruning", 5), ("diff_pruning", 7)],
+)
+def test_a_run_in_stages_is_resumed_bit_for_bit(
+    name, step, in_stages, command, base, tmp_path
+):
+    argv = more(command, tmp_path / "out", name)
+    assert finetune.main(argv, stop_after=step) == 130
+    assert finetune.main([*argv, "--resume"]) == 0
+    assert_same_adapter(tmp_path / "out", in_stages / name, base)
+    resumed, whole = (
+        read(x / "metrics.json") for x in (tmp_path / "out", in_stages / name)
+    )
+    assert resumed["history"] == whole["history"]
+
+
+def loaded(out, base):
+    head = finetune.keys(0).head
+    return jpeft.load(out / "adapter", finetune.read_base(base, len(CLASSES), head)[1])
+
+
+def test_adalora_ends_with_the_ranks_of_the_budget(in_stages, base):
+    params = loaded(in_stages / "adalora", base)
+    ranks = jpeft.plot.allocation.rank_table(params).values
+    assert ranks.shape == (6, 1)  # the matrices of one layer
+    assert ranks.sum() == 8 * 6 and len(set(ranks.ravel())) > 1
+    trained = read(in_stages / "adalora" / "metrics.json")["parameters"]["trainable"]
+    assert trained == jpeft.count(params).trainable
+
+
+def test_diff_pruning_ends_with_the_wanted_density(in_stages, base):
+    params = loaded(in_stages / "diff_pruning", base)
+    head = 32 * len(CLASSES) + len(CLASSES)
+    everything = (
+        jpeft.count(params["bert"]).total - jpeft.count(params["bert"]).trainable
+    )
+    words = params["bert"]["embeddings"]["word_embeddings"]["embedding"].size
+    kept = jpeft.count(params).trainable - head
+    indices = kept  # int32, one a difference, counted as frozen
+    assert kept == round(0.005 * (everything - indices - words))
+
+
+def test_b_learns_faster_with_lora_plus():
+    recipe = _recipe.read(ROOT / "configs" / "lora_plus.toml", {"warmup": 0.0})[1]
+    optimizer = finetune.make_stages(recipe, 20)[0].optimizer
+    params = jpeft.lora(2)(jax.random.key(0), {"kernel": np.ones((7, 5), np.float32)})
+    trainable, _ = jpeft.partition(params)
+    ones = jax.tree.map(np.ones_like, trainable)
+    updates, _ = optimizer.update(ones, optimizer.init(trainable), trainable)
+    a, b = updates["kernel"].a, updates["kernel"].b
+    np.testing.assert_allclose(b, 16 * a[0, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[train.adalora]\ntarget = 4", "[train.adalora] has no key 'target'; did you"),
+        ("[train.adalora]\ntarget_rank = 'x'", "[train.adalora] target_rank must be"),
+        ("[train.adalora]\nt_final = 1.0", "together below 1, found 0.125 and 1.0"),
+        ("[train.diff_pruning]\nfixed = 1.0", "fixed must be 0 or more and below 1"),
+        ("[train]\nlora_plus = 16", "write [train.lora_plus], a table, not 16"),
+        ("[train.adalroa]\nt_final = 0.1", "did you mean 'adalora'?"),
+        ("[train.adalora]\n[train.diff_pruning]", "cannot be in one recipe"),
+        ("[train.adalora]\ntarget_rank = 4", "this tree has no AdaLoRA leaf"),
+        ("[train.lora_plus]\nratio = -1.0", "ratio=-1.0: expected a number above 0"),
+    ],
+)
+def test_a_table_of_a_method_that_cannot_be_used_is_refused(
+    text, message, command, tmp_path, capsys
+):
+    path = tmp_path / "recipe.toml"
+    path.write_text('[[peft]]\nmethod = "lora"\nrank = 2\n\n' + text + "\n")
+    fails(capsys, command(tmp_path / "out", "--config", path), message)
+
+
 # ------------------------------------------------------------------ the real base
 
 
