@@ -31,6 +31,7 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jpeft import compat
@@ -464,7 +465,7 @@ def _is_mask(it: Interpreter, var: Any) -> bool:
 
 def _is_zero(it: Interpreter, var: Any) -> bool:
     if isinstance(var, compat.Literal):
-        return not jnp.any(var.val)
+        return not np.any(np.asarray(var.val))
     made = it.producer(var)
     if made is not None:
         name = made.primitive.name
@@ -556,6 +557,11 @@ class Adapter(LeafMethod):
             one_of("activation", self.activation, ACTIVATIONS)
         if self.init is not None:
             one_of("init", self.init, INITS)
+        if isinstance(self.scale, str) and self.scale != LEARNED:
+            raise ValueError(
+                f"adapter: scale={self.scale!r}: expected a number above 0 or "
+                f"{LEARNED!r}"
+            )
         if self.scale is not None and self.scale != LEARNED:
             check_positive("adapter", "scale", self.scale)
         for name in ("gate", "late"):

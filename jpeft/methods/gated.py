@@ -1,0 +1,335 @@
+"""Gates on other methods: each example decides how much of an adapter it gets.
+
+Mao et al. 2022, arXiv:2110.07577.
+
+    g = mean over the sequence of sigmoid(x w + b)      w (*stack, *in)   b (*stack,)
+
+    lora       y' = x W + g s x A B        x: what enters the weight
+    prefix     P_k, P_v -> g P_k, g P_v    x: what enters the kernel of keys
+    adapter    y' = y + g s f(h)           x = h: what the adapter reads
+
+One number an example and gated part, from the gated part's own input; w starts Gaussian
+with deviation 0.02 and b at zero, so gates start near a half.  The sequence is the axis
+before the features, padding included.
+
+Where implementations differ: AdapterHub's gated LoRA has g in the place of the scale s
+(`replace_scale=True`), and gates keys and values by two numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from jpeft.adapt.interpreter import Interpreter, rule
+from jpeft.adapt.labels import Label, Labelled, operand_labels
+from jpeft.boxes import unbox
+from jpeft.leaf import (
+    AdaptedLeaf,
+    Path,
+    adapted_leaf,
+    array_fields,
+    box_of,
+    boxed_like,
+    innermost,
+    is_leaf,
+    roles,
+    static,
+    trainable,
+    wide_dtype,
+)
+from jpeft.methods._gate import gate_labels, open_gate
+from jpeft.methods._low_rank import LowRank, dropped, through
+from jpeft.methods.adapter import Adapter
+from jpeft.methods.lora import LoRA
+from jpeft.methods.prefix import Prefix, PrefixTuning
+from jpeft.transform import (
+    Transform,
+    method,
+    path_key,
+    place_beside,
+    transform_from_config,
+)
+from jpeft.tree.layout import LeafUse
+from jpeft.tree.paths import slots
+from jpeft.tree.sublayers import parts_of
+
+# --- LoRA ----------------------------------------------------------------------------
+
+
+@adapted_leaf
+class GatedLowRank(Labelled):
+    """W + g scale * A.B, where g is read from what enters.
+
+    a, b, scale, dropout: as `LowRank`'s.  gate: (*stack, *in); gate_bias: (*stack,)
+    """
+
+    a: Any = trainable()
+    b: Any = trainable()
+    gate: Any = trainable()
+    gate_bias: Any = trainable()
+    scale: float = static(default=1.0)
+    dropout: float = static(default=0.0)
+
+    @classmethod
+    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
+        s, i = ([k for k, c in enumerate(axes) if c == g] for g in "si")
+        return {**LowRank.labels_of(axes), **gate_labels(s, i)}
+
+    def disable(self) -> Self:
+        base = self.base.disable() if is_leaf(self.base) else self.base
+        return self.replace(base=base, b=jax.tree.map(jnp.zeros_like, self.b))
+
+    def ungated(self) -> LowRank:
+        names = roles(LowRank)
+        return LowRank(**{n: getattr(self, n) for n in names})
+
+
+@rule("dot_general", kind=GatedLowRank)
+def _low_rank(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    if all(map(is_leaf, ins)):
+        return None
+    side = 0 if is_leaf(ins[0]) else 1
+    leaf, x = ins[side], ins[1 - side]
+    xl, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+    if any(k in out for k, c in enumerate(leaf.axes) if c == "i" and leaf.shape[k] > 1):
+        return None  # used the other way round: x is not what the gate reads
+    precision = eqn.params["precision"]
+    plain = leaf.ungated()
+    delta = through(
+        plain,
+        dropped(plain, x),
+        xl,
+        out,
+        precision=precision,
+        preferred_element_type=eqn.params["preferred_element_type"],
+        out_sharding=eqn.params.get("out_sharding"),
+    )
+    g = open_gate(x, xl, leaf, out, precision=precision)
+    return it.base(eqn, ins, plus=g.astype(delta.dtype) * delta)
+
+
+# --- prefix --------------------------------------------------------------------------
+
+
+@adapted_leaf
+class GatedPrefix(Prefix):
+    """A prefix times a gate.
+
+    gate: (*stack, *in), gate_bias: (*stack,) on the kernel of keys, which hands g on to
+    that of values; None there.  link: the sub-layer's path, "" for one kernel of both.
+    """
+
+    gate: Any = trainable(default=None)
+    gate_bias: Any = trainable(default=None)
+    link: Path = static(default=Path(""))
+
+    def __post_init__(self) -> None:
+        # A link's name is no part of a leaf's structure: equal layers stay one program.
+        object.__setattr__(self, "link", Path(self.link))
+
+    def labels(self) -> dict[str, list[Label]]:
+        if self.gate is None:
+            return super().labels()
+        s, i = ([k for k, c in enumerate(self.axes) if c == g] for g in "si")
+        return {**super().labels(), **gate_labels(s, i)}
+
+    def _links(self) -> frozenset[str]:
+        name = str.__str__(self.link)
+        return frozenset({f"{name} of {self.origin}"} if name else ())
+
+    def opens(self) -> frozenset[str]:
+        return self._links() if self.gate is not None else frozenset()
+
+    def closes(self) -> frozenset[str]:
+        return self._links() if self.gate is None else frozenset()
+
+    def ungated(self, g: jax.Array) -> Prefix:
+        """The plain prefix of these examples.  g: (examples,) or ()."""
+        names = {n for n in roles(Prefix) if n not in ("keys", "values")}
+        fields = {n: getattr(self, n) for n in names}
+        each = g.ndim == 1 and g.shape[0] > 1
+        g = g if each else g.reshape(())
+        by = (
+            (lambda x: g[:, None, None].astype(x.dtype) * x[None])
+            if each
+            else (lambda x: g.astype(x.dtype) * x)
+        )
+        rows = {
+            n: by(getattr(self, n))
+            for n in ("keys", "values")
+            if getattr(self, n) is not None
+        }
+        if each:
+            fields |= {"tasks": g.shape[0], "task": jnp.arange(g.shape[0])}
+        return Prefix(**fields, **rows)
+
+
+@rule("dot_general", kind=GatedPrefix)
+def _prefix(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    if all(map(is_leaf, ins)):
+        return None
+    side = 0 if is_leaf(ins[0]) else 1
+    leaf, x = ins[side], ins[1 - side]
+    if leaf.gate is not None:
+        g = _of_examples(it, eqn, leaf, x, side)
+        for name in leaf.opens():
+            it.open_link(eqn, name, g)
+    else:
+        (name,) = leaf.closes()
+        g = it.close_link(eqn, name)
+    ins = list(ins)
+    ins[side] = leaf.ungated(g)
+    return it.bind(eqn, ins)
+
+
+def _of_examples(
+    it: Interpreter, eqn: Any, leaf: GatedPrefix, x: jax.Array, side: int
+) -> jax.Array:
+    """g of each example: (examples,), or () where there is no axis of examples."""
+    xl, _ = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+    free = [k for k in xl if isinstance(k, tuple)]
+    if "s" in leaf.axes or len(free) not in (1, 2):
+        raise ValueError(
+            f"{leaf.where()}a gated prefix needs activations (examples, sequence, "
+            f"features), and at {it.site(eqn)} they are {jnp.shape(x)}; exclude= the "
+            "sub-layer"
+        )
+    g = open_gate(x, xl, leaf, free, precision=eqn.params["precision"])
+    return g.reshape(g.shape[:-1])
+
+
+# --- the method ----------------------------------------------------------------------
+
+
+@method("gated")
+@dataclasses.dataclass(frozen=True)
+class Gated(Transform):
+    """See `gated`."""
+
+    transform: Transform
+    replace_scale: bool = False
+
+    def __post_init__(self) -> None:
+        inner = self.transform
+        if not isinstance(inner, (LoRA, PrefixTuning, Adapter)):
+            raise TypeError(
+                "gated: expected jpeft.lora(...), jpeft.prefix(...) or "
+                f"jpeft.adapter(...), got {inner!r}"
+            )
+        if self.replace_scale and not isinstance(inner, LoRA):
+            raise ValueError(
+                "gated: replace_scale=True is for jpeft.lora(...), whose scale it drops"
+            )
+        if isinstance(inner, LoRA) and inner.init not in ("gaussian", "kaiming"):
+            raise ValueError(
+                f"gated: lora(init={inner.init!r}) starts from the weight itself, "
+                "which a gate would scale; use init='gaussian'"
+            )
+        plain = {"mode": "kv", "reparametrization": None, "tasks": 1}
+        for name, value in plain.items():
+            if isinstance(inner, PrefixTuning) and getattr(inner, name) != value:
+                raise ValueError(
+                    f"gated: prefix({name}={getattr(inner, name)!r}) cannot be gated; "
+                    f"expected {name}={value!r}"
+                )
+
+    def origins(self) -> frozenset[str]:
+        return self.inner().origins()
+
+    def inner(self) -> Transform:
+        if isinstance(self.transform, Adapter):
+            return dataclasses.replace(self.transform, gate=True)
+        return self.transform
+
+    def __call__(
+        self,
+        key: jax.Array,
+        params: Any,
+        *,
+        uses: Mapping[str, LeafUse] | None = None,
+    ) -> Any:
+        inner = self.inner()
+        if isinstance(inner, Adapter):
+            return inner(key, params, uses=uses)
+        pairs: dict[str, tuple[str, bool]] = {}
+        if isinstance(inner, PrefixTuning):
+            parts = parts_of(
+                *(slots(params), uses, inner.where, inner.exclude, "prefix"),
+                needs=("key", "value"),
+            )
+            for part in parts:
+                k, v = part.key[0], part.value[0]
+                link = "" if k == v else part.path
+                pairs |= {v: (link, False), k: (link, True)}
+        flat = slots(inner(key, params, uses=uses))
+        out = []
+        for path, slot in flat.items():
+            if is_leaf(slot) and slot.origin == inner.origin():
+                link, own = pairs.get(path, ("", True))
+                slot = self._with_gate(path_key(key, path), slot, link, own)
+            out.append(slot)
+        return flat.rebuild(out)
+
+    def _with_gate(
+        self, key: jax.Array, leaf: Any, link: str, own: bool
+    ) -> AdaptedLeaf:
+        low_rank = isinstance(leaf, LowRank)
+        kind = GatedLowRank if low_rank else GatedPrefix
+        fields = {n: getattr(leaf, n) for n in roles(leaf)}
+        if low_rank and self.replace_scale:
+            fields["scale"] = 1.0
+        if not low_rank:
+            fields["link"] = Path(link)
+        if not own:
+            return kind(**fields)
+        s, i = ([k for k, c in enumerate(leaf.axes) if c == g] for g in "si")
+        shape = {n: [leaf.shape[k] for k in x] for n, x in gate_labels(s, i).items()}  # type: ignore[index]
+        of = jax.tree.leaves(next(iter(array_fields(leaf).values())))[0].dtype
+        dtype = wide_dtype(of) if of == jnp.float64 else of
+        drawn = 0.02 * jax.random.normal(
+            jax.random.fold_in(key, math.prod(shape["gate"])),
+            shape["gate"],
+            wide_dtype(dtype),
+        )
+        gate = {
+            "gate": drawn.astype(dtype),
+            "gate_bias": jnp.zeros(shape["gate_bias"], dtype),
+        }
+        base = unbox(innermost(leaf))
+        empty = {n: None for n in array_fields(leaf)}
+        alone = kind(**{**fields, **empty, **gate, "base": base})
+        placed: Any = boxed_like(box_of(leaf), place_beside(alone, base))
+        return kind(**fields, gate=placed.gate, gate_bias=placed.gate_bias)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Transform:
+        if "transform" not in fields:
+            raise ValueError("gated: the configuration lacks ['transform']")
+        inner = transform_from_config(fields["transform"])
+        rest = {k: v for k, v in fields.items() if k != "transform"}
+        return super().from_fields({**rest, "transform": inner})
+
+
+def gated(transform: Transform, *, replace_scale: bool = False) -> Gated:
+    """A transform as given, each of whose adapters an example gets by a gate.
+
+    Mao et al. 2022, arXiv:2110.07577; see the module's docstring for the formulas.
+
+    transform: `jpeft.lora`, `jpeft.prefix` (mode "kv") or `jpeft.adapter`.
+    replace_scale: True drops LoRA's scale, whose place the gate takes.
+
+    A gate depends on the input, so there is no merged weight.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"dense": {"kernel": jnp.ones((7, 5))}}
+    >>> params = jpeft.gated(jpeft.lora(rank=2))(jax.random.key(0), params)
+    >>> params["dense"]["kernel"].gate.shape
+    (7,)
+    """
+    return Gated(transform, replace_scale)
