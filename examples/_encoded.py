@@ -13,6 +13,8 @@ import _text
 import jax
 import numpy as np
 
+import jpeft
+
 BUCKET = 16  # batches are cut to multiples of it: one compiled program each
 EVAL_BATCH = 64
 
@@ -34,6 +36,15 @@ class Encoded:
         longest = int(mask.sum(1).max())
         length = min(-(-longest // BUCKET) * BUCKET, mask.shape[1])
         return Encoded(self.ids[rows, :length], mask[:, :length], self.labels[rows])
+
+    def prepended(self, n: int, vocab_size: int) -> Encoded:
+        """With ``n`` virtual tokens in front of each text."""
+        if n == 0:
+            return self
+        new = jpeft.prepend_virtual_tokens(
+            self.ids, n, vocab_size=vocab_size, mask=self.mask
+        )
+        return Encoded(new.ids, new.mask, self.labels)
 
     def sample(self, most: int, seed: int) -> Encoded:
         """At most so many rows, chosen by the seed."""

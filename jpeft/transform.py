@@ -93,6 +93,11 @@ class Transform:
         """The marks of all leaves this transform makes."""
         return frozenset({self.origin()})
 
+    def virtual_tokens(self) -> int:
+        """How many virtual tokens each text needs: the `n` of
+        `jpeft.prepend_virtual_tokens`."""
+        return 0
+
     def _fields(self, of_callable: Callable[[Any], Any]) -> dict[str, Any]:
         out = {}
         for f in dataclasses.fields(self):
@@ -406,6 +411,9 @@ class Chain(Transform):
 
     def origins(self) -> frozenset[str]:
         return frozenset().union(*(t.origins() for t in self.transforms))
+
+    def virtual_tokens(self) -> int:
+        return max(t.virtual_tokens() for t in self.transforms)
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Transform:

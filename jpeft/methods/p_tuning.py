@@ -156,6 +156,9 @@ class PTuning(VirtualMethod):
                 f"p_tuning: encoder={self.encoder!r}: expected one of {ENCODERS}"
             )
 
+    def virtual_tokens(self) -> int:
+        return self.length
+
     def attach(
         self, key: jax.Array, path: str, base: Any, use: LeafUse
     ) -> EncodedPrompt:

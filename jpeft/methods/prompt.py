@@ -138,6 +138,9 @@ class PromptTuning(VirtualMethod):
                 f"of length {self.length}; shorten it, or pass length={ids.size}"
             )
 
+    def virtual_tokens(self) -> int:
+        return self.length
+
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Prompt:
         tokens = self.length * self.tasks
         vocab, axes = self.vocab_of(path, base, use, tokens), use.axes

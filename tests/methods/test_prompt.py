@@ -425,3 +425,11 @@ def test_logits_without_the_prompt_line_up_with_the_text():
     f = linen_text(Lm())
     logits = jax.jit(jpeft.adapt(f.fn))(prompted(f.params, P[:N]), VIRTUAL)
     assert jpeft.strip_virtual_tokens(logits, N).shape == (2, LENGTH, VOCAB)
+
+
+def test_a_transform_says_how_many_virtual_tokens_texts_need():
+    full = jpeft.full("head/.*")
+    assert jpeft.chain(jpeft.prompt(3, tasks=2), full).virtual_tokens() == 3
+    assert jpeft.p_tuning(4).virtual_tokens() == 4
+    assert jpeft.prefix(5, mode="tokens").virtual_tokens() == 5
+    assert jpeft.chain(jpeft.prefix(5), full).virtual_tokens() == 0
