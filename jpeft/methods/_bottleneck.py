@@ -1,0 +1,447 @@
+"""The leaves of bottleneck adapters, and how they act.
+
+    after     y' = y + s f(y)       `Bottleneck`, at the end of a sub-layer
+    beside    y' = y + s f(x)       `BranchStart` on its first weight, `BranchEnd`
+
+    f(h) = act(h D + d) U + u       D (*stack, *in, rank)    d (*stack, rank)
+                                    U (*stack, rank, *out)   u (*stack, *out)
+
+A leaf at the end of a sub-layer stands on its last bias or, where there is none, on its
+last weight.  What it adds may wait through dropout (`Late`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jpeft import compat
+from jpeft.adapt.interpreter import Interpreter, rule, settled
+from jpeft.adapt.labels import (
+    Label,
+    Labelled,
+    Labels,
+    R,
+    align,
+    contract,
+    operand_labels,
+)
+from jpeft.leaf import (
+    Carried,
+    Path,
+    adapted_leaf,
+    carried,
+    frozen,
+    is_leaf,
+    static,
+    trainable,
+)
+from jpeft.methods._gate import gate_labels, open_gate, spread
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "swish": jax.nn.swish,
+    "tanh": jnp.tanh,
+    "leaky_relu": jax.nn.leaky_relu,
+    "identity": lambda x: x,
+}
+
+
+# --- the leaves ----------------------------------------------------------------------
+
+
+@adapted_leaf
+class Part(Labelled):
+    """A leaf of an adapter.  Arrays a variant does not have are None.
+
+    Of a bias all axes are output axes; of a weight input axes are in no array of a leaf
+    that acts on its output.
+    """
+
+    spare: ClassVar[str] = "-"
+
+    def labels(self) -> dict[str, list[Label]]:
+        every = type(self).labels_of(self.axes)
+        return {n: k for n, k in every.items() if getattr(self, n) is not None}
+
+
+@adapted_leaf
+class AtEnd(Part):
+    """A leaf that adds to the output of a sub-layer: on its last bias or weight.
+
+    late: wait through the dropout that follows.  scale times gain is the factor of what
+    is added.
+    """
+
+    up: Any = trainable()
+    up_bias: Any = trainable()
+    gain: Any = trainable(default=None)
+    scale: float = static(default=1.0)
+    late: bool = static(default=True)
+
+    def disable(self) -> Self:
+        base = self.base.disable() if is_leaf(self.base) else self.base
+        zero = {n: jax.tree.map(jnp.zeros_like, getattr(self, n)) for n in _UP}
+        return self.replace(base=base, **zero)
+
+    def finish(
+        self, it: Interpreter, eqn: Any, y: jax.Array, labels: list[Label]
+    ) -> Any:
+        """The output with what is added, at once or later."""
+        raise NotImplementedError
+
+    def expand(
+        self, h: jax.Array, hl: Labels, out: Labels, gate: jax.Array | None, **options
+    ) -> jax.Array:
+        """s (h U + u), with the axes `out`.  gate: broadcasts to h."""
+        labels = self.labels()
+        up, up_bias = (getattr(self, n).astype(h.dtype) for n in _UP)
+        factors = [] if self.scale == 1.0 else [jnp.asarray(self.scale, h.dtype)]
+        factors += [] if gate is None else [gate]
+        if self.gain is not None:
+            factors.append(spread(self.gain.astype(h.dtype), labels["gain"], hl))
+        for f in factors:  # on the rank's values, where they are few
+            h = h * f
+        y, yl = contract(h, hl, up, labels["up"], out, **options)
+        bias = spread(up_bias, labels["up_bias"], out)
+        for f in factors:
+            bias = bias * (f if jnp.ndim(f) == 0 else spread(f[..., 0], hl[:-1], out))
+        return align(y, yl, out) + bias
+
+
+_UP = ("up", "up_bias")
+
+
+@adapted_leaf
+class Bottleneck(AtEnd):
+    """y -> y + s f(y).
+
+    down: (*stack, *out, rank); down_bias: (*stack, rank); up: (*stack, rank, *out);
+    up_bias: (*stack, *out); gain: (*stack,); gate: (*stack, *out); gate_bias: (*stack,)
+    """
+
+    down: Any = trainable()
+    down_bias: Any = trainable()
+    gate: Any = trainable(default=None)
+    gate_bias: Any = trainable(default=None)
+    activation: str = static(default="relu")
+
+    @classmethod
+    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
+        s, o = ([k for k, c in enumerate(axes) if c == g] for g in "so")
+        return {
+            "down": [*s, *o, R],
+            "down_bias": [*s, R],
+            "up": [*s, R, *o],
+            "up_bias": [*s, *o],
+            "gain": [*s],
+            **gate_labels(s, o),
+        }
+
+    def finish(
+        self, it: Interpreter, eqn: Any, y: jax.Array, labels: list[Label]
+    ) -> Any:
+        waiting = Waiting(
+            y=y,
+            leaf=self.replace(base=None),
+            labels=tuple(labels),
+            precision=eqn.params.get("precision"),
+        )
+        return waiting if self.late else waiting.settle()
+
+    def added(self, y: jax.Array, labels: list[Label], **options: Any) -> jax.Array:
+        h, hl = reduced(self, y, labels, **options)
+        gate = None
+        if self.gate is not None:
+            gate = open_gate(y, labels, self, hl, **options)
+        return self.expand(h, hl, labels, gate, **options)
+
+
+@adapted_leaf
+class BranchStart(Part):
+    """On the first weight of a sub-layer: hands act(x D + d), and a gate, to the last.
+
+    down: (*stack, *in, rank); down_bias: (*stack, rank); gate: (*stack, *in);
+    gate_bias: (*stack,).  link: the sub-layer's path.
+    """
+
+    down: Any = trainable()
+    down_bias: Any = trainable()
+    gate: Any = trainable(default=None)
+    gate_bias: Any = trainable(default=None)
+    activation: str = static(default="relu")
+    link: Path = static()
+
+    def __post_init__(self) -> None:
+        _as_path(self)
+
+    @classmethod
+    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
+        s, i = ([k for k, c in enumerate(axes) if c == g] for g in "si")
+        return {
+            "down": [*s, *i, R],
+            "down_bias": [*s, R],
+            **gate_labels(s, i),
+        }
+
+    def opens(self) -> frozenset[str]:
+        return frozenset({_link(self)})
+
+    def disable(self) -> Self:
+        base = self.base.disable() if is_leaf(self.base) else self.base
+        return self.replace(base=base)
+
+
+@adapted_leaf
+class BranchEnd(AtEnd):
+    """On the last bias or weight: y -> y + s (h U + u), where h is what `BranchStart`
+    handed on.
+
+    up: (*stack, rank, *out); up_bias: (*stack, *out); gain: (*stack,)
+    """
+
+    link: Path = static()
+
+    def __post_init__(self) -> None:
+        _as_path(self)
+
+    @classmethod
+    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
+        s, o = ([k for k, c in enumerate(axes) if c == g] for g in "so")
+        return {"up": [*s, R, *o], "up_bias": [*s, *o], "gain": [*s]}
+
+    def closes(self) -> frozenset[str]:
+        return frozenset({_link(self)})
+
+    def finish(
+        self, it: Interpreter, eqn: Any, y: jax.Array, labels: list[Label]
+    ) -> Any:
+        _check_unstacked(it, eqn, self)
+        h, gate = it.close_link(eqn, _link(self))
+        free = [k for k in labels if isinstance(k, tuple)]
+        sizes = tuple(y.shape[labels.index(k)] for k in free)
+        if h.shape[:-1] != sizes:
+            raise ValueError(
+                f"{self.where()}the parallel adapter of {str.__str__(self.link)!r} "
+                f"reads activations {h.shape[:-1]} and should add to {sizes} at "
+                f"{it.site(eqn)}; the two must agree, or exclude= the sub-layer"
+            )
+        hl = [*free, R]
+        options = {"precision": eqn.params.get("precision")}
+        added = self.expand(h.astype(y.dtype), hl, labels, gate, **options)
+        waiting = Owing(y=y, added=added)
+        return waiting if self.late else waiting.settle()
+
+
+def _as_path(leaf: BranchStart | BranchEnd) -> None:
+    """A link's name is no part of a leaf's structure: equal layers stay one program."""
+    if isinstance(leaf.link, str) and not isinstance(leaf.link, Path):
+        object.__setattr__(leaf, "link", Path(leaf.link))
+
+
+def _link(leaf: BranchStart | BranchEnd) -> str:
+    return f"{str.__str__(leaf.link)} of {leaf.origin or 'adapter'}"
+
+
+# --- rules ---------------------------------------------------------------------------
+
+
+@rule("dot_general", kind=AtEnd)
+def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    if all(map(is_leaf, ins)):
+        return None
+    side = 0 if is_leaf(ins[0]) else 1
+    leaf, x = ins[side], ins[1 - side]
+    _, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+    _check_direction(it, eqn, leaf, "o", out)
+    return leaf.finish(it, eqn, settled(it.base(eqn, ins)), out)
+
+
+@rule("add", "add_any", kind=AtEnd)
+def _add(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """A bias, shaped to broadcast to the output it is added to."""
+    if all(map(is_leaf, ins)):
+        return None
+    leaf = ins[0] if is_leaf(ins[0]) else ins[1]
+    shape = eqn.outvars[0].aval.shape
+    if any(c == "i" for c in leaf.axes) or any(
+        c != leaf.spare and n != m
+        for c, n, m in zip(leaf.axes, leaf.shape, shape, strict=True)
+    ):
+        return None
+    out: list[Label] = [
+        ("x", k) if c == leaf.spare else k for k, c in enumerate(leaf.axes)
+    ]
+    return leaf.finish(it, eqn, settled(it.base(eqn, ins)), out)
+
+
+@rule("dot_general", kind=BranchStart)
+def _start(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    if all(map(is_leaf, ins)):
+        return None
+    side = 0 if is_leaf(ins[0]) else 1
+    leaf, x = ins[side], ins[1 - side]
+    xl, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+    _check_direction(it, eqn, leaf, "i", [k for k in xl if k not in out])
+    _check_unstacked(it, eqn, leaf)
+    y = it.base(eqn, ins)
+    options = {"precision": eqn.params["precision"]}
+    h, hl = reduced(leaf, x, xl, **options)
+    gate = None
+    if leaf.gate is not None:
+        gate = open_gate(x, xl, leaf, hl, **options)
+    it.open_link(eqn, _link(leaf), (h, gate))
+    return y
+
+
+def _check_unstacked(it: Interpreter, eqn: Any, leaf: Labelled) -> None:
+    if "s" in leaf.axes:
+        raise ValueError(
+            f"{leaf.where()}a parallel adapter acts in one layer at a time, and at "
+            f"{it.site(eqn)} the weights of a whole stack are used at once; exclude= "
+            "the sub-layer"
+        )
+
+
+def _check_direction(
+    it: Interpreter, eqn: Any, leaf: Labelled, side: str, found: Labels
+) -> None:
+    """Raises if the axes taken for inputs or outputs are not those of this product."""
+    wanted = {k for k, c in enumerate(leaf.axes) if c == side}
+    got = {k for k in found if isinstance(k, int) and leaf.axes[k] != "s"}
+    if wanted - got or any(leaf.shape[k] > 1 for k in got - wanted):
+        name = "input" if side == "i" else "output"
+        raise ValueError(
+            f"{leaf.where()}the axes {sorted(wanted)} of shape {leaf.shape} were taken "
+            f"for its {name} axes, and in the product at {it.site(eqn)} they are "
+            f"{sorted(got)}; pass uses=jpeft.find_uses(fn, params, *args) to the "
+            "transform, or exclude= the sub-layer"
+        )
+
+
+# --- waiting -------------------------------------------------------------------------
+
+
+class Late(Carried):
+    """An output that is still owed its adapter, and waits while it is only dropped.
+
+    It goes through x / keep, x * number, select(mask, x, 0), x * mask and casts, which
+    is how `nn.Dropout` and its kin are written; at any other equation it is settled.
+    """
+
+    y: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(jnp.shape(self.y))
+
+    def through(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+        if sum(x is self for x in ins) != 1 or not _only_drops(it, eqn, ins, self):
+            return None
+        if len(ins) > 1 and eqn.outvars[0].aval.shape != self.shape:
+            return None
+        y = it.native(eqn)(*(self.y if x is self else settled(x) for x in ins))
+        return self.replace(y=y)
+
+
+@carried
+class Waiting(Late):
+    """y, owed f(y).  leaf: the `Bottleneck`; labels: of y."""
+
+    y: Any = frozen()
+    leaf: Any = frozen()
+    labels: tuple[Label, ...] = static()
+    precision: Any = static(default=None)
+
+    def settle(self) -> jax.Array:
+        y = settled(self.y)
+        more = self.leaf.added(y, list(self.labels), precision=self.precision)
+        return y + more
+
+
+@carried
+class Owing(Late):
+    """y, owed `added`, which is known already."""
+
+    y: Any = frozen()
+    added: Any = frozen()
+
+    def settle(self) -> jax.Array:
+        y = settled(self.y)
+        return y + self.added.astype(y.dtype)
+
+
+def _only_drops(it: Interpreter, eqn: Any, ins: list[Any], own: Any) -> bool:
+    name, at = eqn.primitive.name, next(k for k, x in enumerate(ins) if x is own)
+    if name == "convert_element_type":
+        return jnp.issubdtype(eqn.params["new_dtype"], jnp.floating)
+    if name in ("sharding_constraint", "copy", "copy_p", "name"):
+        return True
+    if name == "div":
+        return at == 0 and _is_number(it, eqn.invars[1])
+    if name == "mul":
+        other = eqn.invars[1 - at]
+        return _is_number(it, other) or _is_mask(it, other)
+    if name == "select_n" and len(ins) == 3 and at > 0:
+        return _is_zero(it, eqn.invars[3 - at])
+    return False
+
+
+def _is_number(it: Interpreter, var: Any) -> bool:
+    """One value, perhaps broadcast."""
+    if math.prod(var.aval.shape) == 1:
+        return True
+    made = it.producer(var)
+    return (
+        made is not None
+        and made.primitive.name in _SAME_VALUES
+        and _is_number(it, made.invars[0])
+    )
+
+
+def _is_mask(it: Interpreter, var: Any) -> bool:
+    made = it.producer(var)
+    if made is None or made.primitive.name not in _SAME_VALUES:
+        return False
+    source = made.invars[0]
+    return source.aval.dtype == jnp.bool_ or _is_mask(it, source)
+
+
+def _is_zero(it: Interpreter, var: Any) -> bool:
+    if isinstance(var, compat.Literal):
+        return not np.any(np.asarray(var.val))
+    made = it.producer(var)
+    if made is not None:
+        name = made.primitive.name
+        return name in _SAME_VALUES and _is_zero(it, made.invars[0])
+    return False
+
+
+_SAME_VALUES = ("broadcast_in_dim", "convert_element_type", "reshape", "copy")
+
+
+# --- the mathematics -----------------------------------------------------------------
+
+
+def reduced(
+    leaf: Bottleneck | BranchStart,
+    x: Float[Array, "..."],
+    xl: Labels,
+    **options: Any,
+) -> tuple[jax.Array, list[Label]]:
+    """act(x D + d), the rank last, and its labels."""
+    labels = leaf.labels()
+    down, bias = (getattr(leaf, n).astype(x.dtype) for n in ("down", "down_bias"))
+    inputs = set(labels["down"]) - set(labels["down_bias"])
+    keep = [*(k for k in xl if k not in inputs), R]
+    h, hl = contract(x, xl, down, labels["down"], keep, **options)
+    h = h + spread(bias, labels["down_bias"], hl)
+    return ACTIVATIONS[leaf.activation](h), hl
