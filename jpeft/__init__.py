@@ -31,11 +31,14 @@ from jpeft.methods.lokr import lokr as lokr
 from jpeft.methods.lora import lora as lora
 from jpeft.methods.mam import mam as mam
 from jpeft.methods.norm_tuning import norm_tuning as norm_tuning
-from jpeft.methods.prefix import prefix as prefix
 from jpeft.methods.p_tuning import p_tuning as p_tuning
+from jpeft.methods.prefix import p_tuning_v2 as p_tuning_v2
+from jpeft.methods.prefix import prefix as prefix
+from jpeft.methods.prefix import prefix_from_text as prefix_from_text
 from jpeft.methods.prompt import prompt as prompt
 from jpeft.methods.quantize import quantize as quantize
 from jpeft.methods.unipelt import unipelt as unipelt
+from jpeft.methods.vera import vera as vera
 from jpeft.optim.freeze import freeze as freeze
 from jpeft.optim.freeze import value_and_grad as value_and_grad
 from jpeft.transform import Transform as Transform
@@ -46,6 +49,7 @@ from jpeft.tree.split import disable as disable
 from jpeft.tree.split import finalize as finalize
 from jpeft.tree.split import merge as merge
 from jpeft.tree.split import partition as partition
+from jpeft.tree.split import select as select
 from jpeft.tree.split import summary as summary
 from jpeft.tree.split import trainable_mask as trainable_mask
 from jpeft.tree.split import unload as unload

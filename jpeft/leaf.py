@@ -198,6 +198,15 @@ class AdaptedLeaf:
         """The leaf with what the leaves of its transform share, in transient fields."""
         return self
 
+    def holds(self) -> int:
+        """How many adapters stand side by side in this leaf; see `select`."""
+        return 1
+
+    def select(self, ids: jax.Array) -> Self:
+        """Of a leaf that holds several adapters: the same leaf acting with the one
+        that `ids` (examples,) names for each example."""
+        return self.replace(base=self.base.select(ids)) if is_leaf(self.base) else self
+
     def draws(self) -> bool:
         """Whether the leaf acts at random where `adapt` has a key."""
         return getattr(self, "dropout", 0.0) > 0.0

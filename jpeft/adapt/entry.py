@@ -56,21 +56,36 @@ def adapt(
     def adapted(*args: P.args, **kwargs: P.kwargs) -> T:
         if not any(map(is_leaf, jax.tree.leaves((args, kwargs), is_leaf=is_leaf))):
             return fn(*args, **kwargs)
-        program = Program(fn, args, kwargs)
-        it = Interpreter(allow=materialize == "allow")
-        values = [prepare(x, key) for x in resolve(program.inputs)]
-        outs = it.run(program.closed.jaxpr, program.closed.consts, values)
-        it.channel.end("this call")
-        it.ledger.settle()
-        result = program.result(it, outs, values)
-        if it.densified:
-            places = sorted({f"{p} in `{q}` at {s}" for p, q, s in it.densified})
-            warnings.warn(
-                "full value used of " + "; ".join(places), DensifyWarning, stacklevel=2
-            )
-        return result
+        return evaluate(fn, args, kwargs, key=key, allow=materialize == "allow")
 
     return adapted
+
+
+def evaluate(
+    fn: Callable[..., T],
+    args: Any,
+    kwargs: Any,
+    *,
+    key: jax.Array | None = None,
+    allow: bool = False,
+    noted: Callable[..., None] | None = None,
+) -> T:
+    """One call of an adapted function.  noted: see `Interpreter`."""
+    program = Program(fn, args, kwargs)
+    it = Interpreter(allow)
+    if noted is not None:
+        it.noted = noted
+    values = [prepare(x, key) for x in resolve(program.inputs)]
+    outs = it.run(program.closed.jaxpr, program.closed.consts, values)
+    it.channel.end("this call")
+    it.ledger.settle()
+    result = program.result(it, outs, values)
+    if it.densified:
+        places = sorted({f"{p} in `{q}` at {s}" for p, q, s in it.densified})
+        warnings.warn(
+            "full value used of " + "; ".join(places), DensifyWarning, stacklevel=3
+        )
+    return result
 
 
 def prepare(x: Any, key: jax.Array | None) -> Any:

@@ -625,6 +625,24 @@ def _payload(t: Tagged, role: str, seq: int) -> tuple[jax.Array, list[Label]]:
     return out, [seq, *axes]
 
 
+def rows_of(t: Tagged, role: str, seq: int) -> jax.Array:
+    """What the real keys or values of the first example are, laid out as a prefix:
+    (positions, features)."""
+    table = t.keys if role == KEY else t.values
+    first = 0 if role == KEY or t.keys is None else t.keys.shape[-1]
+    axes = [k for k in range(t.main.ndim) if not _still(t, k)]
+    x = t.main[
+        tuple(slice(None) if k in (seq, *axes) else 0 for k in range(t.main.ndim))
+    ]
+    order = sorted((seq, *axes))
+    x = jnp.moveaxis(x, order.index(seq), 0).reshape(t.main.shape[seq], -1)
+    columns = t.columns.array.reshape(-1) - first
+    places = np.searchsorted(
+        np.sort(columns, kind="stable"), np.arange(table.shape[-1])
+    )
+    return x[:, np.argsort(columns, kind="stable")[places]]
+
+
 def _columns_of(table: jax.Array, columns: np.ndarray) -> jax.Array:
     """table[:, columns], as a reshape where it is one."""
     n = table.shape[-1]

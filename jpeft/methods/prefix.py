@@ -18,6 +18,7 @@ The paper makes P_k and P_v with a network while training, which is dropped afte
 (`jpeft.finalize`):
 
     H = tanh(E W_1 + b_1)     shared by all layers     E (length, d)   W_1 (d, width)
+        or a bidirectional LSTM over the rows of E, `width` wide
     P = H W_2 + b_2           of each kernel           W_2 (*stack, width, features)
 
 Where we depart: without `reparametrization`, P itself trains (P-tuning v2's way, Liu et
@@ -29,6 +30,7 @@ of the real tokens.  Dropout on attention weights does not drop the prefix.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpeft.adapt.entry import evaluate
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import Label, Labelled, operand_labels
 from jpeft.boxes import unbox
@@ -55,8 +58,9 @@ from jpeft.leaf import (
     transient,
     wide_dtype,
 )
-from jpeft.methods._attention import KEY, VALUE, Index, Tagged
+from jpeft.methods._attention import KEY, VALUE, Index, Tagged, rows_of
 from jpeft.methods._prefix_tokens import tokens_prefix
+from jpeft.methods.p_tuning import linear, lstm
 from jpeft.transform import (
     Transform,
     check_finite,
@@ -163,6 +167,13 @@ class Prefix(_OfKernel):
     tasks: int = static(default=1)
     task: Any = transient()
 
+    def holds(self) -> int:
+        return self.tasks
+
+    def select(self, ids: jax.Array) -> Self:
+        below = super().select(ids)
+        return below.replace(task=ids) if self.tasks > 1 else below
+
     def labels(self) -> dict[str, list[Label]]:
         stack: list[Label] = [k for k, c in enumerate(self.axes) if c == "s"]
         rows = [*stack, *(["task"] if self.tasks > 1 else []), "length", "feature"]
@@ -181,21 +192,26 @@ class MadePrefix(_OfKernel):
     """A prefix made by a network; `lends` the part that all layers share.
 
     w (*stack, width, features) and c (*stack, features): the last layer, its own.
-    embedding (length, d), w1 (d, width), b1 (width): held by one leaf for all.
+    embedding (length, d), w1 (d, width), b1 (width): held by one leaf for all.  Of an
+    LSTM: w1 (2, d, 2 width), r1 (2, width / 2, 2 width), b1 (2, 2 width).
     """
 
     w: Any = trainable()
     c: Any = trainable()
     embedding: Any = trainable(default=None)
     w1: Any = trainable(default=None)
+    r1: Any = trainable(default=None)
     b1: Any = trainable(default=None)
     hidden: Any = transient()
 
     def labels(self) -> dict[str, list[Label]]:
+        lstm = self.r1 is not None
+        way: list[Label] = ["way"] if lstm else []
         shared: dict[str, list[Label]] = {
             "embedding": ["length", "d"],
-            "w1": ["d", "width"],
-            "b1": ["width"],
+            "w1": [*way, "d", "width"],
+            "r1": [*way, "half", "width"],
+            "b1": [*way, "width"],
         }
         held = {n: k for n, k in shared.items() if getattr(self, n) is not None}
         return {**self.labels_of(self.axes), **held}
@@ -213,7 +229,9 @@ class MadePrefix(_OfKernel):
         if self.embedding is None:
             return None
         e, w1, b1 = map(unbox, (self.embedding, self.w1, self.b1))
-        return {"hidden": jnp.tanh(jnp.matmul(e, w1, precision="highest") + b1)}
+        if self.r1 is not None:
+            return {"hidden": lstm(e, w1, unbox(self.r1), b1)}
+        return {"hidden": jnp.tanh(linear(e, w1, b1))}
 
     def borrow(self, lent: Mapping[str, Any]) -> Self:
         return self.replace(hidden=lent["hidden"])
@@ -355,38 +373,61 @@ class PrefixTuning(Transform):
     reparametrization: str | None = None
     width: int = 512
     init: str = "gaussian"
+    layers: tuple[int, ...] | None = None
     tasks: int = 1
     heads: int | None = None
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        check_positive("prefix", "length", self.length, integer=True)
-        check_positive("prefix", "width", self.width, integer=True)
-        check_positive("prefix", "tasks", self.tasks, integer=True)
+        check_positive(self.name, "length", self.length, integer=True)
+        check_positive(self.name, "width", self.width, integer=True)
+        check_positive(self.name, "tasks", self.tasks, integer=True)
         if self.heads is not None:
-            check_positive("prefix", "heads", self.heads, integer=True)
-        check_float("prefix", self.dtype)
+            check_positive(self.name, "heads", self.heads, integer=True)
+        check_float(self.name, self.dtype)
         for name, known in (
             ("mode", ("kv", "tokens")),
-            ("reparametrization", (None, "mlp")),
+            ("reparametrization", (None, "mlp", "lstm")),
             ("init", INITS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(
-                    f"prefix: {name}={getattr(self, name)!r}: expected one of {known}"
+                    f"{self.name}: {name}={getattr(self, name)!r}: expected one of "
+                    f"{known}"
+                )
+        if self.reparametrization == "lstm" and self.width % 2:
+            raise ValueError(
+                f"{self.name}: width={self.width}: an LSTM of two directions needs an "
+                "even width"
+            )
+        if self.layers is not None:
+            if not self.layers or any(
+                isinstance(k, bool) or not isinstance(k, int) for k in self.layers
+            ):
+                raise ValueError(
+                    f"{self.name}: layers={self.layers!r}: expected layer numbers such "
+                    "as (0, 1, -1)"
+                )
+            if self.mode == "tokens":
+                raise ValueError(
+                    f"{self.name}: layers= is for mode='kv'; in mode='tokens' choose "
+                    "sub-layers with where="
                 )
         if self.mode == "tokens" and self.reparametrization is not None:
             raise ValueError(
-                "prefix: mode='tokens' and reparametrization= exclude each other; the "
-                "network is there in mode='kv'"
+                f"{self.name}: mode='tokens' and reparametrization= exclude each "
+                "other; the network is there in mode='kv'"
             )
         if self.tasks > 1 and self.reparametrization is not None:
             raise ValueError(
-                "prefix: tasks= and reparametrization= exclude each other; train one "
-                "prefix a task, jpeft.finalize each"
+                f"{self.name}: tasks= and reparametrization= exclude each other; train "
+                "one prefix a task, jpeft.finalize each"
             )
         for name in ("where", "exclude"):
             object.__setattr__(self, name, check_where(getattr(self, name), name))
+
+    def virtual_tokens(self) -> int:
+        return self.length if self.mode == "tokens" else 0
 
     def __call__(
         self,
@@ -397,7 +438,7 @@ class PrefixTuning(Transform):
     ) -> Any:
         flat = slots(params)
         parts = parts_of(
-            flat, uses, self.where, self.exclude, "prefix", needs=("key", "value")
+            flat, uses, self.where, self.exclude, self.name, needs=("key", "value")
         )
         known, at = dict(layouts(flat, uses)), dict(flat.items())
         wanted = targets(parts, known, self.heads)
@@ -409,8 +450,9 @@ class PrefixTuning(Transform):
                 heads=self.heads,
                 dtype=self.dtype,
             )
-        order = [p for p in flat.paths if p in wanted]
-        check_finite({p: at[p] for p in order}, "prefix")
+        on = chosen_layers(self, parts, known)
+        order = [p for p in flat.paths if p in wanted and np.any(on[p])]
+        check_finite({p: at[p] for p in order}, self.name)
         made: dict[str, AdaptedLeaf] = {}
         for path in order:
             check_free(self, path, at[path])
@@ -422,6 +464,7 @@ class PrefixTuning(Transform):
                 known[path],
                 role,
                 runs,
+                on[path],
                 None if made else path_key(key, "shared"),
             )
         return flat.rebuild(made.get(p, x) for p, x in flat.items())
@@ -434,6 +477,7 @@ class PrefixTuning(Transform):
         use: LeafUse,
         role: str,
         runs: Runs,
+        on: np.ndarray,
         shared: jax.Array | None,
     ) -> AdaptedLeaf:
         base = weight(slot)
@@ -443,7 +487,7 @@ class PrefixTuning(Transform):
         common: dict[str, Any] = {
             "base": base,
             "axes": use.axes,
-            "on": jnp.ones(stack, dtype),
+            "on": jnp.asarray(on, dtype),
             "role": role,
             "runs": runs,
             "origin": self.origin(),
@@ -474,11 +518,20 @@ class PrefixTuning(Transform):
     def _shared(self, key: Any, d: int, dtype: Any) -> dict[str, Any]:
         if key is None:
             return {}
-        k1, k2, k3 = jax.random.split(key, 3)
+        k1, k2, k3, k4 = jax.random.split(key, 4)
+        e = jax.random.normal(k1, (self.length, d), dtype)
+        n, half = self.width, self.width // 2
+        if self.reparametrization == "mlp":
+            return {
+                "embedding": e,
+                "w1": _uniform(k2, (d, n), d, dtype),
+                "b1": _uniform(k3, (n,), d, dtype),
+            }
         return {
-            "embedding": jax.random.normal(k1, (self.length, d), dtype),
-            "w1": _uniform(k2, (d, self.width), d, dtype),
-            "b1": _uniform(k3, (self.width,), d, dtype),
+            "embedding": e,
+            "w1": _uniform(k2, (2, d, 4 * half), half, dtype),
+            "b1": _uniform(k3, (2, 4 * half), half, dtype),
+            "r1": _uniform(k4, (2, half, 4 * half), half, dtype),
         }
 
 
@@ -491,6 +544,7 @@ def prefix(
     reparametrization: str | None = None,
     width: int = 512,
     init: str = "gaussian",
+    layers: Sequence[int] | None = None,
     tasks: int = 1,
     heads: int | None = None,
     dtype: Any = None,
@@ -505,10 +559,12 @@ def prefix(
     where, exclude: which attentions, by the path of the sub-layer; "attention" is all
         of them, cross-attention included.
     reparametrization: "mlp" makes the prefix with the paper's network, of hidden size
-        `width`; drop it after the training with `jpeft.finalize(params)`.  None trains
-        the prefix itself.
+        `width`, "lstm" with a recurrent one; drop it after the training with
+        `jpeft.finalize(params)`.  None trains the prefix itself.
     init: without a network: "gaussian" N(0, 0.02^2), "unit" N(0, 1), "zeros".
         `jpeft.prefix_from_text` takes the activations of a text instead.
+    layers: the numbers of the attentions among those chosen that get a prefix, from 0,
+        or from -1 backwards; None is all of them.
     tasks: prefixes kept side by side; `jpeft.select(params, ids)` then says which one
         each example of a batch has.
     heads: number of heads, where a fused kernel does not show it.
@@ -524,7 +580,7 @@ def prefix(
     >>> params["attn"]["key"]["kernel"].keys.shape
     (5, 8)
     """
-    made = PrefixTuning(
+    return PrefixTuning(
         length=length,
         mode=mode,
         where=where,
@@ -532,11 +588,172 @@ def prefix(
         reparametrization=reparametrization,
         width=width,
         init=init,
+        layers=None if layers is None else tuple(layers),
         tasks=tasks,
         heads=heads,
         dtype=None if dtype is None else jnp.dtype(dtype).name,
     )
-    return made
+
+
+@method("p_tuning_v2")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PTuningV2(PrefixTuning):
+    """See `p_tuning_v2`."""
+
+
+def p_tuning_v2(
+    length: int,
+    *,
+    layers: Sequence[int] | None = None,
+    mode: str = "kv",
+    where: Where = "attention",
+    exclude: Where = (),
+    reparametrization: str | None = None,
+    width: int = 512,
+    init: str = "gaussian",
+    tasks: int = 1,
+    heads: int | None = None,
+    dtype: Any = None,
+) -> Transform:
+    """A transform that puts deep prompts into chosen layers, for understanding tasks.
+
+    Liu et al. 2022, arXiv:2110.07602.  Prompts of a layer are keys and values before
+    its attention, as in `prefix`, whose arguments these are; the paper trains them
+    without a network on some tasks and with one on others, and adds a classification
+    head, which `jpeft.full` trains beside them.
+
+    layers: the numbers of the layers that get prompts, from 0, or from -1 backwards;
+        None is all of them.  The paper finds deeper ones to matter more.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> w = lambda *shape: {"kernel": jnp.ones(shape)}
+    >>> attn = {n: w(8, 2, 4) for n in ("query", "key", "value")} | {"out": w(2, 4, 8)}
+    >>> layers = {f"layer_{k}": {"attn": attn} for k in range(3)}
+    >>> params = jpeft.p_tuning_v2(5, layers=[-1])(jax.random.key(0), layers)
+    >>> jpeft.count(params).trainable
+    80
+    """
+    return PTuningV2(
+        length=length,
+        mode=mode,
+        where=where,
+        exclude=exclude,
+        reparametrization=reparametrization,
+        width=width,
+        init=init,
+        layers=None if layers is None else tuple(layers),
+        tasks=tasks,
+        heads=heads,
+        dtype=None if dtype is None else jnp.dtype(dtype).name,
+    )
+
+
+# --- the start from a text -----------------------------------------------------------
+
+
+def prefix_from_text(
+    fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """The tree with each prefix set to the keys and values of a real text.
+
+    Runs `fn(params, *args, **kwargs)` once, with the prefixes switched off, and takes
+    the keys and values of the first `length` positions of the first example, where the
+    prefix would stand before them.  Li & Liang found such a start to help where data
+    are few.
+
+    params: with a `prefix` of mode "kv" that was not made by a network.
+
+    Raises ValueError where there is none, or the text is shorter than the prefix.
+    """
+    flat = slots(params)
+    at: dict[int, tuple[int, tuple[int, ...]]] = {}
+    probe: list[Any] = []
+    for k, slot in enumerate(flat.values):
+        probe.append(_numbered(slot, k, at))
+    if not at:
+        raise ValueError(
+            "prefix_from_text: no prefix to set; apply jpeft.prefix(length, "
+            "mode='kv') first, without reparametrization= and tasks="
+        )
+    found: dict[tuple[int, str], np.ndarray] = {}
+
+    def keep(role: str, number: Any, rows: Any) -> None:
+        found[int(number), role] = np.asarray(rows)
+
+    def noted(role: str, t: Tagged, seq: int) -> None:
+        table = t.keys if role == KEY else t.values
+        if t.examples is not None or np.ndim(table) != 2:
+            return
+        length = table.shape[0]
+        if t.main.shape[seq] < length:
+            raise ValueError(
+                f"{t.name}: the text has {t.main.shape[seq]} positions, the prefix "
+                f"{length}; give a longer text or a shorter prefix"
+            )
+        rows = rows_of(t, role, seq)[:length].astype(table.dtype)
+        jax.debug.callback(functools.partial(keep, role), table[0, 0], rows)
+
+    jax.block_until_ready(
+        evaluate(fn, (flat.rebuild(probe), *args), kwargs, noted=noted)
+    )
+    jax.effects_barrier()
+    missing = [flat.paths[k] for n, (k, _) in at.items() if (n, KEY) not in found]
+    missing = [p for p in missing if "keys" in _held(flat, p)]
+    if missing:
+        raise ValueError(
+            f"{missing[0]}: the model did not attend to this kernel's keys in this "
+            "call, so there is nothing to start from; give it the inputs it is for"
+        )
+    out = list(flat.values)
+    for (number, role), rows in found.items():
+        k, row = at[number]
+        out[k] = _with_rows(out[k], role, row, rows)
+    return flat.rebuild(out)
+
+
+def _held(flat: Any, path: str) -> tuple[str, ...]:
+    slot = dict(flat.items())[path]
+    return tuple(
+        n
+        for leaf in layers(slot)
+        if isinstance(leaf, Prefix)
+        for n in (KEY, VALUE)
+        if getattr(leaf, n) is not None
+    )
+
+
+def _numbered(slot: Any, k: int, at: dict[int, tuple[int, tuple[int, ...]]]) -> Any:
+    """The slot with its prefix off and a number of its own in each row's first place;
+    `at` learns which number is which."""
+    if not is_leaf(slot):
+        return slot
+    if not isinstance(slot, Prefix) or slot.tasks > 1:
+        return (
+            slot.replace(base=_numbered(slot.base, k, at))
+            if not (slot.holds_weight)
+            else slot
+        )
+    stack = jnp.shape(unbox(slot.on))
+    start = len(at) + 1
+    numbers = start + np.arange(math.prod(stack)).reshape(stack)
+    for index in np.ndindex(*stack):
+        at[int(numbers[index])] = (k, index)
+    mark = lambda x: jax.tree.map(
+        lambda y: jnp.zeros_like(y).at[..., 0, 0].set(jnp.asarray(numbers, y.dtype)), x
+    )
+    rows = {n: mark(getattr(slot, n)) for n in _held_by(slot)}
+    return slot.switched(0.0).replace(**rows)
+
+
+def _held_by(leaf: Prefix) -> list[str]:
+    return [n for n in (KEY, VALUE) if getattr(leaf, n) is not None]
+
+
+def _with_rows(slot: Any, role: str, row: tuple[int, ...], rows: np.ndarray) -> Any:
+    if not isinstance(slot, Prefix):
+        return slot.replace(base=_with_rows(slot.base, role, row, rows))
+    new = jax.tree.map(lambda y: y.at[row].set(jnp.asarray(rows)), getattr(slot, role))
+    return slot.replace(**{role: new})
 
 
 # --- which kernels -------------------------------------------------------------------
@@ -573,6 +790,35 @@ def targets(
             runs = tuple((r, len(list(g))) for r, g in itertools.groupby(each.tolist()))
             out[path] = (KEY, runs)
     return out
+
+
+def chosen_layers(
+    transform: PrefixTuning, parts: Sequence[SubLayer], known: Mapping[str, LeafUse]
+) -> dict[str, np.ndarray]:
+    """For each kernel: 1 or 0 for each of its layers (one, or a stack)."""
+    stacks = {
+        p: tuple(known[p].sizes("s"))
+        for part in parts
+        for p in (*part.key, *part.value)
+    }
+    on = {p: np.ones(shape, np.float32) for p, shape in stacks.items()}
+    if transform.layers is None:
+        return on
+    places = [
+        (part, index) for part in parts for index in np.ndindex(*stacks[part.key[0]])
+    ]
+    n = len(places)
+    bad = [k for k in transform.layers if not -n <= k < n]
+    if bad:
+        raise ValueError(
+            f"{transform.name}: layers={transform.layers!r}: there are {n} attentions "
+            f"here, numbered 0 to {n - 1}; {bad[0]} is none of them"
+        )
+    wanted = {k % n for k in transform.layers}
+    for k, (part, index) in enumerate(places):
+        for p in (*part.key, *part.value):
+            on[p][index] = float(k in wanted)
+    return on
 
 
 def told_by_output(part: SubLayer, path: str, known: Mapping[str, LeafUse]) -> LeafUse:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.boxes import same_box, unbox
+from jpeft.compat import Tracer
 from jpeft.leaf import (
     FROZEN,
     STATIC,
@@ -248,6 +249,39 @@ def _finalized(slot: Any, leaf: Any) -> Any:
         return slot.replace(base=base)
     changes = {"base": base, "path": slot.path, **dict.fromkeys(transients(done))}
     return boxed_like(box_of(slot), done.replace(**changes))
+
+
+def select(params: PyTree, ids: Any) -> PyTree:
+    """The same adapters, where each example of a batch has its own.
+
+    ids: int (examples,), for each example the number of its adapter among those a leaf
+        holds, as `jpeft.prefix(..., tasks=n)` does.  Leaves that hold one serve all.
+
+    Raises ValueError if no leaf holds several, or a number is out of range.
+    """
+    ids = jnp.asarray(ids)
+    if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"select: expected integers of shape (examples,), got {ids.dtype} "
+            f"{ids.shape}"
+        )
+    flat = slots(params)
+    _adapted(flat, "select")
+    held = [leaf.holds() for x in flat.values for leaf in layers(x)]
+    held = [n for n in held if n > 1]
+    if not held:
+        raise ValueError(
+            "select: no leaf of this tree holds several adapters; make them with "
+            "jpeft.prefix(length, tasks=n)"
+        )
+    if not isinstance(ids, Tracer) and ids.size:
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= min(held):
+            raise ValueError(
+                f"select: ids from {low} to {high}, but there are {min(held)} "
+                f"adapters, numbered 0 to {min(held) - 1}"
+            )
+    return flat.rebuild(x.select(ids) if is_leaf(x) else x for x in flat.values)
 
 
 def disable(params: PyTree) -> PyTree:

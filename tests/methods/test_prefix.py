@@ -1,9 +1,11 @@
 """Prefix tuning in mode "kv": equal to keys and values put before the real ones."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from models import attention as A
 
 import jpeft
@@ -104,3 +106,462 @@ def test_equals_keys_and_values_put_before_the_real_ones(kind, style, mode):
     ours, hand = both(kind, style, mode)
     prefix = learned(kind)
     assert_same(value_and_grads(ours, prefix), value_and_grads(hand, prefix))
+
+
+# ------------------------------------------------------------------- other attentions
+
+
+def rows(shape, *ks):
+    return tuple(0.5 * jax.random.normal(jax.random.fold_in(KEY, k), shape) for k in ks)
+
+
+def flax_attention(**options):
+    """(module, params) of Flax's own attention, biases moved."""
+    module = nn.MultiHeadDotProductAttention(A.HEADS, **options)
+    x = jnp.zeros((2, 7, A.WIDTH))
+    params = module.init(jax.random.key(0), x)["params"]
+    return module, jax.tree.map(lambda p: p + 0.1, params)
+
+
+def reference(params, x, y, prefix, mask):
+    """Attention over concatenated keys and values, in float64."""
+    f64 = lambda t: np.asarray(t, np.float64)
+    p = jax.tree.map(f64, params)
+    project = lambda t, n: np.einsum("bsd,dhe->bshe", t, p[n]["kernel"]) + p[n]["bias"]
+    q, k, v = (project(f64(t), n) for t, n in ((x, "query"), (y, "key"), (y, "value")))
+    k, v = (
+        np.concatenate([np.broadcast_to(f64(r), (len(t), *r.shape)), t], 1)
+        for r, t in zip(prefix, (k, v), strict=True)
+    )
+    s = np.einsum("bqhe,bkhe->bhqk", q, k) / np.sqrt(A.HEAD)
+    mask = np.concatenate([np.ones((*mask.shape[:-1], LENGTH), bool), mask], -1)
+    s = np.where(mask, s, -np.inf)
+    w = np.exp(s - s.max(-1, keepdims=True))
+    o = np.einsum("bhqk,bkhe->bqhe", w / w.sum(-1, keepdims=True), v)
+    return np.einsum("bqhe,hed->bqd", o, p["out"]["kernel"]) + p["out"]["bias"]
+
+
+def with_rows(params, prefix, **options):
+    adapted = jpeft.prefix(LENGTH, where="attn", **options)(KEY, {"attn": params})
+    keys, values = (r.reshape(LENGTH, -1) for r in prefix)
+    attn = adapted["attn"]
+    attn["key"]["kernel"] = attn["key"]["kernel"].replace(keys=keys)
+    attn["value"]["kernel"] = attn["value"]["kernel"].replace(values=values)
+    return attn
+
+
+X = jax.random.normal(jax.random.key(6), (2, 7, A.WIDTH))
+CAUSAL = np.tril(np.ones((7, 7), bool))[None, None]
+
+
+@pytest.mark.parametrize("options", [{}, {"force_fp32_for_softmax": True}])
+@pytest.mark.parametrize("crossed", [False, True])
+def test_flax_attention_equals_the_formula_in_float64(options, crossed):
+    module, params = flax_attention(**options)
+    prefix = rows((LENGTH, A.HEADS, A.HEAD), 1, 2)
+    adapted = with_rows(params, prefix)
+    y = X[:, ::-1] * 0.5 if crossed else X
+    fn = lambda p: module.apply({"params": p}, X, y, mask=jnp.asarray(CAUSAL))
+    got = jax.jit(jpeft.adapt(fn))(adapted)
+    want = reference(params, X, y, prefix, CAUSAL)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_flax_attention_in_a_scan():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + nn.MultiHeadDotProductAttention(A.HEADS, name="attn")(x), None
+
+    stack = nn.scan(
+        Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+    )()
+    params = stack.init(jax.random.key(0), X, None)["params"]
+    uses = jpeft.find_uses(lambda p: stack.apply({"params": p}, X, None)[0], params)
+    adapted = jpeft.prefix(LENGTH, init="unit")(KEY, params, uses=uses)
+    got = jpeft.adapt(lambda p: stack.apply({"params": p}, X, None)[0])(adapted)
+    x, one = X, lambda t: t.reshape(LENGTH, A.HEADS, A.HEAD)
+    for k in range(2):
+        mine = jax.tree.map(lambda p: p[k], params)["attn"]  # noqa: B023
+        attn = adapted["attn"]
+        prefix = (
+            one(attn["key"]["kernel"].keys[k]),
+            one(attn["value"]["kernel"].values[k]),
+        )
+        x = x + reference(mine, x, x, prefix, np.ones((1, 1, 7, 7), bool))
+    np.testing.assert_allclose(got, x, atol=2e-5)
+
+
+def test_nnx_attention_equals_the_formula():
+    module = nnx.MultiHeadAttention(A.HEADS, A.WIDTH, decode=False, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(module)
+    prefix = rows((LENGTH, A.HEADS, A.HEAD), 1, 2)
+    uses = jpeft.find_uses(lambda p: nnx.merge(graph, p)(X), params)
+    where = "attention: (query|)/?query/kernel key/kernel value/kernel -> out/kernel"
+    adapted = jpeft.prefix(LENGTH, where=where)(KEY, params, uses=uses)
+    put = lambda leaf, name, x: leaf.replace(
+        **{name: jax.tree.map(lambda _: x.reshape(LENGTH, -1), getattr(leaf, name))}
+    )
+    adapted["key"]["kernel"] = put(adapted["key"]["kernel"], "keys", prefix[0])
+    adapted["value"]["kernel"] = put(adapted["value"]["kernel"], "values", prefix[1])
+    got = jpeft.adapt(lambda p: nnx.merge(graph, p)(X))(adapted)
+    plain = {
+        n: {k: v[...] for k, v in params[n].items()}
+        for n in ("query", "key", "value", "out")
+    }
+    want = reference(plain, X, X, prefix, np.ones((1, 1, 7, 7), bool))
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+# --------------------------------------------------------------------------- decoding
+
+
+def test_single_token_steps_with_a_cache_equal_the_whole_text():
+    """Flax's cache: what is read from it owes the prefix, which takes no slot."""
+    module, params = flax_attention(decode=True)
+    whole, _ = flax_attention()
+    adapted = with_rows(params, rows((LENGTH, A.HEADS, A.HEAD), 1, 2))
+    want = jpeft.adapt(
+        lambda p: whole.apply({"params": p}, X, mask=jnp.asarray(CAUSAL))
+    )(adapted)
+    cache = module.init(jax.random.key(0), X)["cache"]
+
+    @jax.jit
+    def step(p, cache, x):
+        fn = lambda p: module.apply({"params": p, "cache": cache}, x, mutable=["cache"])
+        return jpeft.adapt(fn)(p)
+
+    for k in range(7):
+        got, state = step(adapted, cache, X[:, k : k + 1])
+        cache = state["cache"]
+        assert cache["cached_key"].shape[1] == 7
+        np.testing.assert_allclose(got[:, 0], want[:, k], atol=2e-6)
+    assert step._cache_size() == 1
+
+
+def test_prefill_then_single_tokens():
+    """A cache that takes many positions at once, written by hand."""
+    w = {
+        n: {"kernel": jax.random.normal(jax.random.fold_in(KEY, k), (8, 2, 4))}
+        for k, n in enumerate(("query", "key", "value"))
+    }
+    w["out"] = {"kernel": jnp.ones((2, 4, 8))}
+    x = jax.random.normal(KEY, (1, 7, 8))
+
+    def fn(p, x, cache, start):
+        project = lambda n: jnp.einsum("bsd,dhe->bshe", x, p["attn"][n]["kernel"])
+        q, k, v = map(project, ("query", "key", "value"))
+        k, v = (
+            jax.lax.dynamic_update_slice(c, new, (0, start, 0, 0))
+            for c, new in zip(cache, (k, v), strict=True)
+        )
+        s = jnp.einsum("bqhe,bkhe->bhqk", q, k)
+        at = start + jnp.arange(x.shape[1])
+        s = jnp.where((at[:, None] >= jnp.arange(7)[None])[None, None], s, -1e9)
+        o = jnp.einsum("bhqk,bkhe->bqhe", jax.nn.softmax(s), v)
+        return jnp.einsum("bqhe,hed->bqd", o, p["attn"]["out"]["kernel"]), (k, v)
+
+    params = jpeft.prefix(LENGTH, init="unit")(KEY, {"attn": w})
+    empty = tuple(jnp.zeros((1, 7, 2, 4)) for _ in range(2))
+    apply = jpeft.adapt(fn)
+    want, _ = apply(params, x, empty, 0)
+    got, cache = apply(params, x[:, :4], empty, 0)
+    np.testing.assert_allclose(got, want[:, :4], atol=1e-5)
+    for k in range(4, 7):
+        got, cache = apply(params, x[:, k : k + 1], cache, k)
+        np.testing.assert_allclose(got[:, 0], want[:, k], atol=1e-5)
+
+
+# ----------------------------------------------------------- tasks, networks, a start
+
+
+def test_each_example_has_the_prefix_of_its_task():
+    module, params = A.model("grouped", "rotate_half", "scan remat")
+    apply = jpeft.adapt(lambda p, ids: module.apply({"params": p}, ids))
+    tasks = jpeft.prefix(LENGTH, tasks=3, init="unit")(KEY, params)
+    ids = jax.random.randint(KEY, (4, 7), 0, A.VOCAB)
+    which = jnp.array([2, 0, 2, 1])
+    got = jax.jit(apply)(jpeft.select(tasks, which), ids)
+    for k, task in enumerate(which):
+        alone = jpeft.select(tasks, task[None])
+        want = apply(alone, ids[k : k + 1])
+        np.testing.assert_allclose(got[k : k + 1], want, atol=2e-5)
+
+
+def test_select_says_what_is_wrong():
+    module, params = A.model()
+    tasks = jpeft.prefix(LENGTH, tasks=3)(KEY, params)
+    apply = jpeft.adapt(lambda p: module.apply({"params": p}, A.IDS))
+    with pytest.raises(ValueError, match="holds 3 tasks; say which one"):
+        apply(tasks)
+    with pytest.raises(ValueError, match="ids from 0 to 3, but there are 3 adapters"):
+        jpeft.select(tasks, jnp.array([0, 3]))
+    with pytest.raises(ValueError, match="expected integers of shape"):
+        jpeft.select(tasks, jnp.array([0.5]))
+    with pytest.raises(ValueError, match="no leaf of this tree holds several"):
+        jpeft.select(jpeft.prefix(LENGTH)(KEY, params), jnp.array([0, 0]))
+    with pytest.raises(ValueError, match="1 task ids were selected"):
+        apply(jpeft.select(tasks, jnp.array([0])))
+
+
+@pytest.mark.parametrize("mode", ["", "scan remat"])
+@pytest.mark.parametrize("network", ["mlp", "lstm"])
+def test_a_network_is_shared_and_dropped_after_the_training(network, mode, tmp_path):
+    module, params = A.model(mode=mode)
+    transform = jpeft.prefix(LENGTH, reparametrization=network, width=6)
+    made = transform(KEY, params)
+    holders = [x for x in slots(made).values if getattr(x, "w1", None) is not None]
+    assert len(holders) == 1 and holders[0].embedding.shape == (LENGTH, A.WIDTH)
+    apply = jax.jit(jpeft.adapt(lambda p: module.apply({"params": p}, A.IDS)))
+    grads = jax.jit(
+        jax.grad(
+            lambda t, f: jnp.sum(
+                jpeft.adapt(lambda p: module.apply({"params": p}, A.IDS))(
+                    jpeft.combine(t, f)
+                )
+            )
+        )
+    )(*jpeft.partition(made))
+    assert all(float(jnp.max(jnp.abs(g))) > 0 for g in jax.tree.leaves(grads))
+    done = jpeft.finalize(made)
+    assert all(
+        not hasattr(x, "w1") for x in slots(done).values if jpeft.leaf.is_leaf(x)
+    )
+    np.testing.assert_allclose(apply(done), apply(made), atol=1e-5)
+    features = A.LAYERS * LENGTH * 2 * A.GROUPS * A.HEAD
+    assert jpeft.count(done).trainable == features
+    jpeft.save(tmp_path / "a", done, transform)
+    again = jpeft.load(tmp_path / "a", params)
+    np.testing.assert_array_equal(apply(again), apply(done))
+
+
+def test_a_network_equals_its_formula():
+    module, params = A.model()
+    made = jpeft.prefix(LENGTH, reparametrization="mlp", width=6)(KEY, params)
+    done = jpeft.finalize(made)
+    leaf = made["layer_0"]["attention"]["key"]["kernel"]
+    other = made["layer_1"]["attention"]["value"]["kernel"]
+    f64 = lambda x: np.asarray(x, np.float64)
+    hidden = np.tanh(f64(leaf.embedding) @ f64(leaf.w1) + f64(leaf.b1))
+    want = hidden @ f64(other.w) + f64(other.c)
+    got = done["layer_1"]["attention"]["value"]["kernel"].values
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["", "scan remat"])
+def test_a_start_from_a_text_has_its_keys_and_values(mode):
+    """A text that is attended in front of nothing: the prefix acts as that text would,
+    seen by every position."""
+    module, params = A.model("norms", mode=mode)
+    apply = lambda p: module.apply({"params": p}, A.IDS)
+    started = jpeft.prefix_from_text(apply, jpeft.prefix(LENGTH)(KEY, params))
+    path = ("layers" if mode else "layer_0", "attention")
+    leaf = started[path[0]][path[1]]["value"]["kernel"]
+    first = lambda x: x[0] if mode else x
+    w = jax.tree.map(first, params[path[0]])
+    x = params["tok"]["embedding"][A.IDS[0]]
+    norm = w["norm_1"]
+    x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    x = x * norm["scale"][None] + norm["bias"][None]
+    values = jnp.einsum("sd,dhe->she", x, w["attention"]["value"]["kernel"])
+    got = first(leaf.values)
+    np.testing.assert_allclose(got, values[:LENGTH].reshape(LENGTH, -1), atol=1e-5)
+    keys = jnp.einsum("sd,dhe->she", x, w["attention"]["key"]["kernel"])
+    k = w["attention"]["k_norm"]
+    keys = (keys - keys.mean(-1, keepdims=True)) / jnp.sqrt(
+        keys.var(-1, keepdims=True) + 1e-6
+    )
+    keys = keys * k["scale"][None, None] + k["bias"][None, None]
+    leaf = started[path[0]][path[1]]["key"]["kernel"]
+    np.testing.assert_allclose(
+        first(leaf.keys), keys[:LENGTH].reshape(LENGTH, -1), atol=1e-5
+    )
+
+
+def test_a_start_says_what_is_wrong():
+    module, params = A.model()
+    apply = lambda p: module.apply({"params": p}, A.IDS)
+    with pytest.raises(ValueError, match="text has 7 positions, the prefix 9"):
+        jpeft.prefix_from_text(apply, jpeft.prefix(9)(KEY, params))
+    with pytest.raises(ValueError, match="no prefix to set"):
+        jpeft.prefix_from_text(apply, jpeft.bitfit()(KEY, params))
+
+
+# --------------------------------------------------------------------- chosen layers
+
+
+@pytest.mark.parametrize("mode", ["", "scan"])
+def test_chosen_layers_alone_have_prompts(mode):
+    module, params = A.model(mode=mode)
+    apply = jax.jit(jpeft.adapt(lambda p: module.apply({"params": p}, A.IDS)))
+    made = jpeft.p_tuning_v2(LENGTH, layers=[-1], init="unit")(KEY, params)
+    prefix = learned("jax")
+    if mode:
+        on = made["layers"]["attention"]["key"]["kernel"].on
+        np.testing.assert_array_equal(on, [0.0, 1.0])
+        made = put(made, prefix)
+    else:
+        assert not jpeft.leaf.is_leaf(made["layer_0"]["attention"]["key"]["kernel"])
+        attn = made["layer_1"]["attention"]
+        for n, x, r in zip(("key", "value"), ("keys", "values"), prefix, strict=True):
+            attn[n]["kernel"] = attn[n]["kernel"].replace(
+                **{x: r[1].reshape(LENGTH, -1)}
+            )
+    everywhere = put(jpeft.prefix(LENGTH)(KEY, params), prefix)
+    got, base = apply(made), apply(jpeft.disable(made))
+    assert float(jnp.max(jnp.abs(got - base))) > 0.1
+    assert float(jnp.max(jnp.abs(got - apply(everywhere)))) > 0.1
+    if mode:  # the same two layers, unrolled
+        row = lambda k: jax.tree.map(lambda x: x[k], params["layers"])
+        flat = {f"layer_{k}": row(k) for k in range(2)}
+        other, _ = A.model()
+        rest = {n: x for n, x in params.items() if n != "layers"}
+        one = jpeft.p_tuning_v2(LENGTH, layers=[1])(KEY, {**rest, **flat})
+        attn = one["layer_1"]["attention"]
+        for n, x, r in zip(("key", "value"), ("keys", "values"), prefix, strict=True):
+            attn[n]["kernel"] = attn[n]["kernel"].replace(
+                **{x: r[1].reshape(LENGTH, -1)}
+            )
+        want = jpeft.adapt(lambda p: other.apply({"params": p}, A.IDS))(one)
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+# ------------------------------------------------------------------------- refusals
+
+
+def simple(attend, length=LENGTH):
+    """An attention of one head around `attend(q, k, v)`, with a prefix."""
+    names = ("query", "key", "value", "out")
+    w = {
+        n: {"kernel": jax.random.normal(jax.random.fold_in(KEY, k), (8, 8))}
+        for k, n in enumerate(names)
+    }
+    params = jpeft.prefix(length)(KEY, {"attn": w})
+
+    def fn(p, x):
+        q, k, v = (x @ p["attn"][n]["kernel"] for n in names[:3])
+        return attend(q, k, v) @ p["attn"]["out"]["kernel"]
+
+    return jpeft.adapt(fn), params, jax.random.normal(KEY, (2, 7, 8))
+
+
+def softmax_attention(q, k, v):
+    return jax.nn.softmax(q @ k.transpose(0, 2, 1)) @ v
+
+
+def opaque(q, k, v):
+    shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    return jax.pure_callback(lambda q, k, v: q, shape, q, k, v)
+
+
+def in_blocks(q, k, v):
+    def block(carry, kv):
+        s = jnp.exp(q @ kv[0].transpose(0, 2, 1))
+        return (carry[0] + s @ kv[1], carry[1] + s.sum(-1, keepdims=True)), None
+
+    blocks = tuple(jnp.moveaxis(x[:, :6].reshape(2, 3, 2, 8), 1, 0) for x in (k, v))
+    (o, n), _ = jax.lax.scan(block, (0 * q, 0 * q[..., :1]), blocks)
+    return o / n
+
+
+REFUSED = {
+    "opaque": opaque,
+    "in_blocks": in_blocks,
+    "linear": lambda q, k, v: jnp.tanh(q) @ (jnp.tanh(k).transpose(0, 2, 1) @ v),
+    "top_k": lambda q, k, v: (
+        jax.nn.softmax(jax.lax.top_k(q @ k.transpose(0, 2, 1), 7)[0]) @ v
+    ),
+    "keys_alone": lambda q, k, v: jax.nn.softmax(q @ k.transpose(0, 2, 1)) @ q,
+    "sinks": lambda q, k, v: (
+        jax.nn.softmax(
+            jnp.concatenate([jnp.zeros((2, 7, 1)), q @ k.transpose(0, 2, 1)], -1)
+        )[..., 1:]
+        @ v
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_attention_that_is_not_recognised_is_refused(name):
+    apply, params, x = simple(REFUSED[name])
+    with pytest.raises(jpeft.PromiseError, match="mode='tokens'"):
+        apply(params, x)
+
+
+def test_a_custom_gradient_around_attention_is_looked_into():
+    @jax.custom_vjp
+    def attend(q, k, v):
+        return softmax_attention(q, k, v)
+
+    attend.defvjp(
+        lambda *x: (attend(*x), x), lambda x, g: jax.vjp(softmax_attention, *x)[1](g)
+    )
+    got, params, x = simple(attend)
+    want, _, _ = simple(softmax_attention)
+    np.testing.assert_allclose(got(params, x), want(params, x), atol=1e-6)
+
+
+def test_a_prefix_in_bfloat16_is_the_float32_one_rounded():
+    apply, params, x = simple(softmax_attention)
+    half = jax.tree.map(lambda t: t.astype(jnp.bfloat16), params)
+    got = apply(half, x.astype(jnp.bfloat16))
+    assert got.dtype == jnp.bfloat16
+    want = apply(jax.tree.map(lambda t: t.astype(jnp.float32), half), x)
+    # Scores of order 10 in 8 bits.
+    error = jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
+    base = jpeft.unload(half)
+    plain = jnp.linalg.norm(
+        simple(softmax_attention)[0](base, x.astype(jnp.bfloat16)).astype(jnp.float32)
+        - simple(softmax_attention)[0](jpeft.unload(params), x)
+    ) / jnp.linalg.norm(want)
+    assert float(error) < 1.5 * float(plain) + 0.01
+
+
+def test_lora_over_and_under_a_prefix_is_the_same():
+    apply, _, x = simple(softmax_attention)
+    _, params, _ = simple(softmax_attention)
+    base = jpeft.unload(params)
+    lora, prefix = (
+        jpeft.lora(rank=2, init="gaussian"),
+        jpeft.prefix(LENGTH, init="unit"),
+    )
+    one = lora(KEY, prefix(KEY, base))
+    two = prefix(KEY, lora(KEY, base))
+    moved = lambda p: jax.tree.map(lambda t: t + 0.1, p)
+    combined = lambda p: jpeft.combine(
+        moved(jpeft.partition(p)[0]), jpeft.partition(p)[1]
+    )
+    np.testing.assert_allclose(
+        apply(combined(one), x), apply(combined(two), x), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 0}, "length=0: expected an integer of at least 1"),
+        ({"length": 3, "mode": "vk"}, "mode='vk': expected one of"),
+        ({"length": 3, "init": "ones"}, "init='ones': expected one of"),
+        ({"length": 3, "reparametrization": "cnn"}, "reparametrization='cnn'"),
+        ({"length": 3, "layers": []}, r"layers=\(\): expected layer numbers"),
+        ({"length": 3, "reparametrization": "lstm", "width": 7}, "an even width"),
+        ({"length": 3, "tasks": 2, "reparametrization": "mlp"}, "exclude each other"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        jpeft.prefix(**options)
+
+
+def test_a_layer_that_is_not_there_is_named():
+    _, params = A.model()
+    with pytest.raises(
+        ValueError, match="there are 2 attentions here, numbered 0 to 1"
+    ):
+        jpeft.p_tuning_v2(LENGTH, layers=[2])(KEY, params)
+
+
+def test_a_fused_kernel_whose_heads_are_unknown_asks_for_them():
+    _, params = A.model("fused_heads", "rotate_half")
+    with pytest.raises(ValueError, match="pass heads="):
+        jpeft.prefix(LENGTH)(KEY, params)
