@@ -235,6 +235,11 @@ def _reshape(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         # Transposed first, as vmap of a convolution writes it.
         shape = jax.ShapeDtypeStruct([leaf.shape[k] for k in perm], leaf.dtype)
         leaf = _transposed(leaf, shape, perm)
+    return reshaped(leaf, new_base, dst)
+
+
+def reshaped(leaf: Labelled, base: Any, dst: Sequence[int]) -> Labelled | None:
+    """The leaf over its reshaped base; None where input and output axes would join."""
     axes = [leaf.spare] * len(dst)  # axes of size 1 may have any label
     for src_group, dst_group in axis_groups(leaf.shape, dst):
         if len({leaf.axes[k] for k in src_group}) > 1:
@@ -247,7 +252,7 @@ def _reshape(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
             [dst[k] if isinstance(k, int) else x.shape[old.index(k)] for k in new]
         )
 
-    return leaf.move(new_base, f, "".join(axes))
+    return leaf.move(base, f, "".join(axes))
 
 
 @rule("broadcast_in_dim", kind=Labelled)

@@ -98,7 +98,9 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     labels, varies = leaf.labels()["scale"], leaf.wide_labels()
     if varies <= set(out):
         return times(it.base(eqn, ins), spread(leaf.scale, labels, out))
-    if varies <= set(xl) and jnp.issubdtype(x.dtype, jnp.floating):
+    if varies <= set(xl):
+        if jnp.dtype(x.dtype).itemsize < jnp.dtype(leaf.dtype).itemsize:
+            x = x.astype(leaf.dtype)  # int8 or bfloat16 beside a wider weight
         x = times(x, spread(leaf.scale, labels, xl))
         return it.base(eqn, [x if j != side else leaf for j in (0, 1)])
     return None  # one of its axes is contracted and another one is not
@@ -269,6 +271,25 @@ def _concatenate(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     return first.replace(base=it.base(eqn, ins), scale=whole)
 
 
+@rule("stack", kind=Scaled)
+def _stack(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """`jnp.stack`, a primitive since jax 0.10: weights become a stack."""
+    axis = eqn.params.get("axis", eqn.params.get("dimension"))
+    leaves = [x for x in ins if is_leaf(x)]
+    first = leaves[0]
+    if axis is None or any(
+        type(x) is not type(first) or x.axes != first.axes for x in leaves
+    ):
+        return None
+    axes = first.axes[:axis] + "s" + first.axes[axis:]
+    labels = first.labels()["scale"]
+    moved = [k if k < axis else k + 1 for k in labels]  # type: ignore[operator]
+    ones = jnp.ones_like(first.scale)
+    whole = jnp.stack([x.scale if is_leaf(x) else ones for x in ins])
+    scale = align(whole, [axis, *moved], type(first).labels_of(axes)["scale"])
+    return first.replace(base=it.base(eqn, ins), axes=axes, scale=scale)
+
+
 # --- the mathematics -----------------------------------------------------------------
 
 
@@ -298,5 +319,5 @@ def times(y: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, ".
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _times(y: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
     """Kept for the backward pass: y as it is, not widened."""
-    wide = jnp.promote_types(y.dtype, scale.dtype)
+    wide = wide_dtype(max(y.dtype, scale.dtype, key=lambda dtype: dtype.itemsize))
     return (y.astype(wide) * scale.astype(wide)).astype(y.dtype)

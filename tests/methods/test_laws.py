@@ -42,6 +42,16 @@ METHODS = {
         lambda: jpeft.diff_pruning(structured=True, alpha=0.8)
     ),
     "full": Method(lambda: jpeft.full(".*")),
+    "dora": Method(lambda: jpeft.dora(rank=2, alpha=3)),
+    "ia3": Method(
+        lambda: jpeft.ia3(
+            where=".*(up|head)/(kernel|w)", feedforward=".*down/(kernel|w)"
+        )
+    ),
+    "loha": Method(lambda: jpeft.loha(rank=2, alpha=3)),
+    "lokr": Method(lambda: jpeft.lokr(rank=2, alpha=3)),
+    "norm_tuning": Method(lambda: jpeft.norm_tuning()),
+    "vera": Method(lambda: jpeft.vera(rank=6)),
     "lora_and_head": Method(
         lambda: jpeft.chain(
             jpeft.lora(rank=2, alpha=2, where=".*up/(kernel|w)"),
@@ -73,13 +83,6 @@ METHODS = {
     "lora_on_lora": Method(
         lambda: jpeft.chain(jpeft.lora(rank=2, alpha=3), jpeft.lora(rank=1, alpha=1))
     ),
-    "dora": Method(lambda: jpeft.dora(rank=2, alpha=3)),
-    "ia3": Method(
-        lambda: jpeft.ia3(
-            where=".*(up|head)/(kernel|w)", feedforward=".*down/(kernel|w)"
-        )
-    ),
-    "loha": Method(lambda: jpeft.loha(rank=2, alpha=3)),
     "adapter_houlsby": Method(
         lambda: jpeft.adapter(bottleneck=3, init="near_identity"), merges=False
     ),
@@ -93,8 +96,6 @@ METHODS = {
         lambda: jpeft.adapter(2, placement="parallel", gate=True, activation="tanh"),
         merges=False,
     ),
-    "lokr": Method(lambda: jpeft.lokr(rank=2, alpha=3)),
-    "norm_tuning": Method(lambda: jpeft.norm_tuning()),
     "prompt": Method(lambda: jpeft.prompt(N), merges=False, text=True),
     "p_tuning": Method(lambda: jpeft.p_tuning(N), merges=False, text=True),
     "p_tuning_mlp": Method(

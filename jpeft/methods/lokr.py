@@ -1,0 +1,511 @@
+"""LoKr: a Kronecker product as the delta.  Yeh et al. 2023 (LyCORIS), arXiv:2309.14859;
+KronA: Edalati et al. 2022, arXiv:2212.10650.
+
+    W' = W + s W1 x W2     W1 (*stack, i1, o1)   W2 (*stack, i2, o2)   s = alpha / rank
+
+with i1 i2 inputs and o1 o2 outputs, split as evenly as they divide or by `factor`.  A
+large factor is low-rank itself, W2 = A2 B2 with A2 (i2, rank), B2 (rank, o2).  One of
+them starts at zero, so the model starts as its base.
+
+The product is never made.  With the inputs seen as a matrix X (i1, i2),
+
+    x (W1 x W2) = W1^T X W2
+
+so the delta acts as small contractions, one after the other.
+
+Where we depart from the papers: the weight may have several input and output axes,
+which are counted through in the weight's order.  The two factors belong to whole
+inputs and outputs: a model that slices such a weight before using it, or looks rows up
+in it, is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from jpeft.adapt.interpreter import Interpreter, rule
+from jpeft.adapt.labels import (
+    Label,
+    Labelled,
+    Move,
+    align,
+    broadcast_axes,
+    contract,
+    factor_along,
+    operand_labels,
+    reshaped,
+)
+from jpeft.leaf import adapted_leaf, is_leaf, static, trainable, wide_dtype
+from jpeft.methods import _init
+from jpeft.methods._scaled import ScaledInput, ScaledOutput
+from jpeft.transform import (
+    LeafMethod,
+    Pattern,
+    check_float,
+    check_pattern,
+    check_positive,
+    matched,
+    method,
+)
+from jpeft.tree.layout import LINEAR, MATRIX, LeafUse
+from jpeft.tree.where import Where, check_where
+
+LYCORIS, PEFT = INITS = ("lycoris", "peft")
+# The axes of the two factors, and of what they are products of.
+I1, O1, R1, I2, O2, R2 = "i1", "o1", "r1", "i2", "o2", "r2"
+
+# --- the leaf ------------------------------------------------------------------------
+
+
+@adapted_leaf
+class Kronecker(Labelled):
+    """W + scale * (W1 x W2).
+
+    Each factor is one array, w1 (*stack, i1, o1), or the product of two, w1_a (*stack,
+    i1, rank) and w1_b (*stack, rank, o1); the others are None.
+    """
+
+    w1: Any = trainable(default=None)
+    w1_a: Any = trainable(default=None)
+    w1_b: Any = trainable(default=None)
+    w2: Any = trainable(default=None)
+    w2_a: Any = trainable(default=None)
+    w2_b: Any = trainable(default=None)
+    scale: float = static(default=1.0)
+
+    @classmethod
+    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
+        s = [k for k, c in enumerate(axes) if c == "s"]
+        out: dict[str, list[Label]] = {}
+        for n, i, r, o in (("w1", I1, R1, O1), ("w2", I2, R2, O2)):
+            out |= {n: [*s, i, o], f"{n}_a": [*s, i, r], f"{n}_b": [*s, r, o]}
+        return out
+
+    def labels(self) -> dict[str, list[Label]]:
+        of = type(self).labels_of(self.axes)
+        return {n: k for n, k in of.items() if getattr(self, n) is not None}
+
+    def move(self, base: Any, f: Move, axes: str | None = None) -> Any:
+        """None where inputs or outputs are no longer whole."""
+        after = self.axes if axes is None else axes
+        shape = tuple(base.shape)
+        for group in "io":
+            old = [n for n, c in zip(self.shape, self.axes, strict=True) if c == group]
+            new = [n for n, c in zip(shape, after, strict=True) if c == group]
+            if math.prod(old) != math.prod(new):
+                return None
+        return super().move(base, f, axes)
+
+    def factor(self, name: str, dtype: Any, **kwargs: Any) -> jax.Array:
+        """w1 or w2 as one array."""
+        whole = getattr(self, name)
+        if whole is not None:
+            return jnp.asarray(whole).astype(dtype)
+        a, b = (jnp.asarray(getattr(self, f"{name}_{n}")).astype(dtype) for n in "ab")
+        return jnp.matmul(a, b, **kwargs)
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        wide = wide_dtype(self.dtype)
+        base = self.base.materialize(wide) if is_leaf(self.base) else self.base
+        one, two = (
+            self.factor(n, wide, precision=lax.Precision.HIGHEST) for n in ("w1", "w2")
+        )
+        order = [k for g in "sio" for k, c in enumerate(self.axes) if c == g]
+        delta = kronecker(one, two).reshape([self.shape[k] for k in order])
+        delta = align(delta, order, range(self.ndim))
+        out = jnp.asarray(base).astype(wide) + self.scale * delta
+        return out.astype(self.dtype if dtype is None else dtype)
+
+    def disable(self) -> Self:
+        base = self.base.disable() if is_leaf(self.base) else self.base
+        name = "w1" if self.w1 is not None else "w1_b"
+        return self.replace(
+            base=base, **{name: jax.tree.map(jnp.zeros_like, getattr(self, name))}
+        )
+
+    def unstack(self) -> Any:
+        return super().unstack() if self.axes[0] == "s" else None
+
+    def for_shards(self, spec: PartitionSpec, mesh: Any) -> Self | None:
+        cut = zip(tuple(spec), self.axes, strict=False)
+        if any(names is not None and c != "s" for names, c in cut):
+            return None
+        return super().for_shards(spec, mesh)
+
+
+# --- rules: where a model consumes the weight ----------------------------------------
+
+
+@rule("dot_general", kind=Kronecker)
+def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    if all(map(is_leaf, ins)):
+        # Two adapted weights meet: the smaller one is this equation's activation.
+        k = 0 if ins[0].size <= ins[1].size else 1
+        ins = [x.materialize() if j == k else x for j, x in enumerate(ins)]
+        return it.bind(eqn, ins)
+    side = 0 if is_leaf(ins[0]) else 1
+    leaf, x = ins[side], ins[1 - side]
+    xl, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+    wide = {
+        g: [k for k, c in enumerate(leaf.axes) if c == g and leaf.shape[k] > 1]
+        for g in "io"
+    }
+    # What is summed: all inputs, or (a tied weight) all outputs.
+    for g, other in ("io", "oi"):
+        if set(wide[g]) <= set(xl) - set(out) and not set(wide[other]) & set(xl):
+            delta = _product(leaf, x, xl, out, g, eqn.params)
+            return it.base(eqn, ins, plus=delta)
+    return None
+
+
+def _product(
+    leaf: Kronecker,
+    x: jax.Array,
+    xl: list[Label],
+    out: list[Label],
+    group: str,
+    p: Mapping[str, Any],
+) -> jax.Array:
+    """scale * x (W1 x W2), summed over the axes of `group`."""
+    dtype = jnp.dtype(leaf.dtype)
+    options = {n: p[n] for n in ("precision", "preferred_element_type")}
+    places = _places(x, xl, out, p.get("out_sharding"))
+    summed = [k for k in _axes(leaf, group) if k in xl]
+    rest = [k for k in xl if k not in summed]
+    x = align(x, xl, [*rest, *summed])
+    split, made = ((I1, I2), (O1, O2)) if group == "i" else ((O1, O2), (I1, I2))
+    sizes = {I1: _size(leaf, "w1", 0), O1: _size(leaf, "w1", 1)}
+    sizes |= {I2: _size(leaf, "w2", 0), O2: _size(leaf, "w2", 1)}
+    x = x.reshape(*x.shape[: len(rest)], *(sizes[k] for k in split))
+    xl = [*rest, *split]
+    stack = [k for k, c in enumerate(leaf.axes) if c == "s"]
+    labels = leaf.labels()
+    steps = [n for n in _order(leaf, sizes, split, made) if n in labels]
+    for n, name in enumerate(steps):
+        w, wl = getattr(leaf, name).astype(dtype), labels[name]
+        later = {k for m in steps[n + 1 :] for k in labels[m]}
+        keep = {*out, *made, *later, *(stack if later else ())}
+        x, xl = contract(x, xl, w, wl, keep, place=places, **options)
+        x = x.astype(dtype) if later else x
+    # Outputs in front or behind: where they stand in `out` is seen to by the reshape.
+    others = [k for k in out if k in xl]
+    x = align(x, xl, [*others, *made])
+    mine = [k for k in out if k not in others]
+    x = x.reshape(*x.shape[: len(others)], *(leaf.shape[k] for k in mine))  # type: ignore[index]
+    x = align(x, [*others, *mine], out)
+    return x if leaf.scale == 1.0 else x * jnp.asarray(leaf.scale, x.dtype)
+
+
+def _axes(leaf: Kronecker, group: str) -> list[Label]:
+    return [k for k, c in enumerate(leaf.axes) if c == group]
+
+
+def _size(leaf: Kronecker, name: str, which: int) -> int:
+    whole = getattr(leaf, name)
+    if whole is not None:
+        return whole.shape[which - 2]
+    return getattr(leaf, f"{name}_{'ab'[which]}").shape[which - 2]
+
+
+def _order(
+    leaf: Kronecker,
+    sizes: Mapping[str, int],
+    split: Sequence[str],
+    made: Sequence[str],
+) -> list[str]:
+    """The arrays in the order in which the activation meets them: that factor first
+    that leaves less to do."""
+    ways = []
+    for names in (("w1", "w2"), ("w2", "w1")):
+        have = math.prod(sizes[k] for k in split)
+        cost = 0
+        for n in names:
+            enters, leaves = split[int(n[1]) - 1], made[int(n[1]) - 1]
+            cost += have * sizes[leaves]
+            have = have // sizes[enters] * sizes[leaves]
+        ways.append((cost, names))
+    forwards = split[0] == I1
+    parts = [("_a", "_b") if forwards else ("_b", "_a")] * 2
+    _, names = min(ways, key=lambda way: way[0])
+    return [
+        n + part for n, both in zip(names, parts, strict=True) for part in ("", *both)
+    ]
+
+
+def _places(x: Any, xl: list[Label], out: list[Label], sharding: Any) -> Any:
+    """Where the products go on an explicit mesh: free axes where they are."""
+    if sharding is None:
+        return None
+    names = dict(zip(xl, jax.typeof(x).sharding.spec, strict=True))
+    free = {k: v for k, v in names.items() if k in out}
+    return lambda labels: NamedSharding(
+        sharding.mesh, PartitionSpec(*(free.get(k) for k in labels))
+    )
+
+
+@rule("ragged_dot_general", kind=Kronecker)
+def _ragged_dot(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """Experts on sorted tokens: each token brings i1 rows for W2, then o2 for W1."""
+    x, leaf, sizes, *_ = ins
+    if is_leaf(x) or not is_leaf(leaf) or len(ins) != 3:
+        return None
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    contracting, batch = numbers.dot_dimension_numbers
+    group = tuple(numbers.rhs_group_dimensions)
+    plain = (
+        (batch, contracting, group) == (((), ()), ((1,), (1,)), (0,))
+        and (jnp.ndim(x), leaf.axes) == (2, "sio")
+        and tuple(numbers.lhs_ragged_dimensions) == (0,)
+        and eqn.params["group_offset"] is None
+    )
+    if not plain:
+        return None
+    options = {n: eqn.params[n] for n in ("precision", "preferred_element_type")}
+    one, two = (leaf.factor(n, leaf.dtype) for n in ("w1", "w2"))
+    (_, i1, o1), (_, i2, o2) = one.shape, two.shape
+    n = x.shape[0]
+    h = lax.ragged_dot(x.reshape(n * i1, i2), two, sizes * i1, **options)
+    h = jnp.swapaxes(h.reshape(n, i1, o2), 1, 2).reshape(n * o2, i1)
+    d = lax.ragged_dot(h.astype(leaf.dtype), one, sizes * o2, **options)
+    d = jnp.swapaxes(d.reshape(n, o2, o1), 1, 2).reshape(n, o1 * o2)
+    return it.base(eqn, ins, plus=leaf.scale * d)
+
+
+# --- rules: what happens to the weight before it is consumed -------------------------
+
+
+@rule("transpose", kind=Kronecker)
+def _transpose(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    leaf, perm = ins[0], list(eqn.params["permutation"])
+    for group in "io":
+        order = [k for k in perm if leaf.axes[k] == group and leaf.shape[k] > 1]
+        if order != sorted(order):
+            return None  # inputs are counted through in another order
+    f = lambda x, old, new: align(
+        x, old, [perm[k] if isinstance(k, int) else k for k in new]
+    )
+    return leaf.move(it.base(eqn, ins), f, "".join(leaf.axes[k] for k in perm))
+
+
+@rule("reshape", kind=Kronecker)
+def _reshape(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    if eqn.params.get("dimensions") is not None or 0 in eqn.outvars[0].aval.shape:
+        return None
+    return reshaped(ins[0], it.base(eqn, ins), eqn.outvars[0].aval.shape)
+
+
+@rule("neg", kind=Kronecker)
+def _neg(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    return ins[0].replace(base=it.base(eqn, ins), scale=-ins[0].scale)
+
+
+@rule("mul", "div", kind=Kronecker)
+def _mul(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """Times a number for each matrix of a stack; times a vector it is rescaled."""
+    side = 0 if is_leaf(ins[0]) else 1
+    if all(map(is_leaf, ins)) or (side == 1 and eqn.primitive.name == "div"):
+        return None
+    leaf, v = ins[side], ins[1 - side]
+    if eqn.outvars[0].aval.shape != leaf.shape:
+        return None
+    varying = broadcast_axes(it, eqn, 1 - side)
+    v = jnp.broadcast_to(v, leaf.shape)
+    v = v if eqn.primitive.name == "mul" else 1 / v
+    groups = {leaf.axes[k] for k in varying}
+    if groups <= {"s"}:
+        name = "w1" if leaf.w1 is not None else "w1_b"
+        x, labels = getattr(leaf, name), leaf.labels()[name]
+        x = x * factor_along(v, varying, labels).astype(x.dtype)
+        return leaf.replace(base=it.base(eqn, ins), **{name: x})
+    kind = ScaledOutput if groups <= {"s", "o"} else ScaledInput
+    labels = kind.labels_of(leaf.axes)["scale"]
+    if not varying <= set(labels):
+        return None
+    sizes = [leaf.shape[k] for k in labels]  # type: ignore[index]
+    scale = jnp.broadcast_to(factor_along(v, varying, labels), sizes)
+    return kind(base=leaf, axes=leaf.axes, scale=scale, path=leaf.path)
+
+
+@rule("split", "rev", "tile", "reduce_sum", "concatenate", "stack", kind=Kronecker)
+def _no_longer_whole(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    return None
+
+
+# --- the mathematics -----------------------------------------------------------------
+
+
+def kronecker(
+    one: Float[Array, "*stack i1 o1"], two: Float[Array, "*stack i2 o2"]
+) -> Float[Array, "*stack in out"]:
+    """The Kronecker product of each pair of matrices."""
+    z = one[..., :, None, :, None] * two[..., None, :, None, :]
+    *stack, i1, i2, o1, o2 = z.shape
+    return z.reshape(*stack, i1 * i2, o1 * o2)
+
+
+def factorization(n: int, factor: int = -1) -> tuple[int, int]:
+    """n as a product of two.
+
+    factor: the first of them where it divides n, else an upper bound of it; -1 is no
+    bound.  Short of that the two are as even as they can be, the smaller one first.
+
+    >>> [factorization(*n) for n in ((768,), (768, 4), (250, 4), (7,))]
+    [(24, 32), (4, 192), (2, 125), (1, 7)]
+    """
+    if factor > 0 and n % factor == 0:
+        return factor, n // factor
+    most = math.isqrt(n) if factor == -1 else min(factor, math.isqrt(n))
+    first = next(k for k in range(most, 0, -1) if n % k == 0)
+    return first, n // first
+
+
+def draw(
+    key: jax.Array, shapes: Mapping[str, tuple[int, ...]], init: str
+) -> dict[str, jax.Array]:
+    """First values of the arrays of both factors, in float32."""
+    zero = {LYCORIS: ("w2", "w2_a"), PEFT: ("w1", "w1_b")}[init]
+    keys = jax.random.split(key, len(shapes))
+    return {
+        n: jnp.zeros(shape)
+        if n in zero
+        else _init.draw_a(k, shape, shape[-2], "kaiming", jnp.float32)
+        for k, (n, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+# --- the method ----------------------------------------------------------------------
+
+
+@method("lokr")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoKr(LeafMethod):
+    """See `lokr`."""
+
+    rank: int
+    alpha: float | None = None
+    factor: int = -1
+    decompose_both: bool = False
+    init: str = LYCORIS
+    dtype: str | None = None
+    rank_pattern: Pattern = ()
+    alpha_pattern: Pattern = ()
+    where: Where = "linear"
+    exclude: Where = ()
+
+    def __post_init__(self) -> None:
+        name = self.name
+        check_positive(name, "rank", self.rank, integer=True)
+        if self.alpha is not None:
+            check_positive(name, "alpha", self.alpha)
+        if self.factor != -1:
+            check_positive(name, "factor", self.factor, integer=True)
+        if self.init not in INITS:
+            raise ValueError(f"{name}: init={self.init!r}: expected one of {INITS}")
+        check_float(name, self.dtype)
+        checked = {
+            "rank_pattern": check_pattern(
+                name, "rank_pattern", self.rank_pattern, integer=True
+            ),
+            "alpha_pattern": check_pattern(name, "alpha_pattern", self.alpha_pattern),
+            "where": check_where(self.where),
+            "exclude": check_where(self.exclude, "exclude"),
+        }
+        for field, value in checked.items():
+            object.__setattr__(self, field, value)
+
+    def selection(self) -> tuple[Where, Where]:
+        return self.where, self.exclude
+
+    def accepts(self, use: LeafUse) -> bool:
+        return use.kind in (LINEAR, MATRIX)
+
+    def shapes(self, use: LeafUse, rank: int) -> dict[str, tuple[int, ...]]:
+        """Of the arrays beside a weight."""
+        stack = tuple(use.sizes("s"))
+        n_in, n_out = math.prod(use.sizes("i")), math.prod(use.sizes("o"))
+        i1, i2 = factorization(n_in, self.factor)
+        o1, o2 = factorization(n_out, self.factor)
+        out: dict[str, tuple[int, ...]] = {}
+        for n, i, o in (("w1", i1, o1), ("w2", i2, o2)):
+            if rank < max(i, o) / 2 and (n == "w2" or self.decompose_both):
+                out |= {f"{n}_a": (*stack, i, rank), f"{n}_b": (*stack, rank, o)}
+            else:
+                out[n] = (*stack, i, o)
+        return out
+
+    def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Kronecker:
+        rank = matched(self.rank_pattern, path, self.rank)
+        alpha = matched(self.alpha_pattern, path, self.alpha)
+        assert use.axes is not None
+        drawn = draw(key, self.shapes(use, rank), self.init)
+        dtype = self.adapter_dtype(base)
+        factors: dict[str, Any] = {n: x.astype(dtype) for n, x in drawn.items()}
+        return Kronecker(
+            base=base,
+            axes=use.axes,
+            scale=1.0 if alpha is None else float(alpha / rank),
+            **factors,
+        )
+
+
+def lokr(
+    rank: int,
+    alpha: float | None = None,
+    *,
+    where: Where = "linear",
+    exclude: Where = (),
+    factor: int = -1,
+    decompose_both: bool = False,
+    init: str = LYCORIS,
+    dtype: Any = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> LoKr:
+    """A transform that puts a Kronecker product beside each selected weight.
+
+        W' = W + s W1 x W2     s = alpha / rank
+
+    Yeh et al. 2023, arXiv:2309.14859; Edalati et al. 2022, arXiv:2212.10650.
+
+    rank: of the second factor; from half of that factor's larger side on, it is one
+        matrix.
+    alpha: numerator of the scale; None means `rank`, that is a scale of 1.
+    where, exclude: which weights, linear ones.
+    factor: the size of the first factor's sides where it divides those of the weight,
+        and the most they may be where not; -1 splits as evenly as can be.
+    decompose_both: the first factor is low-rank as well, by the same measure.
+    init: "lycoris": the second factor (its A2) starts at zero, the rest uniform, as
+        the authors of LyCORIS have it.  "peft": the first (its B1), as Hugging Face
+        PEFT has it.
+    dtype: of the factors; None means float32, or float64 beside float64.
+    rank_pattern, alpha_pattern: {regular expression for the whole path: value}.
+
+    Raises ValueError for a rank below 1, and as `jpeft.lora` does.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"dense": {"kernel": jnp.ones((12, 10))}}
+    >>> kernel = jpeft.lokr(rank=1)(jax.random.key(0), params)["dense"]["kernel"]
+    >>> kernel.w1.shape, kernel.w2_a.shape, kernel.w2_b.shape
+    ((3, 2), (4, 1), (1, 5))
+    """
+    return LoKr(
+        rank=rank,
+        alpha=alpha,
+        factor=factor,
+        decompose_both=decompose_both,
+        init=init,
+        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        rank_pattern=tuple((rank_pattern or {}).items()),
+        alpha_pattern=tuple((alpha_pattern or {}).items()),
+        where=where,
+        exclude=exclude,
+    )

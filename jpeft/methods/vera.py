@@ -1,0 +1,346 @@
+"""VeRA: vectors over random matrices that all layers share.  Kopiczko et al. 2023,
+arXiv:2310.11454.
+
+    W' = W + (A * d) (B * b)     A (in, rank)   B (rank, out)     both random and frozen
+    x W' = x W + (((x A) * d) B) * b     d (*stack, rank)   b (*stack, *out)
+
+A and B are drawn once for the largest weight; smaller ones use their first rows and
+columns.  They are kept in the first adapted weight of the tree, from which the others
+borrow them, and saved with the adapter: no seed has to give the same numbers elsewhere.
+d starts at 0.1 and b at zero, so the model starts as its base.
+
+Both are uniform with variance 2 / fan-in (Kaiming), fan-in being the largest input of A
+and the rank of B.
+
+Where we depart from the paper: a weight may have several input and output axes, which
+are counted through in the weight's order.  (Hugging Face PEFT draws A and B with
+torch's generator; the numbers are others here.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jpeft.adapt.interpreter import Interpreter, rule
+from jpeft.adapt.labels import Label, R, align, contract, operand_labels
+from jpeft.leaf import (
+    AdaptedLeaf,
+    adapted_leaf,
+    frozen,
+    is_leaf,
+    static,
+    trainable,
+    transient,
+)
+from jpeft.methods._low_rank import ActsAsLowRank, LowRank, dropped
+from jpeft.methods._scaled import ScaledOutput, spread, times
+from jpeft.transform import (
+    LeafMethod,
+    Transform,
+    check_float,
+    check_positive,
+    method,
+    path_key,
+)
+from jpeft.tree.layout import LINEAR, MATRIX, LeafUse
+from jpeft.tree.paths import slots
+from jpeft.tree.where import Where, check_where
+from jpeft.types import PyTree
+
+_HELD = ("shared_a", "shared_b")
+
+# --- the leaf as it is stored --------------------------------------------------------
+
+
+@adapted_leaf
+class VeRALeaf(AdaptedLeaf):
+    """The two vectors of a weight; in one leaf also what all of them share.
+
+    d: (*stack, rank); b: (*stack, *out); shared_a: (largest in, rank), shared_b: (rank,
+    largest out).
+    """
+
+    axes: str = static()
+    d: Any = trainable()
+    b: Any = trainable()
+    shared_a: Any = frozen(default=None)
+    shared_b: Any = frozen(default=None)
+    lent_a: Any = transient()
+    lent_b: Any = transient()
+    dropout: float = static(default=0.0)
+
+    def field_axes(self) -> Mapping[str, tuple[int | None, ...]]:
+        vectors = SharedLowRank.labels_of(self.axes)
+        of = lambda n: tuple(k if isinstance(k, int) else None for k in vectors[n])
+        held = {} if self.shared_a is None else dict.fromkeys(_HELD, (None, None))
+        return {"d": of("d"), "b": of("e"), **held}
+
+    def lends(self) -> Mapping[str, Any] | None:
+        if self.shared_a is None:
+            return None
+        return {"a": self.shared_a, "b": self.shared_b}
+
+    def borrow(self, lent: Mapping[str, Any]) -> Self:
+        return self.replace(lent_a=lent["a"], lent_b=lent["b"])
+
+    def begin(self) -> SharedLowRank:
+        """The leaf with its rows and columns of the shared matrices."""
+        if self.lent_a is None:
+            raise ValueError(
+                f"{self.where()}VeRA's random matrices are kept in the first adapted "
+                "weight of the tree, which is not among the arguments; pass the whole "
+                "tree"
+            )
+        ins, outs = (
+            tuple(n for n, c in zip(self.shape, self.axes, strict=True) if c == g)
+            for g in "io"
+        )
+        a = jnp.asarray(self.lent_a)[: math.prod(ins)]
+        b = jnp.asarray(self.lent_b)[:, : math.prod(outs)]
+        return SharedLowRank(
+            base=self.base,
+            axes=self.axes,
+            a=a.reshape(*ins, -1),
+            d=self.d,
+            b=b.reshape(-1, *outs),
+            e=self.b,
+            dropout=self.dropout,
+            origin=self.origin,
+            path=self.path,
+            key=self.key,
+        )
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        return self.begin().materialize(dtype)
+
+    def disable(self) -> Self:
+        base = self.base.disable() if is_leaf(self.base) else self.base
+        return self.replace(base=base, b=jax.tree.map(jnp.zeros_like, self.b))
+
+
+# --- the leaf as it acts -------------------------------------------------------------
+
+
+@adapted_leaf
+class SharedLowRank(ActsAsLowRank):
+    """W + (A * d).(B * e), where A and B belong to other weights too.
+
+    a: (*in, rank); d: (*stack, rank); b: (rank, *out); e: (*stack, *out).
+    """
+
+    a: Any = frozen()
+    d: Any = trainable()
+    b: Any = frozen()
+    e: Any = trainable()
+    dropout: float = static(default=0.0)
+
+    @classmethod
+    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
+        s, i, o = ([k for k, c in enumerate(axes) if c == g] for g in "sio")
+        of_columns = ScaledOutput.labels_of(axes)["scale"]
+        return {"a": [*i, R], "d": [*s, R], "b": [R, *o], "e": of_columns}
+
+    def as_low_rank(self) -> LowRank:
+        own, of = self.labels(), LowRank.labels_of(self.axes)
+        pair = lambda x, v, n: (
+            spread(getattr(self, x), own[x], of[n])
+            * spread(getattr(self, v), own[v], of[n])
+        )
+        return LowRank(
+            base=self.base,
+            axes=self.axes,
+            a=pair("a", "d", "a"),
+            b=pair("b", "e", "b"),
+            dropout=self.dropout,
+            origin=self.origin,
+            path=self.path,
+            key=self.key,
+        )
+
+
+@rule("dot_general", kind=SharedLowRank)
+def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """Through the rank, scaled in between: A * d and B * b are not made."""
+    plain = lambda x: x.as_low_rank() if isinstance(x, SharedLowRank) else x
+    if all(map(is_leaf, ins)) or eqn.params.get("out_sharding") is not None:
+        return it.bind(eqn, list(map(plain, ins)))
+    side = 0 if is_leaf(ins[0]) else 1
+    leaf, x = ins[side], ins[1 - side]
+    xl, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+    wide = lambda g: {
+        k for k, c in enumerate(leaf.axes) if c == g and leaf.shape[k] > 1
+    }
+    summed = set(xl) - set(out)
+    if wide("i") <= summed and not wide("o") & set(xl):
+        steps = ("a", "d", "b", "e")
+    elif wide("o") <= summed and not wide("i") & set(xl):
+        steps = ("e", "b", "d", "a")
+    else:
+        return it.bind(eqn, list(map(plain, ins)))
+    y, dtype, labels = dropped(leaf, x), jnp.dtype(leaf.dtype), leaf.labels()
+    options = {n: eqn.params[n] for n in ("precision", "preferred_element_type")}
+    for n, name in enumerate(steps):
+        v, vl = getattr(leaf, name), labels[name]
+        if name in ("d", "e"):
+            y, xl = _times(y, xl, v, vl)
+            continue
+        later = {k for m in steps[n + 1 :] for k in labels[m]}
+        y, xl = contract(y, xl, v.astype(dtype), vl, {*out, *later}, **options)
+        y = y.astype(dtype)
+    gone = [n for n, k in enumerate(xl) if k not in out]
+    y, xl = jnp.sum(y, gone), [k for k in xl if k in out]
+    return it.base(eqn, ins, plus=align(y, xl, out))
+
+
+def _times(
+    x: Float[Array, "..."], xl: list[Label], v: Float[Array, "..."], vl: list[Label]
+) -> tuple[Float[Array, "..."], list[Label]]:
+    """x times v along the labels they share, with an axis for each other label of v."""
+    new = [k for k in vl if k not in xl]
+    labels = [*new, *xl]
+    return times(jnp.expand_dims(x, range(len(new))), spread(v, vl, labels)), labels
+
+
+# --- the mathematics -----------------------------------------------------------------
+
+
+def draw(
+    key: jax.Array, n_in: int, rank: int, n_out: int
+) -> tuple[Float[Array, "in rank"], Float[Array, "rank out"]]:
+    """A and B: uniform with variance 2 / fan-in, in float32."""
+    bound = lambda fan_in: math.sqrt(6 / fan_in)
+    uniform = lambda name, shape, fan_in: jax.random.uniform(
+        path_key(key, name), shape, jnp.float32, -bound(fan_in), bound(fan_in)
+    )
+    return uniform("a", (n_in, rank), n_in), uniform("b", (rank, n_out), rank)
+
+
+# --- the method ----------------------------------------------------------------------
+
+
+@method("vera")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VeRA(Transform):
+    """See `vera`."""
+
+    rank: int
+    d_initial: float = 0.1
+    dropout: float = 0.0
+    dtype: str | None = None
+    where: Where = "linear"
+    exclude: Where = ()
+
+    def __post_init__(self) -> None:
+        check_positive("vera", "rank", self.rank, integer=True)
+        check_positive("vera", "d_initial", self.d_initial)
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(
+                f"vera: dropout={self.dropout!r}: expected a rate from 0 up to, not "
+                "including, 1"
+            )
+        check_float("vera", self.dtype)
+        object.__setattr__(self, "where", check_where(self.where))
+        object.__setattr__(self, "exclude", check_where(self.exclude, "exclude"))
+
+    def __call__(
+        self,
+        key: jax.Array,
+        params: PyTree,
+        *,
+        uses: Mapping[str, LeafUse] | None = None,
+    ) -> PyTree:
+        found = _Vectors(whole=self).targets(slots(params), uses)
+        largest = lambda g: max(math.prod(u.sizes(g)) for u in found.values())
+        shared = draw(key, largest("i"), self.rank, largest("o"))
+        attach = _Vectors(whole=self, holder=next(iter(found)), shared=shared)
+        return attach(key, params, uses=uses)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Vectors(LeafMethod):
+    """What `VeRA` does to each weight, once what is shared is drawn.
+
+    holder: the path of the weight that keeps it.
+    """
+
+    whole: VeRA
+    holder: str = ""
+    shared: Any = None
+
+    name: ClassVar[str] = "vera"
+
+    def origin(self) -> str:
+        return self.whole.origin()
+
+    def selection(self) -> tuple[Where, Where]:
+        return self.whole.where, self.whole.exclude
+
+    def accepts(self, use: LeafUse) -> bool:
+        return use.kind in (LINEAR, MATRIX)
+
+    @property
+    def dtype(self) -> str | None:
+        return self.whole.dtype
+
+    def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> VeRALeaf:
+        assert use.axes is not None
+        dtype, labels = self.adapter_dtype(base), SharedLowRank.labels_of(use.axes)
+        size = lambda k: use.shape[k] if isinstance(k, int) else self.whole.rank
+        a, b = self.shared if path == self.holder else (None, None)
+        return VeRALeaf(
+            base=base,
+            axes=use.axes,
+            d=jnp.full([size(k) for k in labels["d"]], self.whole.d_initial, dtype),
+            b=jnp.zeros([size(k) for k in labels["e"]], dtype),
+            shared_a=None if a is None else a.astype(dtype),
+            shared_b=None if b is None else b.astype(dtype),
+            lent_a=None,
+            lent_b=None,
+            dropout=float(self.whole.dropout),
+        )
+
+
+def vera(
+    rank: int = 256,
+    *,
+    where: Where = "linear",
+    exclude: Where = (),
+    d_initial: float = 0.1,
+    dropout: float = 0.0,
+    dtype: Any = None,
+) -> VeRA:
+    """A transform that trains two vectors a weight, over random matrices that all of
+    them share.
+
+        W' = W + (A * d) (B * b)
+
+    Kopiczko et al. 2023, arXiv:2310.11454.
+
+    rank: of A and B; it may be large, since a weight trains rank + out numbers.
+    where, exclude: which weights, linear ones.
+    d_initial: the first value of d; b starts at zero.
+    dropout: rate on the activations that enter A, drawn where `adapt` is given a key.
+    dtype: of the vectors and of A and B; None means float32.
+
+    Raises ValueError as `jpeft.lora` does.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"query": jnp.ones((7, 5)), "value": jnp.ones((7, 5))}
+    >>> jpeft.count(jpeft.vera(4, where=".*")(jax.random.key(0), params))
+    Count(trainable=18, frozen=118)
+    """
+    return VeRA(
+        rank=rank,
+        d_initial=d_initial,
+        dropout=dropout,
+        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        where=where,
+        exclude=exclude,
+    )
