@@ -6,6 +6,8 @@ virtual ids too.  `prefix` is prefix tuning written into the model by hand.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -123,10 +125,14 @@ class NnxBlock(nnx.Module):
         self.key = nnx.LinearGeneral(*sizes, rngs=rngs)
         self.value = nnx.LinearGeneral(*sizes, rngs=rngs)
         self.out = nnx.LinearGeneral((HEADS, HEAD), WIDTH, axis=(-2, -1), rngs=rngs)
+        self.up = nnx.Linear(WIDTH, HIDDEN, rngs=rngs)
+        self.down = nnx.Linear(HIDDEN, WIDTH, rngs=rngs)
 
     def __call__(self, x, mask):
         h = self.norm(x)
-        return x + self.out(attended(self.query(h), self.key(h), self.value(h), mask))
+        y = attended(self.query(h), self.key(h), self.value(h), mask)
+        x = x + self.out(y)
+        return x + self.down(nnx.gelu(self.up(x)))
 
 
 class NnxLm(nnx.Module):
@@ -169,16 +175,24 @@ def plain_text():
     draw = lambda n, *s: jax.random.normal(jax.random.fold_in(jax.random.key(5), n), s)
     names = ("query", "key", "value", "out")
     attn = {n: {"w": draw(k, WIDTH, WIDTH)} for k, n in enumerate(names)}
-    params = {"table": draw(9, VOCAB, WIDTH), "attn": attn}
+    mlp = {"up": {"w": draw(7, WIDTH, HIDDEN)}, "down": {"w": draw(8, HIDDEN, WIDTH)}}
+    params = {"table": draw(9, VOCAB, WIDTH), "attn": attn, "mlp": mlp}
 
     def fn(p, ids):
         x = jnp.take(p["table"], ids, axis=0, mode="clip")
         q, k, v = (x @ p["attn"][n]["w"] for n in names[:3])
         y = jax.nn.softmax(q @ k.transpose(0, 2, 1)) @ v
         x = jnp.tanh(y @ p["attn"]["out"]["w"])
+        x = x + jnp.tanh(x @ p["mlp"]["up"]["w"]) @ p["mlp"]["down"]["w"]
         return x @ p["table"].T
 
     return text_form(fn, params)
+
+
+def of_words(make):
+    """The same model on texts without virtual tokens."""
+    form = make()
+    return dataclasses.replace(form, args=form.bare, other=MORE[1], bare=None)
 
 
 TEXT_FORMS = {
@@ -187,4 +201,8 @@ TEXT_FORMS = {
     "text_scan_remat": lambda: linen_text(Lm(scan=True, remat=True)),
     "text_nnx": nnx_text,
     "text_plain": plain_text,
+}
+WORD_FORMS = {
+    n.replace("text_", "words_"): (lambda make=make: of_words(make))
+    for n, make in TEXT_FORMS.items()
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import chex
@@ -15,7 +16,7 @@ import pytest
 from forms import FORMS
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from text_forms import TEXT_FORMS, N
+from text_forms import TEXT_FORMS, WORD_FORMS, N
 
 import jpeft
 from jpeft.leaf import innermost, is_leaf
@@ -27,7 +28,8 @@ class Method:
     make: Callable[[], jpeft.Transform]
     merges: bool = True  # the effective weight exists
     quantizes: bool = False  # the base itself is stored in another format
-    text: bool = False  # it acts on texts with virtual tokens
+    kept: bool = True  # attached, it leaves the output as it is
+    forms: str = ""  # "text_": with virtual tokens; "words_": texts of real tokens
 
 
 METHODS = {
@@ -42,16 +44,6 @@ METHODS = {
         lambda: jpeft.diff_pruning(structured=True, alpha=0.8)
     ),
     "full": Method(lambda: jpeft.full(".*")),
-    "dora": Method(lambda: jpeft.dora(rank=2, alpha=3)),
-    "ia3": Method(
-        lambda: jpeft.ia3(
-            where=".*(up|head)/(kernel|w)", feedforward=".*down/(kernel|w)"
-        )
-    ),
-    "loha": Method(lambda: jpeft.loha(rank=2, alpha=3)),
-    "lokr": Method(lambda: jpeft.lokr(rank=2, alpha=3)),
-    "norm_tuning": Method(lambda: jpeft.norm_tuning()),
-    "vera": Method(lambda: jpeft.vera(rank=6)),
     "lora_and_head": Method(
         lambda: jpeft.chain(
             jpeft.lora(rank=2, alpha=2, where=".*up/(kernel|w)"),
@@ -83,6 +75,13 @@ METHODS = {
     "lora_on_lora": Method(
         lambda: jpeft.chain(jpeft.lora(rank=2, alpha=3), jpeft.lora(rank=1, alpha=1))
     ),
+    "dora": Method(lambda: jpeft.dora(rank=2, alpha=3)),
+    "ia3": Method(
+        lambda: jpeft.ia3(
+            where=".*(up|head)/(kernel|w)", feedforward=".*down/(kernel|w)"
+        )
+    ),
+    "loha": Method(lambda: jpeft.loha(rank=2, alpha=3)),
     "adapter_houlsby": Method(
         lambda: jpeft.adapter(bottleneck=3, init="near_identity"), merges=False
     ),
@@ -96,13 +95,44 @@ METHODS = {
         lambda: jpeft.adapter(2, placement="parallel", gate=True, activation="tanh"),
         merges=False,
     ),
-    "prompt": Method(lambda: jpeft.prompt(N), merges=False, text=True),
-    "p_tuning": Method(lambda: jpeft.p_tuning(N), merges=False, text=True),
+    "lokr": Method(lambda: jpeft.lokr(rank=2, alpha=3)),
+    "vera": Method(lambda: jpeft.vera(rank=6)),
+    "norm_tuning": Method(lambda: jpeft.norm_tuning()),
+    "prompt": Method(lambda: jpeft.prompt(N), merges=False, forms="text_"),
+    "p_tuning": Method(lambda: jpeft.p_tuning(N), merges=False, forms="text_"),
     "p_tuning_mlp": Method(
-        lambda: jpeft.p_tuning(N, encoder="mlp"), merges=False, text=True
+        lambda: jpeft.p_tuning(N, encoder="mlp"), merges=False, forms="text_"
     ),
     "prefix_tokens": Method(
-        lambda: jpeft.prefix(N, mode="tokens"), merges=False, text=True
+        lambda: jpeft.prefix(N, mode="tokens"), merges=False, forms="text_"
+    ),
+    # Learned keys take their share of the attention from the start.
+    "prefix": Method(
+        lambda: jpeft.prefix(N, init="unit"), merges=False, kept=False, forms="words_"
+    ),
+    "prefix_mlp": Method(
+        lambda: jpeft.prefix(N, reparametrization="mlp", width=4),
+        merges=False,
+        kept=False,
+        forms="words_",
+    ),
+    "p_tuning_v2": Method(
+        lambda: jpeft.p_tuning_v2(N, layers=[-1], init="unit"),
+        merges=False,
+        kept=False,
+        forms="words_",
+    ),
+    "mam": Method(
+        lambda: jpeft.mam(prefix_length=N, bottleneck=2),
+        merges=False,
+        kept=False,
+        forms="words_",
+    ),
+    "unipelt": Method(
+        lambda: jpeft.unipelt(prefix_length=N, bottleneck=2, rank=2),
+        merges=False,
+        kept=False,
+        forms="words_",
     ),
 }
 KEY = jax.random.key(3)
@@ -118,11 +148,11 @@ def room(method):
 
 @functools.cache
 def form(name):
-    return (FORMS | TEXT_FORMS)[name]()
+    return (FORMS | TEXT_FORMS | WORD_FORMS)[name]()
 
 
 def forms_of(method, names=FORMS):
-    return [f"text_{n}" if METHODS[method].text else n for n in names]
+    return [METHODS[method].forms + n for n in names]
 
 
 def bare(f):
@@ -162,13 +192,28 @@ def loss_of(name):
     return lambda p: jnp.mean(jnp.square(apply(p, *f.args) - 1.0))
 
 
-every = pytest.mark.parametrize(
-    ("method", "name"), [(m, n) for m in METHODS for n in forms_of(m)]
-)
-in_linen = pytest.mark.parametrize(
-    ("method", "name"),
-    [(m, n) for m in METHODS for n in forms_of(m, ["unrolled", "scan_remat"])],
-)
+# Methods whose leaves the others share run everywhere by default; the others in these
+# forms, and everywhere in the slow tests.
+EVERYWHERE = {"lora", "bitfit", "full", "qlora", "prefix"}
+QUICK = ("scan_remat", "nnx")
+
+
+def cases(names, *more):
+    """(method, form, *one of each of `more`), slow beyond the quick ones."""
+    out = []
+    for m in METHODS:
+        for n in names:
+            for k, rest in enumerate(itertools.product(*more)):
+                quick = m in EVERYWHERE or (n in QUICK and k == 0)
+                marks = () if quick else pytest.mark.slow
+                form = METHODS[m].forms + n
+                out.append(pytest.param(m, form, *rest, marks=marks))
+    return out
+
+
+every = pytest.mark.parametrize(("method", "name"), cases(FORMS))
+LINEN = ("unrolled", "scan_remat")
+in_linen = pytest.mark.parametrize(("method", "name"), cases(LINEN))
 
 
 def base_of(method, name):
@@ -198,6 +243,9 @@ def test_unload_returns_the_base_bit_for_bit(method, name):
 def test_output_is_kept_at_attach(method, name):
     f = form(name)
     got = jax.jit(jpeft.adapt(f.fn))(attached(method, name), *bare(f))
+    if not METHODS[method].kept:  # the test of disabled adapters has the base
+        assert float(jnp.max(jnp.abs(got - output_of_base(method, name)))) > 1e-4
+        return
     np.testing.assert_allclose(got, output_of_base(method, name), **room(method))
 
 
@@ -274,8 +322,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@in_linen
+@pytest.mark.parametrize(("method", "name", "way"), cases(LINEN, WAYS))
 def test_frozen_leaves_do_not_move_and_trainable_ones_do(method, name, way):
     params = attached(method, name)
     if METHODS[method].quantizes and way == "freeze":
