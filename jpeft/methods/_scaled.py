@@ -17,9 +17,11 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jpeft import compat
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import Label, Labelled, align, operand_labels
 from jpeft.leaf import adapted_leaf, is_carried, is_leaf, static, trainable, wide_dtype
@@ -152,13 +154,45 @@ def _gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     s, sl = gather_factor(p, leaf.scale, labels, indices, rows, batching, fill=1)
     y = it.base(eqn, ins)
     if not is_leaf(y):
-        return times(y, spread(s, sl, out))
+        scale = spread(s, sl, out)
+        inside = _inside(leaf, p, indices, rows, batching)
+        if inside is not None:
+            inside = spread(inside, rows, out)
+            scale = jnp.where(inside > 0, scale, jnp.ones_like(scale))
+        return times(y, scale)
     axes = "".join("s" if isinstance(k, tuple) else leaf.axes[k] for k in out)  # type: ignore[index]
     wanted = type(leaf).labels_of(axes)["scale"]
     place = {k: n for n, k in enumerate(out)}
     s = spread(s, [place[k] for k in sl], wanted)
     sizes = [eqn.outvars[0].aval.shape[k] for k in wanted]  # type: ignore[index]
     return leaf.replace(base=y, axes=axes, scale=jnp.broadcast_to(s, sizes))
+
+
+def _inside(
+    leaf: Scaled,
+    p: Mapping[str, Any],
+    indices: jax.Array,
+    rows: list[Label],
+    batching: dict[int, int],
+) -> jax.Array | None:
+    """Where rows out of range are filled with a number, which is not the weight's: one
+    for each row that is in range, else zero."""
+    fill = p["fill_value"]
+    is_nan = fill is None or np.isnan(fill)
+    if p["mode"] != lax.GatherScatterMode.FILL_OR_DROP or is_nan:
+        return None
+    looked_up = {*p["dimension_numbers"].start_index_map, *batching}
+    only = lambda sizes: [n if k in looked_up else 1 for k, n in enumerate(sizes)]
+    every: list[Label] = list(range(leaf.ndim))
+    found, labels = gather_factor(
+        {**p, "slice_sizes": only(p["slice_sizes"])},
+        jnp.ones(only(leaf.shape), jnp.float32),
+        every,
+        indices,
+        rows,
+        batching,
+    )
+    return jnp.min(found, [n for n, k in enumerate(labels) if k not in rows])
 
 
 @rule("ragged_dot_general", kind=Scaled)
@@ -228,12 +262,19 @@ def _pad(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     if not is_leaf(leaf) or is_leaf(value):
         return None
     config = eqn.params["padding_config"]
+    others = [k for k in range(leaf.ndim) if k not in leaf.labels()["scale"]]
+    if any(config[k] != (0, 0, 0) for k in others) and not _is_zero(eqn.invars[1]):
+        return None  # what is put beside the weight would be rescaled with it
 
     def f(x: jax.Array, old: list[Label], _: list[Label]) -> jax.Array:
         rows = [config[k] for k in old]  # type: ignore[index]
         return lax.pad(x, jnp.ones((), x.dtype), rows)
 
     return leaf.move(it.base(eqn, ins), f)
+
+
+def _is_zero(var: Any) -> bool:
+    return isinstance(var, compat.Literal) and not np.any(var.val)
 
 
 @rule("reduce_sum", kind=Scaled)
