@@ -190,7 +190,7 @@ class BertEncoder(_Part):
 
 
 class BertClassifier(_Part):
-    """Class scores ``[batch, num_classes]`` from the encoder's mean-pooled states.
+    """Class scores ``[batch, num_classes]`` from the words' mean-pooled states.
 
     The parameters are ``{"bert": the encoder's, "classifier": {"kernel", "bias"}}``.
     """
@@ -203,7 +203,9 @@ class BertClassifier(_Part):
     ) -> jax.Array:
         """The scores (logits), one per class."""
         hidden = BertEncoder(self.config, name="bert")(ids, mask, token_types)
-        return self.dense(self.num_classes, "classifier")(mean_pool(hidden, mask))
+        # Ids from the vocabulary's size up are no words: they are attended to only.
+        words = mask.astype(bool) & (ids < self.config.vocab_size)
+        return self.dense(self.num_classes, "classifier")(mean_pool(hidden, words))
 
 
 def mean_pool(hidden: jax.Array, mask: jax.Array) -> jax.Array:

@@ -16,6 +16,8 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
+import jpeft
+
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "minilm_golden.npz"
 TINY = {
     "model_type": "bert",
@@ -208,6 +210,29 @@ def test_the_classifier_is_the_encoder_with_mean_pooling_and_one_layer(tmp_path)
     hidden = np.asarray(_bert.BertEncoder(config).apply({"params": params}, ids, mask))
     pooled = np.stack([hidden[0].mean(0), hidden[1, :2].mean(0)])
     np.testing.assert_allclose(scores, pooled @ kernel, rtol=1e-5, atol=1e-6)
+
+
+def test_virtual_tokens_are_attended_to_and_not_pooled(tmp_path):
+    config, params = _bert.load_base(write_checkpoint(tmp_path, tiny_tensors()))
+    model, v = _bert.BertClassifier(config, num_classes=3), config.vocab_size
+    ids = jnp.array([[v, v + 1, 1, 2], [v, v + 1, 4, 0]])
+    mask = jnp.array([[True, True, True, True], [True, True, True, False]])
+    fresh = model.init(jax.random.key(0), ids[:, 2:], mask[:, 2:])["params"]
+    tree = {"params": {**fresh, "bert": params}}
+    tree = jpeft.prompt(2, init="random")(jax.random.key(1), tree)
+    table = lambda x: x["params"]["bert"]["embeddings"]["word_embeddings"]["embedding"]
+    found = jpeft.adapt(model.apply)(tree, ids, mask)
+    # The same tokens as words of a larger vocabulary.
+    wide = dataclasses.replace(config, vocab_size=v + 2)
+    rows = jnp.concatenate([table(tree).base, table(tree).prompt])
+    plain = jax.tree.map(lambda x: x, jpeft.unload(tree)["params"]["bert"])
+    plain["embeddings"]["word_embeddings"]["embedding"] = rows
+    hidden = _bert.BertEncoder(wide).apply({"params": plain}, ids, mask)
+    pooled = np.stack([hidden[0, 2:].mean(0), hidden[1, 2]])
+    expected = pooled @ fresh["classifier"]["kernel"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    alone = model.apply(jpeft.unload(tree), ids[:, 2:], mask[:, 2:])
+    assert np.abs(found - alone).max() > 1e-3
 
 
 def test_token_types_select_their_embedding(tmp_path):
