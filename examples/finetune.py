@@ -284,10 +284,10 @@ def initial_state(stage: _stages.Stage, params: Any) -> Any:
 def train(
     run: Run, logits: Callable[..., jax.Array], stop: Callable[[], bool]
 ) -> float:
-    """Trains to the end and leaves the result in ``run``; gives examples per second.
+    """Trains to the end; leaves the result, finalised, in ``run``.
 
-    After a step at which ``stop()`` is true it saves a checkpoint and raises
-    Interrupted.
+    Gives examples per second.  After a step at which ``stop()`` is true it saves a
+    checkpoint and raises Interrupted.
     """
     first, seconds, begin = run.step, 0.0, 0
     with _progress(run) as bar:
@@ -300,6 +300,8 @@ def train(
                 if stage.finish is not None:
                     run.params = stage.finish(run.params)
             begin = end
+    # Checkpoints keep what only trains, such as the network that makes a prefix.
+    run.params = jpeft.finalize(run.params)
     return run.recipe.batch_size * (run.step - first) / seconds if seconds else 0.0
 
 
@@ -403,9 +405,8 @@ def work(run: Run, stop_after: int | None, full_summary: bool) -> None:
         print(f"{start}; Ctrl-C saves a checkpoint and stops", flush=True)
         stop = lambda: interrupt.asked or run.step == stop_after
         speed = train(run, logits, stop)
-    majority = np.full_like(run.held_out.labels, np.bincount(run.train.labels).argmax())
     results = {
-        "majority": _scores_of(run, majority),
+        "majority": majority(run),
         "before": run.history["before"],
         "after": scores(run, logits),
     }
@@ -431,6 +432,12 @@ def work(run: Run, stop_after: int | None, full_summary: bool) -> None:
 def scores(run: Run, logits: Callable[..., jax.Array]) -> dict[str, float]:
     """Accuracy and macro-F1 on the held-out examples, as the parameters are now."""
     return _scores_of(run, _encoded.predict(logits, run.params, run.held_out).argmax(1))
+
+
+def majority(run: Run) -> dict[str, float]:
+    """As `scores`, of guessing the most frequent class."""
+    guess = np.bincount(run.train.labels).argmax()
+    return _scores_of(run, np.full_like(run.held_out.labels, guess))
 
 
 def _scores_of(run: Run, found: np.ndarray) -> dict[str, float]:

@@ -492,6 +492,14 @@ def in_stages(command, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def with_encoder(command, tmp_path_factory):
+    """The folder of a run of P-tuning that was not interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "p_tuning"
+    assert finetune.main(more(command, out, "p_tuning", "--length", 40)) == 0
+    return out
+
+
 @pytest.mark.parametrize(
     ("name", "step"),
     # Of nine steps diff pruning learns what to keep in five; six end an epoch.
@@ -534,6 +542,22 @@ def test_diff_pruning_ends_with_the_wanted_density(in_stages, base):
     kept = jpeft.count(params).trainable - head
     indices = kept  # int32, one a difference, counted as frozen
     assert kept == round(0.005 * (everything - indices - words))
+
+
+@pytest.mark.parametrize("stop_after", [4, 9])
+def test_a_prompt_is_kept_without_the_encoder_that_made_it(
+    stop_after, command, with_encoder, base, tmp_path
+):
+    embeddings = loaded(with_encoder, base)["bert"]["embeddings"]
+    leaf = embeddings["word_embeddings"]["embedding"]
+    assert type(leaf).__name__ == "Prompt" and leaf.prompt.shape == (20, 32)
+    trained = read(with_encoder / "metrics.json")["parameters"]["trainable"]
+    assert trained == 20 * 32 + 32 * len(CLASSES) + len(CLASSES)
+    # A run that goes on, or only ends again, needs the encoder.
+    argv = more(command, tmp_path, "p_tuning", "--length", 40)
+    assert finetune.main(argv, stop_after=stop_after) == 130
+    assert finetune.main([*argv, "--resume"]) == 0
+    assert_same_adapter(tmp_path, with_encoder, base)
 
 
 def test_b_learns_faster_with_lora_plus():
