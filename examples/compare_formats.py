@@ -21,17 +21,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import _compare
 import _recipe
 import _report
 import finetune
-import jax
 import numpy as np
 
 import jpeft
@@ -46,9 +45,6 @@ FORMATS: dict[str, jpeft.Transform | None] = {
     "int8": jpeft.quantize("int8", double=False, **LINEAR),
     "none": None,
 }
-# What a run is given here, one by one.
-OWN_OPTIONS = ("--seed", "--out", "--resume", "--overwrite", "--full-summary")
-SMALL = ("--epochs", "1", "--max-train", "96", "--max-eval", "64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,13 +88,8 @@ def measure(run: finetune.Run) -> Result:
         base_bytes=_report.stored(weights.values()).bytes,
         **finetune.scores(run, logits),
         wall=wall,
-        cpu=cpu / cores(),
+        cpu=cpu / _compare.cores(),
     )
-
-
-def cores() -> int:
-    """What the process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 # --- the table -----------------------------------------------------------------------
@@ -113,21 +104,9 @@ def row(name: str, results: Sequence[Result]) -> tuple[str, ...]:
     )
     return (
         *(name, f"{bits[0]:.3f}", _report.megabytes(size[0])),
-        *(_spread(accuracy), _spread(f1)),
+        *(_compare.spread(accuracy), _compare.spread(f1)),
         *(f"{np.mean(wall):.0f}", f"{np.mean(cpu):.0f}"),
     )
-
-
-def _spread(values: Sequence[float]) -> str:
-    mean, lowest, highest = np.mean(values), min(values), max(values)
-    some = f" ({lowest:.3f} to {highest:.3f})" if len(values) > 1 else ""
-    return f"{mean:.3f}{some}"
-
-
-def markdown(table: Sequence[tuple[str, ...]]) -> str:
-    """With a head, as a README has it."""
-    lines = [HEAD, tuple("---" for _ in HEAD), *table]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def report(formats: Sequence[str], seeds: Sequence[int], options: Sequence[str]) -> str:
@@ -139,25 +118,15 @@ def report(formats: Sequence[str], seeds: Sequence[int], options: Sequence[str])
             # Checkpoints are a part of training, and of no use afterwards.
             with tempfile.TemporaryDirectory() as out:
                 run = prepare(name, seed, options, out)
-                about = _about(run)
+                about = f"The recipe {run.name}, {_compare.examples(run)}"
                 run.name = f"{name}, seed {seed}"  # on the progress bar
                 results[name].append(measure(run))
             print(
                 f"seed {seed}:", " | ".join(row(name, results[name][-1:])), flush=True
             )
-    seeds_text = f"seeds {', '.join(map(str, seeds))}; jax {jax.__version__} on "
-    where = f"{jax.devices()[0].platform}, {cores()} cores."
     table = [row(name, found) for name, found in results.items()]
-    return "\n\n".join([f"{about}; {seeds_text}{where}", markdown(table)])
-
-
-def _about(run: finetune.Run) -> str:
-    """What all runs have in common."""
-    return (
-        f"The recipe {run.name}, {len(run.train)} examples to train on, "
-        f"{len(run.held_out)} held out, {len(run.classes)} classes, "
-        f"{run.recipe.epochs} x {run.steps_per_epoch} steps"
-    )
+    about = f"{about}; {_compare.seeds(seeds)}; {_compare.machine()}."
+    return "\n\n".join([about, _compare.markdown(HEAD, table)])
 
 
 # --- the command line ----------------------------------------------------------------
@@ -176,10 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--small", action="store_true", help="a few steps: whether it runs")
     add("--markdown", type=Path, metavar="FILE", help="write the table there too")
     args, options = parser.parse_known_args(argv)
-    if given := [x for x in options if x.split("=")[0] in OWN_OPTIONS]:
-        parser.error(f"{given[0]} is set for each run; the seeds by --seeds")
+    _compare.refuse(parser, options, _compare.OWN_OPTIONS)
     if args.small:
-        options = [*SMALL, *options]
+        options = [*_compare.SMALL, *options]
     try:
         text = report(args.formats, args.seeds, options)
     except (ValueError, OSError, finetune.Failed) as error:

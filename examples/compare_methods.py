@@ -1,0 +1,512 @@
+"""Every method on the main job: what it trains, stores and costs, and how good it gets.
+
+    python examples/compare_methods.py [--methods lora bitfit full] [--seeds 0 1 2]
+        [--markdown FILE] [--plot FILE.png] [--out FOLDER] [--small]
+        [any option of examples/finetune.py]
+
+A method is a recipe, ``configs/<name>.toml``: all of them unless ``--methods`` chooses.
+Each is trained by ``finetune.py`` from the same seeds on the same examples in the same
+order, with the learning rate of its recipe.  A run takes two or three minutes on two
+cores, so the whole table takes hours; what a run found is kept below ``--out`` by
+recipe, seed and options, and the same command continues where it was interrupted.
+(A change of jpeft itself is not noticed: delete the folder, or name another.)
+
+    trainable    parameters that the first step trains, and of those of the row "full"
+    kept         what is left of them in the adapter: AdaLoRA and diff pruning choose,
+                 P-tuning and prefixes drop the network that made their vectors
+    adapter      the saved folder
+    FLOPs, temporaries   of the compiled first step on a batch of full length, as XLA
+                 states them, over those of "full"; XLA counts the body of a loop
+                 (P-tuning's LSTM) once.  Temporaries are neither parameters nor the
+                 optimiser's state.
+    examples/s   of that step, the median of several, without compilation
+    accuracy     on the held-out examples, the mean over the seeds (lowest to highest)
+
+Rows are in the order of the parameters they train.  Exit codes: 0, 1 if a training
+failed (its row says so, the others are there), 2 for input that cannot be used, 130
+after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import finetune  # first: it says so if something is not installed
+
+# isort: split
+import _bert
+import _compare
+import _recipe
+import _report
+import _runs
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib import pyplot
+from safetensors import SafetensorError
+
+import jpeft
+
+FULL = "full"  # the recipe that costs are compared with
+UNTRAINED = "head"  # a recipe that changes nothing before its first step
+OWN_OPTIONS = (*_compare.OWN_OPTIONS, "--config")
+BUDGET = ("epochs", "batch_size", "length")
+REPEATS = 9  # steps that are timed
+MIB = 2**20
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of the first step of a method; the same for all seeds but for the speed."""
+
+    trainable: int
+    flops: float
+    temp_bytes: int
+    examples_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Of one training."""
+
+    accuracy: float
+    macro_f1: float
+    kept: int
+    adapter_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Untrained:
+    """Accuracies without training, and a line on what they were found on."""
+
+    accuracy: float
+    majority: float
+    examples: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What is known of a method; no outcomes if all of its trainings failed."""
+
+    name: str
+    cost: Cost
+    outcomes: Sequence[Outcome]
+    failed: int = 0
+
+    def mean(self, field: str) -> float:
+        return statistics.fmean(getattr(x, field) for x in self.outcomes)
+
+    @property
+    def accuracies(self) -> list[float]:
+        return [x.accuracy for x in self.outcomes]
+
+
+# --- one run -------------------------------------------------------------------------
+
+
+def prepare(argv: Sequence[str], out: str) -> finetune.Run:
+    """The main job up to its first step."""
+    return finetune.prepare(finetune.parser().parse_args([*argv, "--out", out]))
+
+
+def cost(run: finetune.Run) -> Cost:
+    """Compiles the step that trains first, times it, and reads what XLA says of it."""
+    stage, n = run.stages[0], run.recipe.batch_size
+    trainable, frozen = jpeft.partition(run.params)
+    # The step donates its first two arguments; the run's own arrays are kept.
+    trainable = jax.tree.map(jnp.copy, trainable)
+    state = finetune.initial_state(stage, run.params)
+    ids, mask, labels = (
+        jnp.asarray(x[:n]) for x in (run.train.ids, run.train.mask, run.train.labels)
+    )
+    rest = frozen, ids, mask, labels, finetune.keys(run.recipe.seed).dropout
+    program = finetune.make_step(run.model, stage).lower(trainable, state, *rest)
+    program, taken = program.compile(), []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        trainable, state, loss = program(trainable, state, *rest)
+        loss.block_until_ready()
+        taken.append(time.perf_counter() - began)
+    return Cost(
+        trainable=jpeft.count(run.params).trainable,
+        flops=program.cost_analysis()["flops"],
+        temp_bytes=program.memory_analysis().temp_size_in_bytes,
+        examples_per_second=n / statistics.median(taken),
+    )
+
+
+def outcome(run: finetune.Run) -> Outcome:
+    """Trains to the end, saves and scores."""
+    logits = finetune.make_logits(run.model)
+    finetune.train(run, logits, stop=lambda: False)
+    adapter = run.out / _runs.ADAPTER
+    jpeft.save(adapter, run.params, run.peft, step=run.step)
+    return Outcome(
+        **finetune.scores(run, logits),
+        kept=jpeft.count(run.params).trainable,
+        adapter_bytes=_report.size(adapter),
+    )
+
+
+def untrained(run: finetune.Run) -> Untrained:
+    """What the base with a new head finds, and what guessing finds."""
+    return Untrained(
+        accuracy=finetune.scores(run, finetune.make_logits(run.model))["accuracy"],
+        majority=finetune.majority(run)["accuracy"],
+        examples=_compare.examples(run),
+    )
+
+
+# --- all of them, each once ----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """What each run finds: from its file below ``folder``, or by running.
+
+    options: of finetune.py, for every run.
+    """
+
+    folder: Path
+    options: Sequence[str]
+
+    def cost(self, name: str) -> Cost:
+        argv = [*self.options, "--config", str(recipe_file(name))]
+        return self._found(Cost, f"{name}-cost", argv, cost)
+
+    def outcome(self, name: str, seed: int) -> Outcome:
+        find = partial(_named, f"{name}, seed {seed}", outcome)
+        return self._found(Outcome, f"{name}-seed{seed}", self._argv(name, seed), find)
+
+    def untrained(self, seed: int) -> Untrained:
+        argv = self._argv(UNTRAINED, seed)
+        return self._found(Untrained, f"untrained-seed{seed}", argv, untrained)
+
+    def _argv(self, name: str, seed: int) -> list[str]:
+        config = ["--config", str(recipe_file(name))]
+        return [*self.options, *config, "--seed", str(seed)]
+
+    def _found(
+        self,
+        kind: Callable[..., T],
+        name: str,
+        argv: Sequence[str],
+        find: Callable[[finetune.Run], T],
+    ) -> T:
+        settings = settings_of(argv)
+        mark = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
+        path = self.folder / f"{name}-{mark:08x}.json"
+        if path.is_file():
+            try:
+                return kind(**json.loads(path.read_text(encoding="utf-8"))["found"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path} holds no result ({error}); delete it to measure again"
+                ) from error
+        # Checkpoints are a part of training, and of no use afterwards.
+        with tempfile.TemporaryDirectory() as out:
+            found = find(prepare(argv, out))
+        jax.clear_caches()  # the programs of a method are of no use to the next
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial_file = path.with_suffix(".partial")
+        values = {"settings": settings, "found": dataclasses.asdict(found)}
+        _runs.write_json(partial_file, values)
+        os.replace(partial_file, path)  # a file that is there is whole
+        return found
+
+
+def _named(name: str, find: Callable[[finetune.Run], T], run: finetune.Run) -> T:
+    run.name = name  # on the progress bar
+    return find(run)
+
+
+def settings_of(argv: Sequence[str]) -> dict[str, Any]:
+    """All that a result depends on, as plain data."""
+    args = finetune.parser().parse_args(argv)
+    peft, train = _recipe.read(_recipe.find(args.config), vars(args))
+    choices = ("text_column", "label_column", "max_train", "max_eval")
+    return {
+        "peft": peft.to_config(),
+        "train": dataclasses.asdict(train),
+        "data": _stamp(args.data),
+        "eval": _stamp(args.eval),
+        "base": _stamp(args.base or _bert.default_base()),
+        **{name: getattr(args, name) for name in choices},
+        "jax": jax.__version__,
+        "python": platform.python_version(),  # its docstrings are the default data
+    }
+
+
+def _stamp(path: Path | None) -> list[Any] | None:
+    """Tells a file, or those of a folder, from later ones in the same place."""
+    if path is None:
+        return None
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    stats = [(x.name, x.stat()) for x in files if x.is_file()]
+    return [str(path.resolve()), *([n, s.st_size, s.st_mtime_ns] for n, s in stats)]
+
+
+# --- the recipes ---------------------------------------------------------------------
+
+
+def names() -> list[str]:
+    """Of all recipes."""
+    return sorted(file.stem for file in (_recipe.ROOT / "configs").glob("*.toml"))
+
+
+def recipe_file(name: str) -> Path:
+    """ValueError, with a suggestion, if there is none."""
+    if name not in (known := names()):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"no method {name!r}; did you mean {near!r}? known: {', '.join(known)}"
+        )
+    return _recipe.ROOT / "configs" / f"{name}.toml"
+
+
+def check_same_budget(chosen: Sequence[str], options: Sequence[str]) -> None:
+    """ValueError unless all recipes train for as long on texts of one length."""
+    args = vars(finetune.parser().parse_args(options))
+    budgets = {
+        name: _recipe.read(recipe_file(name), args)[1] for name in [*chosen, FULL]
+    }
+    for setting in BUDGET:
+        values = {name: getattr(train, setting) for name, train in budgets.items()}
+        if others := [name for name in values if values[name] != values[FULL]]:
+            raise ValueError(
+                f"{others[0]} has {setting} = {values[others[0]]}, {FULL} has "
+                f"{values[FULL]}; a comparison wants one budget: set it for all with "
+                f"--{setting.replace('_', '-')}"
+            )
+
+
+# --- the table -----------------------------------------------------------------------
+
+HEAD = (
+    *("method", "trainable", "of full", "kept", "adapter"),
+    *("FLOPs", "temporaries", "examples/s", "accuracy"),
+)
+
+
+def cells(row: Row, full: Cost) -> tuple[str, ...]:
+    """The columns of HEAD."""
+    trainable = row.cost.trainable
+    kept, accuracy = ("", ""), []
+    if row.outcomes:
+        size = _report.megabytes(row.mean("adapter_bytes"))
+        kept = f"{row.mean('kept'):,.0f}", size
+        accuracy.append(_compare.spread(row.accuracies))
+    if row.failed:
+        accuracy.append(f"{row.failed} failed")
+    return (
+        *(row.name, f"{trainable:,}", f"{100 * trainable / full.trainable:.3g}%"),
+        *kept,
+        f"{row.cost.flops / full.flops:.2f}x",
+        f"{row.cost.temp_bytes / full.temp_bytes:.2f}x",
+        f"{row.cost.examples_per_second:.0f}",
+        ", ".join(accuracy),
+    )
+
+
+def text_of(
+    rows: Sequence[Row], full: Cost, before: Sequence[Untrained], seeds: Sequence[int]
+) -> str:
+    """The table with what must be known beside it."""
+    spread = lambda field: _compare.spread([getattr(x, field) for x in before])
+    about = f"{before[0].examples}; {_compare.seeds(seeds)}; {_compare.machine()}."
+    unit = (
+        f"1.00x is full fine-tuning: {full.flops / 1e9:.4g} GFLOP and "
+        f"{full.temp_bytes / MIB:.4g} MiB of temporaries a step."
+    )
+    guess = (
+        f"Untrained: accuracy {spread('accuracy')}; the most frequent class: "
+        f"{spread('majority')}."
+    )
+    table = _compare.markdown(HEAD, (cells(row, full) for row in rows))
+    return "\n\n".join([about, table, f"{guess} {unit}"])
+
+
+def measure(runs: Runs, chosen: Sequence[str], seeds: Sequence[int]) -> list[Row]:
+    """Runs what has not run yet, and tells each result as it comes."""
+    # First, so that what cannot be used is found before hours of training.
+    costs = {}
+    for name in chosen:
+        costs[name] = runs.cost(name)
+        print(f"{name}: {costs[name].trainable:,} trainable parameters", flush=True)
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in chosen}
+    failed = dict.fromkeys(chosen, 0)
+    for seed in seeds:
+        for name in chosen:
+            try:
+                found = runs.outcome(name, seed)
+            except finetune.Failed as error:
+                failed[name] += 1
+                print(f"{name}, seed {seed}: {error}", file=sys.stderr, flush=True)
+                continue
+            outcomes[name].append(found)
+            print(f"{name}, seed {seed}: accuracy {found.accuracy:.3f}", flush=True)
+    rows = [Row(name, costs[name], outcomes[name], failed[name]) for name in chosen]
+    return sorted(rows, key=lambda row: row.cost.trainable)
+
+
+# --- the picture ---------------------------------------------------------------------
+
+PICTURES = (".png", ".svg")
+# Places of a label around its point, in points: the first one that is free is taken.
+AROUND = [
+    (x * far, y * far)
+    for far in (7, 12, 18, 26, 36, 48)
+    for x, y in ((1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
+]
+
+
+def picture(path: Path, rows: Iterable[Row], before: Sequence[Untrained]) -> None:
+    """Draws accuracy against trainable parameters; a line leads to what is kept."""
+    shown = {row.name: row for row in rows if row.outcomes}
+    untrained = statistics.fmean(x.accuracy for x in before)
+    style = {"svg.hashsalt": "jpeft"}  # the same file from the same figures
+    with pyplot.rc_context(style):
+        figure, axes = pyplot.subplots(figsize=(9, 5.4), layout="constrained")
+        for row in shown.values():
+            x, y = row.cost.trainable, row.mean("accuracy")
+            color = _report.ORANGE if row.name == FULL else _report.BLUE
+            axes.plot([x, row.mean("kept")], [y, y], color=_report.GRAY, linewidth=0.8)
+            axes.plot(row.mean("kept"), y, "|", color=_report.GRAY)
+            axes.vlines(x, min(row.accuracies), max(row.accuracies), color, alpha=0.4)
+            axes.plot(x, y, "o", color=color, markersize=5)
+        axes.set(xscale="log", ylabel="held-out accuracy")
+        axes.set_xlabel("trainable parameters; a line leads to those that are kept")
+        lowest, highest = axes.get_ylim()
+        if FULL in shown:
+            axes.axhline(
+                *[shown[FULL].mean("accuracy")],
+                color=_report.ORANGE,
+                linewidth=0.8,
+                linestyle="--",
+            )
+        below = " (below)" if untrained < lowest else ""
+        axes.axhline(
+            untrained,
+            color=_report.GRAY,
+            linestyle="--",
+            label=f"untrained: {untrained:.3f}{below}",
+        )
+        axes.set_ylim(lowest, highest)
+        axes.legend(loc="lower right", frameon=False, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e6e6e6")
+        _put_labels(figure, axes, shown)
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, dpi=150, metadata=metadata)
+        pyplot.close(figure)
+
+
+def _put_labels(figure: Any, axes: Any, shown: Mapping[str, Row]) -> None:
+    """A name beside each point, where no point and no other name is."""
+    figure.canvas.draw()  # only now is it known how large things are
+    renderer, inside = figure.canvas.get_renderer(), axes.get_window_extent()
+    points = [(row.cost.trainable, row.mean("accuracy")) for row in shown.values()]
+    taken = [
+        pyplot.matplotlib.transforms.Bbox([xy - 5, xy + 5])
+        for xy in axes.transData.transform(np.array(points).reshape(-1, 2))
+    ]
+    for name, point in zip(shown, points, strict=True):
+        for dx, dy in AROUND:
+            label = axes.annotate(
+                *(name, point, (dx, dy)),
+                textcoords="offset points",
+                ha="left" if dx > 0 else "right" if dx < 0 else "center",
+                va="center_baseline",
+                fontsize=8,
+                in_layout=False,
+            )
+            box = label.get_window_extent(renderer)
+            free = not any(map(box.overlaps, taken))
+            if free and inside.contains(*box.min) and inside.contains(*box.max):
+                taken.append(box)
+                break
+            label.remove()
+        else:  # in a crowd, over another one
+            axes.annotate(name, point, AROUND[0], textcoords="offset points")
+
+
+# --- the command line ----------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options beside those of finetune.py."""
+    options = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],  # type: ignore[union-attr]
+        epilog="Other options are those of examples/finetune.py, for every run.",
+        allow_abbrev=False,
+    )
+    add = options.add_argument
+    add("--methods", nargs="+", metavar="NAME", help="recipes in configs/ (all)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
+    add("--small", action="store_true", help="a few steps: whether it runs")
+    add("--markdown", type=Path, metavar="FILE", help="write the table there too")
+    add("--plot", type=Path, metavar="FILE", help="draw it: .png or .svg")
+    add(
+        *("--out",),
+        type=Path,
+        default=Path("runs/compare_methods"),
+        metavar="FOLDER",
+        help="what each run found is kept here (%(default)s)",
+    )
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    options = parser()
+    args, rest = options.parse_known_args(argv)
+    _compare.refuse(options, rest, OWN_OPTIONS)
+    for name, file in (("--markdown", args.markdown), ("--plot", args.plot)):
+        if file is not None and not file.absolute().parent.is_dir():
+            options.error(f"{name} {file}: there is no folder {file.parent}")
+    if args.plot and args.plot.suffix not in PICTURES:
+        options.error(f"--plot {args.plot}: expected a name in {' or '.join(PICTURES)}")
+    chosen, seeds = (
+        list(dict.fromkeys(x)) for x in (args.methods or names(), args.seeds)
+    )
+    if args.small:
+        rest = [*_compare.SMALL, *rest]
+    try:
+        check_same_budget(chosen, rest)
+        runs = Runs(args.out, rest)
+        before, full = [runs.untrained(seed) for seed in seeds], runs.cost(FULL)
+        rows = measure(runs, chosen, seeds)
+        text = text_of(rows, full, before, seeds)
+        if args.plot:
+            picture(args.plot, rows, before)
+    except (ValueError, OSError, SafetensorError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        kept = f"what was found is in {args.out}; the same command continues"
+        print(f"\ninterrupted; {kept}", file=sys.stderr)
+        return 130
+    print(text)
+    if args.markdown:
+        args.markdown.write_text(text + "\n", encoding="utf-8")
+    return 1 if any(row.failed for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
