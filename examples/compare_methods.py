@@ -435,6 +435,12 @@ def _put_labels(figure: Any, axes: Any, shown: Mapping[str, Row]) -> None:
                 va="center_baseline",
                 fontsize=8,
                 in_layout=False,
+                bbox={
+                    "facecolor": "white",
+                    "edgecolor": "none",
+                    "alpha": 0.6,
+                    "pad": 0,
+                },
             )
             box = label.get_window_extent(renderer)
             free = not any(map(box.overlaps, taken))

@@ -436,9 +436,22 @@ class Extended(Carried):
         if name == "clamp":
             extra = lax.clamp(*others)
         else:
-            wide = [jnp.broadcast_to(x, self.extra.shape) for x in others]
+            # As wide as the model had them: a sum spread over the keys would be kept
+            # so for the backward pass.
+            wide = [
+                x if jnp.shape(y) == jnp.shape(x) else self._spread(x)
+                for x, y in zip(others, map(settled, ins), strict=True)
+            ]
             extra = self._other(it, eqn, wide)
         return self.replace(main=main, extra=extra)
+
+    def _spread(self, x: Any) -> Any:
+        """One value along the keys, repeated for the prefix's."""
+        if jnp.ndim(x) == 0 or x.shape == self.extra.shape:
+            return x
+        shape = list(x.shape)
+        shape[self.axis] = self.extra.shape[self.axis]
+        return jnp.broadcast_to(x, shape)
 
     def _select(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         main = it.native(eqn)(*map(settled, ins))
@@ -472,8 +485,10 @@ class Extended(Carried):
             axis = self.axis - sum(k < self.axis for k in gone)
             return self.replace(main=main, extra=it.native(eqn)(extra), axis=axis)
         if self.on is not None and name == "reduce_max":
-            low = jnp.asarray(-jnp.inf, extra.dtype)
-            extra = jnp.where(self.on > 0, extra, low)
+            # Of one predicate: a mask of the scores' size would be kept for the
+            # backward pass.
+            low = jnp.full(extra.shape, -jnp.inf, extra.dtype)
+            extra = lax.select_n(self.on > 0, low, extra)
         other = it.native(eqn)(extra)
         if self.on is not None and name == "reduce_sum":
             other = other * self.on.astype(other.dtype)

@@ -1,5 +1,7 @@
 """Prefix tuning in mode "kv": equal to keys and values put before the real ones."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -565,3 +567,36 @@ def test_a_fused_kernel_whose_heads_are_unknown_asks_for_them():
     _, params = A.model("fused_heads", "rotate_half")
     with pytest.raises(ValueError, match="pass heads="):
         jpeft.prefix(LENGTH)(KEY, params)
+
+
+# ------------------------------------------------------------------------------ cost
+
+
+@pytest.mark.parametrize("mode", ["remat", "scan", "scan remat"])
+def test_costs_no_more_than_keys_and_values_put_before_the_real_ones(mode):
+    """FLOPs and temporary bytes of forward and gradient; heads wide enough that
+    products, and not the scores' elementwise work, are what is counted."""
+    sizes = {"WIDTH": 128, "HEADS": 4, "GROUPS": 2, "HEAD": 32, "VOCAB": 31}
+    length, ids = 16, jax.random.randint(KEY, (4, 128), 0, 31)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in sizes.items():
+            patch.setattr(A, name, value)
+        attention = functools.partial(A.Attention, kind="jax", style="half")
+        module = A.LM(attention, mode)
+        params = jax.jit(module.init)(KEY, ids)["params"]
+        trainable, frozen = jpeft.partition(jpeft.prefix(length)(KEY, params))
+        pad = jnp.ones(ids.shape)
+        loss = lambda p, prefix=None: jnp.mean(
+            jnp.square(module.apply({"params": p}, ids, pad, prefix))
+        )
+        ours = lambda t, f: jpeft.adapt(loss)(jpeft.combine(t, f))
+        hand = lambda prefix, p: loss(p, prefix)
+        rows = tuple(jnp.ones((A.LAYERS, length, 2, 32)) for _ in range(2))
+        for f in (lambda g: g, jax.grad):
+            found = []
+            for g, args in ((ours, (trainable, frozen)), (hand, (rows, params))):
+                made = jax.jit(f(g)).lower(*args).compile()
+                temporary = made.memory_analysis().temp_size_in_bytes
+                found.append((made.cost_analysis()["flops"], temporary))
+            for mine, theirs in zip(*found, strict=True):
+                assert 0 < mine <= 1.02 * theirs
