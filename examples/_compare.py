@@ -46,7 +46,7 @@ def examples(run: finetune.Run) -> str:
 
 def seeds(numbers: Sequence[int]) -> str:
     """In words."""
-    return f"seeds {', '.join(map(str, numbers))}"
+    return f"seed{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def spread(values: Sequence[float]) -> str:

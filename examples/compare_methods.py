@@ -408,7 +408,7 @@ def picture(path: Path, rows: Iterable[Row], before: Sequence[Untrained]) -> Non
             label=f"untrained: {untrained:.3f}{below}",
         )
         axes.set_ylim(lowest, highest)
-        axes.legend(loc="lower right", frameon=False, fontsize=9)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6")
         _put_labels(figure, axes, shown)
