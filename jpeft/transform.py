@@ -327,7 +327,13 @@ def check_positive(
 
 
 def check_float(method: str, dtype: str | None) -> None:
-    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+    if dtype is None:
+        return
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
         raise ValueError(f"{method}: dtype={dtype!r}: expected a floating-point dtype")
 
 

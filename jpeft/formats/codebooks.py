@@ -8,9 +8,10 @@
               a fraction that gets longer as they grow
 
 Nearest value.  With sorted values v and midpoints m = (v[1:] + v[:-1]) / 2 in float32,
-the place of x is the number of m with x > m: a tie goes to the lower value.  That is
-bitsandbytes' rule on a CPU, code for code.  On CUDA its fp4 looks at |x| and puts the
-sign into bit 3, so it names the two zeros (codes 0 and 8) the other way round.
+the place of x is the number of m with x > m: a tie goes to the lower value (in int4,
+which is rounded, to the even code).  That is bitsandbytes' rule on a CPU, code for
+code.  On CUDA its fp4 looks at |x| and puts the sign into bit 3, so it names the two
+zeros (codes 0 and 8) the other way round.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def _linspace(start: float, stop: float, n: int) -> np.ndarray:
 def encode(x: Float[Array, "*shape"], format: str) -> UInt8[Array, "*shape"]:
     """The code of the nearest value, for float32 x in [-1, 1].
 
-    Written in compares and selects only, so that it runs inside a Pallas kernel.  NaN
-    gets the last one.
+    Between two values the lower code wins, in int4 the even one.  Written in compares
+    and selects only, for Pallas; NaN gets the last code.
     """
     if format == "nf4":
         return count_above(x, [float(m) for m in midpoints(NF4)])

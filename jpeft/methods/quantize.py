@@ -138,15 +138,14 @@ def quantize(
     >>> leaf.shape, leaf.codes.shape, leaf.codes.dtype.name
     ((64, 128), (32, 128), 'uint8')
     """
+    as_it_comes = compute_dtype is None or compute_dtype == ACTIVATION
+    if not as_it_comes:
+        check_float("quantize", compute_dtype)
     return Quantize(
         format=format,
         double=double,
         block_size=block_size,
         where=where,
         exclude=exclude,
-        compute_dtype=(
-            ACTIVATION
-            if compute_dtype is None or compute_dtype == ACTIVATION
-            else jnp.dtype(compute_dtype).name
-        ),
+        compute_dtype=ACTIVATION if as_it_comes else jnp.dtype(compute_dtype).name,
     )

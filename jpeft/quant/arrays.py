@@ -34,10 +34,10 @@ def quantize(
         (out, in), axis=0 makes the same blocks.
     compute_dtype: of products, if the result is put into a parameter tree.
 
-    A block of zeros comes back as zeros, and so does zero anywhere.  An infinity comes
-    back and makes NaN of the rest of its block.  Raises ValueError for NaN, outside
-    jit; inside, its block becomes NaN.  Raises TypeError for what is not a real
-    floating-point array.
+    A block of zeros comes back as zeros, and so does zero anywhere (in "dynamic8" as
+    2e-5 of the block's largest value).  An infinity spoils its block, see
+    `jpeft.formats.blocks`.  Raises ValueError for NaN, outside jit; inside, its block
+    becomes NaN.  Raises TypeError for what is not a real floating-point array.
 
     >>> import jax.numpy as jnp, jpeft
     >>> q = jpeft.quant.quantize(jnp.linspace(-1.0, 1.0, 128), "nf4", double=False)
@@ -80,6 +80,8 @@ def _layout(x: jax.Array, axis: int | Sequence[int] | None) -> Layout:
     if not all(-x.ndim <= k < x.ndim for k in axes):
         raise ValueError(f"quant.quantize: axis={axis!r} for an array of {x.ndim} axes")
     blocked = tuple(k % x.ndim for k in axes)
+    if len(set(blocked)) < len(blocked):
+        raise ValueError(f"quant.quantize: axis={axis!r} names one axis twice")
     rest = tuple(k for k in range(x.ndim) if k not in blocked)
     if blocked == tuple(range(x.ndim - len(blocked), x.ndim)):
         return Layout((*rest, *blocked), 0, len(rest), len(blocked))  # whole rows
@@ -119,7 +121,7 @@ def codebook(name: str) -> np.ndarray:
 
 
 def check_format(name: str, format: Any) -> None:
-    if format not in FORMATS:
+    if not isinstance(format, str) or format not in FORMATS:
         near = difflib.get_close_matches(str(format), list(FORMATS), 1, cutoff=0)[0]
         raise ValueError(
             f"{name}: format={format!r}: did you mean {near!r}? Known: "

@@ -179,6 +179,11 @@ CALLS = {
         ValueError,
         ["axis=2 for an array of 2 axes"],
     ),
+    "axis twice": (
+        lambda: quantize(X, axis=(0, -2)),
+        ValueError,
+        ["names one axis twice"],
+    ),
     "integers": (
         lambda: quantize(X.astype(np.int8)),
         TypeError,

@@ -55,6 +55,11 @@ FACTORY = {
         {"compute_dtype": "int8"},
         ["'int8': expected a floating-point dtype"],
     ),
+    "compute dtype of no name": (
+        {"compute_dtype": "floaty"},
+        ["'floaty': expected a floating-point dtype"],
+    ),
+    "formats in a list": ({"format": ["nf4"]}, ["format=['nf4']", "Known: nf4,"]),
     "where": ({"where": 3}, ["expected one of ('attention'"]),
 }
 
