@@ -74,6 +74,7 @@ def number(cell):
 # ------------------------------------------------------------------------ the figures
 
 
+@pytest.mark.slow
 def test_rows_are_in_the_order_of_what_they_train(table):
     rows = rows_of((table / "table.md").read_text())
     assert set(rows) == set(METHODS)
@@ -82,6 +83,7 @@ def test_rows_are_in_the_order_of_what_they_train(table):
     assert [*rows][0] == "head" and number(rows["head"]["trainable"]) == 32 * 3 + 3
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_is_the_unit_and_trains_everything(table, base):
     cells = rows_of((table / "table.md").read_text())["full"]
     assert (cells["of full"], cells["FLOPs"], cells["temporaries"]) == (
@@ -94,11 +96,13 @@ def test_full_fine_tuning_is_the_unit_and_trains_everything(table, base):
     assert 0.2 < number(head["FLOPs"]) < 0.6 and number(head["temporaries"]) < 1
 
 
+@pytest.mark.slow
 def test_what_only_trains_is_not_kept(table):
     cells = rows_of((table / "table.md").read_text())["p_tuning"]
     assert number(cells["kept"]) == 20 * 32 + 99 < number(cells["trainable"])
 
 
+@pytest.mark.slow
 def test_a_row_is_what_the_main_job_finds(table, options, tmp_path):
     metrics = []
     for seed in ("0", "1"):
@@ -118,6 +122,7 @@ def test_a_row_is_what_the_main_job_finds(table, options, tmp_path):
     assert "; seeds 0, 1; Python 3." in text
 
 
+@pytest.mark.slow
 def test_untrained_is_the_base_with_a_new_head(table, options, tmp_path):
     found = []
     for seed in ("0", "1"):
@@ -163,6 +168,7 @@ def counted(monkeypatch):
     return ran
 
 
+@pytest.mark.slow
 def test_a_finished_table_is_written_again_without_a_training(
     table, options, counted, capsys
 ):
@@ -203,6 +209,7 @@ def test_an_interrupted_table_continues(
     assert ran == [first, second, "head, seed 1", "head, seed 1", "bitfit, seed 1"]
 
 
+@pytest.mark.slow
 def test_other_options_are_other_results(table, options, counted):
     """Results of another learning rate must not be taken for these."""
     files = set((table / "runs").iterdir())

@@ -20,7 +20,6 @@ from _decoder import (
     Variant,
     decoder,
     merged_in_forward,
-    quantized,
     with_jpeft,
 )
 from benchmark_hook import HAND, JPEFT, Cost, copied_weights, cost, inner_functions
@@ -120,15 +119,6 @@ def test_twelve_equal_layers_stay_one_inner_jit():
     found = inner_functions(SMALL, 12)
     assert found[HAND][0] == 1
     assert found[JPEFT] == found[HAND]
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_quantised_base_costs_no_more_memory(form):
-    d = decoder(form, WIDE)
-    with jax.numpy_dtype_promotion("standard"):
-        ours, qlora = (cost(v, d.tokens, d.base) for v in (with_jpeft(d), quantized(d)))
-    assert 0 < qlora.temp_bytes <= 1.05 * ours.temp_bytes
-    assert qlora.copies == 0
 
 
 # --- that the figures would show a fault ---------------------------------------------

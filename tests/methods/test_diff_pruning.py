@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from forms import FORMS
+from speed import slow_but
 
 import jpeft
 from jpeft.leaf import is_leaf, layers
@@ -86,6 +87,7 @@ def test_gates_are_open_as_often_as_they_should_be(alpha):
     assert abs(float(jnp.mean(z == 1)) - fully) < 0.01
 
 
+@pytest.mark.slow
 def test_gates_are_random_only_with_a_key():
     f, _, params = setting("unrolled", structured=True)
     run = lambda key: jax.jit(lambda p, x: jpeft.adapt(f.fn, key=key)(p, x))(
@@ -123,7 +125,7 @@ def test_alpha_learns_through_the_noise():
     assert np.all(sigmoid(leaf.alpha)[:, 2:] < 0.5)
 
 
-@pytest.mark.parametrize("structured", [False, True])
+@pytest.mark.parametrize("structured", slow_but([False], [False, True]))
 def test_the_projection_keeps_the_largest_of_all_leaves(structured, tmp_path):
     f, transform, params = setting(structured=structured)
     changes = {p: np.asarray(x.change()) for p, x in slots(params).items()}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from speed import slow_but
 
 import jpeft
 from jpeft.leaf import is_leaf
@@ -143,7 +144,7 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", slow_but(["unipelt"], TRANSFORMS))
 def test_values_and_gradients_are_those_by_hand(name):
     params = weights()
     uses = jpeft.find_uses(apply, params, X)
@@ -164,7 +165,7 @@ def test_values_and_gradients_are_those_by_hand(name):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-6 * largest)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", slow_but(["unipelt"], TRANSFORMS))
 def test_disabled_it_acts_as_the_base_and_all_of_it_trains(name):
     params = weights()
     uses = jpeft.find_uses(apply, params, X)
@@ -213,7 +214,7 @@ def test_recipes_are_their_parts_in_a_row():
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", slow_but(["unipelt"], TRANSFORMS))
 def test_saved_loaded_and_configured(name, tmp_path):
     params, transform = weights(), TRANSFORMS[name]()
     adapted = transform(KEY, params, uses=jpeft.find_uses(apply, params, X))
@@ -232,7 +233,7 @@ def test_saved_loaded_and_configured(name, tmp_path):
         jpeft.merge(adapted)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", slow_but(["unipelt"], TRANSFORMS))
 def test_applying_twice_is_refused(name):
     params, transform = weights(), TRANSFORMS[name]()
     uses = jpeft.find_uses(apply, params, X)

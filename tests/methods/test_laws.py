@@ -192,22 +192,19 @@ def loss_of(name):
     return lambda p: jnp.mean(jnp.square(apply(p, *f.args) - 1.0))
 
 
-# Methods whose leaves the others share run everywhere by default; the others in these
-# forms, and everywhere in the slow tests.
+# Methods whose leaves the others share meet every form of model; the others these two.
 EVERYWHERE = {"lora", "bitfit", "full", "qlora", "prefix"}
-QUICK = ("scan_remat", "nnx")
+TWO = ("scan_remat", "nnx")
 
 
 def cases(names, *more):
-    """(method, form, *one of each of `more`), slow beyond the quick ones."""
+    """(method, form, *one of each of `more`), the first of them beyond EVERYWHERE."""
     out = []
     for m in METHODS:
         for n in names:
             for k, rest in enumerate(itertools.product(*more)):
-                quick = m in EVERYWHERE or (n in QUICK and k == 0)
-                marks = () if quick else pytest.mark.slow
-                form = METHODS[m].forms + n
-                out.append(pytest.param(m, form, *rest, marks=marks))
+                if m in EVERYWHERE or (n in TWO and k == 0):
+                    out.append((m, METHODS[m].forms + n, *rest))
     return out
 
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jpeft
 from jpeft.adapt.interpreter import _RULES
 from jpeft.methods import _init
-from jpeft.methods._low_rank import LowRank
+from jpeft.methods._low_rank import ActsAsLowRank, LowRank
 from jpeft.methods.lora import ShiftedLowRank
 from jpeft.tree.layout import CONV, EMBEDDING, LINEAR, LeafUse
 
@@ -300,7 +300,8 @@ def test_it_acts_as_its_value_wherever_a_model_uses_it(way):
 
 def test_whatever_has_a_rule_for_low_rank_has_one_for_the_shifted():
     of = lambda kind: {name for name, k in _RULES if k is kind}
-    assert of(LowRank) <= of(ShiftedLowRank)
+    assert issubclass(ShiftedLowRank, ActsAsLowRank)
+    assert of(LowRank) <= of(ActsAsLowRank)
 
 
 # --- placement -----------------------------------------------------------------------

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from speed import slow_but
 from text_forms import IDS, VOCAB, Lm, linen_text
 
 import jpeft
@@ -11,6 +12,7 @@ import jpeft
 KEY, V, D, N = jax.random.key(3), 11, 6, 5
 E = jax.random.normal(jax.random.key(0), (V, D))
 ENCODERS = pytest.mark.parametrize("encoder", ["lstm", "mlp"])
+QUICK_MLP = pytest.mark.parametrize("encoder", slow_but(["mlp"], ["lstm", "mlp"]))
 
 
 def made(encoder="lstm", **kwargs):
@@ -83,7 +85,7 @@ def test_a_template_reads_the_encoded_rows_in_order(encoder):
     np.testing.assert_allclose(got[0], want, rtol=1e-5, atol=1e-6)
 
 
-@ENCODERS
+@QUICK_MLP
 def test_gradients_reach_the_whole_encoder(encoder):
     """Those of the encoder differentiated by itself."""
     params = made(encoder)
@@ -116,7 +118,7 @@ def test_it_is_encoded_once_a_call(encoder):
     assert count(twice) == count(lambda p, i: p["embedding"][i]) > 0
 
 
-@ENCODERS
+@QUICK_MLP
 def test_finalize_keeps_the_vectors_alone(encoder, tmp_path):
     transform = jpeft.chain(
         jpeft.p_tuning(N, encoder=encoder), jpeft.lora(rank=2, where=".*attention.*")

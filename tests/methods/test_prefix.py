@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import attention as A
+from speed import slow_but
 
 import jpeft
 from jpeft.methods.prefix import Prefix
@@ -93,18 +94,19 @@ def assert_same(got, want):
         np.testing.assert_allclose(g, w, atol=1e-5 * float(jnp.max(jnp.abs(w))))
 
 
-SCANNED = {("jax", "half"), ("grouped", "rotate_half"), ("fused_flat", "rotate_half")}
+QUICK = {
+    ("jax", "half", "scan remat"),
+    ("repeat", "interleaved", ""),
+    ("folded", "rotate_half", ""),
+    ("mla", "half", ""),
+    ("fused_flat", "rotate_half", ""),
+}
+EVERY = [(*c, m) for c in CASES for m in ("", "scan remat")]
 
 
-@pytest.mark.parametrize(
-    ("kind", "style", "mode"),
-    [(*c, "") for c in CASES]
-    + [
-        pytest.param(*c, "scan remat", marks=() if c in SCANNED else pytest.mark.slow)
-        for c in CASES
-    ],
-)
-def test_equals_keys_and_values_put_before_the_real_ones(kind, style, mode):
+@pytest.mark.parametrize("case", slow_but(QUICK, EVERY))
+def test_equals_keys_and_values_put_before_the_real_ones(case):
+    kind, style, mode = case
     ours, hand = both(kind, style, mode)
     prefix = learned(kind)
     assert_same(value_and_grads(ours, prefix), value_and_grads(hand, prefix))
@@ -306,8 +308,8 @@ def test_select_says_what_is_wrong():
         apply(jpeft.select(tasks, jnp.array([0])))
 
 
-@pytest.mark.parametrize("mode", ["", "scan remat"])
-@pytest.mark.parametrize("network", ["mlp", "lstm"])
+@pytest.mark.parametrize("mode", slow_but([""], ["", "scan remat"]))
+@pytest.mark.parametrize("network", slow_but(["mlp"], ["mlp", "lstm"]))
 def test_a_network_is_shared_and_dropped_after_the_training(network, mode, tmp_path):
     module, params = A.model(mode=mode)
     transform = jpeft.prefix(LENGTH, reparametrization=network, width=6)
@@ -350,7 +352,7 @@ def test_a_network_equals_its_formula():
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["", "scan remat"])
+@pytest.mark.parametrize("mode", slow_but(["scan remat"], ["", "scan remat"]))
 def test_a_start_from_a_text_has_its_keys_and_values(mode):
     """A text that is attended in front of nothing: the prefix acts as that text would,
     seen by every position."""
@@ -392,7 +394,7 @@ def test_a_start_says_what_is_wrong():
 # --------------------------------------------------------------------- chosen layers
 
 
-@pytest.mark.parametrize("mode", ["", "scan"])
+@pytest.mark.parametrize("mode", slow_but(["scan"], ["", "scan"]))
 def test_chosen_layers_alone_have_prompts(mode):
     module, params = A.model(mode=mode)
     apply = jax.jit(jpeft.adapt(lambda p: module.apply({"params": p}, A.IDS)))
@@ -572,7 +574,7 @@ def test_a_fused_kernel_whose_heads_are_unknown_asks_for_them():
 # ------------------------------------------------------------------------------ cost
 
 
-@pytest.mark.parametrize("mode", ["remat", "scan", "scan remat"])
+@pytest.mark.parametrize("mode", slow_but(["scan"], ["remat", "scan", "scan remat"]))
 def test_costs_no_more_than_keys_and_values_put_before_the_real_ones(mode):
     """FLOPs and temporary bytes of forward and gradient; heads wide enough that
     products, and not the scores' elementwise work, are what is counted."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from models import attention as A
+from speed import slow_but
 
 import jpeft
 from jpeft.methods._prefix_tokens import TokenRows
@@ -120,19 +121,14 @@ def assert_same(got, want):
         np.testing.assert_allclose(g, w, atol=3e-5 * float(jnp.max(jnp.abs(w))))
 
 
-SCANNED = {("jax", "half"), ("fused_flat", "half")}
+QUICK = {("jax", "half", "scan remat"), ("fused", "rotate_half", "")}
+EVERY = [(*c, "") for c in CASES]
+EVERY += [(*c, "scan remat") for c in CASES if c[0] != "norms"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "style", "mode"),
-    [(*c, "") for c in CASES]
-    + [
-        pytest.param(*c, "scan remat", marks=() if c in SCANNED else pytest.mark.slow)
-        for c in CASES
-        if c[0] != "norms"
-    ],
-)
-def test_equals_keys_and_values_put_before_the_real_ones(kind, style, mode):
+@pytest.mark.parametrize("case", slow_but(QUICK, EVERY))
+def test_equals_keys_and_values_put_before_the_real_ones(case):
+    kind, style, mode = case
     ours, hand = both(kind, style, mode)
     prefix = learned(kind)
     assert_same(value_and_grads(ours, prefix), value_and_grads(hand, prefix))
@@ -184,6 +180,7 @@ def test_left_padding_and_templates_place_the_rows_by_their_ids():
     np.testing.assert_allclose(padded, short, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_time_major_activations():
     """Ids and activations (length, batch)."""
     w = jax.random.normal(KEY, (A.VOCAB, 6))

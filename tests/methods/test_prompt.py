@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from speed import slow_but
 from text_forms import IDS, LENGTH, TEXT_FORMS, VOCAB, WIDTH, Lm, N, linen_text
 
 import jpeft
@@ -156,7 +157,9 @@ def text(name):
     return TEXT_FORMS[name]()
 
 
-@pytest.mark.parametrize("name", ["text_unrolled", "text_scan_remat"])
+@pytest.mark.parametrize(
+    "name", slow_but(["text_scan_remat"], ["text_unrolled", "text_scan_remat"])
+)
 def test_a_model_acts_as_one_with_more_words(name):
     f = text(name)
     scan = "scan" in name

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from speed import slow_but
 
 import jpeft
 from jpeft.quant import Quantized
@@ -116,7 +117,7 @@ def memory_of(form, quantised, merged=False):
         return step.lower(*arguments).compile().memory_analysis()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but(["scan", "scan + remat"], FORMS))
 def test_qlora_takes_no_more_room_than_lora(form):
     """Its temporaries: below those of LoRA; a twentieth is for another XLA's choices.
 

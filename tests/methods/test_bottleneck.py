@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from speed import slow_but
 
 import jpeft
 from jpeft.leaf import is_leaf
@@ -189,7 +190,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", slow_but(CASES[::4], CASES), ids=name_of)
 def test_values_and_gradients_are_those_of_the_network_by_hand(case):
     fn, params, twin = built(case)
     trainable, frozen = adapted(case, fn, params)
@@ -209,7 +210,7 @@ def test_values_and_gradients_are_those_of_the_network_by_hand(case):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6 * largest)
 
 
-@pytest.mark.parametrize("case", CASES[1:8:3], ids=name_of)
+@pytest.mark.parametrize("case", slow_but(CASES[1:2], CASES[1:8:3]), ids=name_of)
 def test_the_start_is_the_base_bit_for_bit(case):
     fn, params, _ = built(case)
     params_ = case.transform()(KEY, params, uses=jpeft.find_uses(fn, params, X))
@@ -394,7 +395,7 @@ def test_nnx_equals_the_network_by_hand():
 ZOO = ["bert_remat", "llama", "gpt2", "t5", "jimm_vit", "jimm_dinov3"]
 
 
-ALWAYS = [("bert_remat", "houlsby"), ("llama", "parallel")]
+ALWAYS = [("llama", "parallel")]
 
 
 @pytest.mark.parametrize(
@@ -590,7 +591,7 @@ COSTS = [
 ]
 
 
-@pytest.mark.parametrize("case", COSTS, ids=name_of)
+@pytest.mark.parametrize("case", slow_but(COSTS[:1], COSTS), ids=name_of)
 def test_no_more_flops_or_temporaries_than_by_hand(case):
     fn, params, twin = built(case)
     trainable, frozen = adapted(case, fn, params)

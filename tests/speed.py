@@ -1,0 +1,9 @@
+"""Which cases a plain `pytest` runs, and which only `-m slow` does."""
+
+import pytest
+
+
+def slow_but(quick, cases):
+    """The cases as parameters, slow but for those in `quick`."""
+    marks = lambda case: () if case in quick else pytest.mark.slow
+    return [pytest.param(case, marks=marks(case)) for case in cases]
