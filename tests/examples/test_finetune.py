@@ -27,7 +27,7 @@ import jpeft
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "finetune.py"
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
-QUICK = {"bitfit", "lora", "p_tuning_v2", "prompt", "qlora"}
+QUICK = {"lora", "p_tuning_v2", "prompt"}
 CLASSES = ("fish", "bird", "tree")
 FILLERS = ("the", "small", "old", "grey", "one", "we", "saw", "yesterday")
 SIZES = {

@@ -194,11 +194,13 @@ def test_an_unusable_option_is_one_line(base, capsys):
 @pytest.mark.slow
 def test_qlora_reaches_what_lora_reaches():
     options = ["--base", str(_bert.default_base())]
+    options += ["--max-train", "1200"]  # half of the examples
     found = compare_formats.report(["nf4 + double", "none"], [0], options)
     rows = [columns(x) for x in found.splitlines() if x.startswith("|")][2:]
     (_, bits, size, qlora, *_), (*_, whole, lora, _, _, _) = rows
     assert float(bits) == 4.127
     megabytes = [float(x.removesuffix(" MB")) for x in (size, whole)]
     assert megabytes[0] < 0.6 * megabytes[1]
-    # A point is six of the 634 held-out examples.
-    assert float(qlora) > float(lora) - 0.01
+    # On all of them QLoRA is not behind (the README's table); half leave more to
+    # chance.
+    assert float(qlora) > float(lora) - 0.03

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from speed import slow_but
 
 import jpeft
 from jpeft.formats import blocks
@@ -342,7 +343,7 @@ def test_bits_per_parameter(format, size, double, bits):
 # --- parts of a matrix ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [32, 64, 256, "channel", "tensor"])
+@pytest.mark.parametrize("size", slow_but([64], [32, 64, 256, "channel", "tensor"]))
 @pytest.mark.parametrize("format", ["nf4", "int8", "int4_asymmetric", "quantile4"])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_parts_of_a_matrix_are_parts_of_its_values(format, size, axis):

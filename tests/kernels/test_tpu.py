@@ -121,6 +121,7 @@ def test_encoding_in_32_bits_is_that_of_the_code_books(format):
     np.testing.assert_array_equal(found[:, 0], codebooks.encode(x, format))
 
 
+@pytest.mark.slow
 def test_wide_tiles_are_decoded_in_pieces():
     k, n = 64, 4500  # two pieces, and a third that is narrower
     weight = matrix(k, n, 32)

@@ -193,7 +193,7 @@ def loss_of(name):
 
 
 # Methods whose leaves the others share meet every form of model; the others these two.
-EVERYWHERE = {"lora", "bitfit", "full", "qlora", "prefix"}
+EVERYWHERE = {"lora", "prefix"}
 TWO = ("scan_remat", "nnx")
 
 
@@ -236,7 +236,7 @@ def test_unload_returns_the_base_bit_for_bit(method, name):
     assert bits(back) == bits(base)
 
 
-@every
+@in_linen
 def test_output_is_kept_at_attach(method, name):
     f = form(name)
     got = jax.jit(jpeft.adapt(f.fn))(attached(method, name), *bare(f))
@@ -264,7 +264,7 @@ def test_merged_equals_unmerged(method, name):
     )
 
 
-@every
+@in_linen
 def test_disabled_adapters_act_as_the_base(method, name):
     f, params = form(name), moved(attached(method, name))
     off = jpeft.disable(params)

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import zoo
 
 SUBJECTS = {**zoo.LINEN, **zoo.NNX}
-# What a plain `pytest` tries: one package of Linen models, one of NNX models.
-DEFAULT = ["gpt2", "llama", "t5", "bert_remat", "jimm_dinov3"]
+# What a plain `pytest` tries.
+DEFAULT = ["gpt2", "llama", "bert_remat"]
 
 
 def noisy_b(params):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from speed import every_nth
 
 import jpeft
 from jpeft.formats import codebooks
@@ -94,10 +95,13 @@ OF_W = [COLUMNS, P("model"), ROWS, P("data", "model"), P(("data", "model"))]
 
 @pytest.mark.parametrize(
     "of_x, of_w, block_size",
-    [
-        *itertools.product(OF_X, OF_W, [64]),
-        *itertools.product([P(), ROWS], [ROWS, P("model")], [32, 256, 4096]),
-    ],
+    every_nth(
+        3,
+        [
+            *itertools.product(OF_X, OF_W, [64]),
+            *itertools.product([P(), ROWS], [ROWS, P("model")], [32, 256, 4096]),
+        ],
+    ),
     ids=str,
 )
 def test_a_product_is_the_same_however_it_is_cut(of_x, of_w, block_size):
@@ -313,7 +317,8 @@ def there(place, kind="Auto", **how):
 
 
 @pytest.mark.parametrize(
-    "place, double", [*((place, True) for place in PLACES), ("both", False)]
+    "place, double",
+    every_nth(2, [*((place, True) for place in PLACES), ("both", False)]),
 )
 def test_a_step_is_the_same_wherever_the_weights_are(place, double):
     made = jax.jit(step)(*there(place, double=double))
@@ -322,12 +327,15 @@ def test_a_step_is_the_same_wherever_the_weights_are(place, double):
 
 @pytest.mark.parametrize(
     "format, block_size",
-    [
-        ("int8", 256),
-        ("quantile4", 64),
-        ("int4_asymmetric", "channel"),
-        ("dynamic8", "tensor"),
-    ],
+    every_nth(
+        4,
+        [
+            ("int8", 256),
+            ("quantile4", 64),
+            ("int4_asymmetric", "channel"),
+            ("dynamic8", "tensor"),
+        ],
+    ),
 )
 def test_formats_without_a_kernel_are_cut_alike(format, block_size):
     how = {"format": format, "block_size": block_size, "double": False}

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from speed import slow_but
 
 import jpeft
 from jpeft.leaf import is_leaf
@@ -100,7 +101,7 @@ def check(name, c, format, tolerance=2e-5):
         assert error < 2 * tolerance, (jax.tree_util.keystr(path), error)
 
 
-@pytest.mark.parametrize("name", idioms.CASES)
+@pytest.mark.parametrize("name", slow_but([*idioms.CASES][::3], idioms.CASES))
 @pytest.mark.parametrize(
     "format", ["nf4", pytest.param("int8", marks=pytest.mark.slow)]
 )
