@@ -101,7 +101,8 @@ QUICK = {
     ("mla", "half", ""),
     ("fused_flat", "rotate_half", ""),
 }
-EVERY = [(*c, m) for c in CASES for m in ("", "scan remat")]
+EVERY = [(*c, "") for c in CASES]
+EVERY += [(*c, "scan remat") for c in CASES[::4]]
 
 
 @pytest.mark.parametrize("case", slow_but(QUICK, EVERY))

@@ -123,7 +123,7 @@ def assert_same(got, want):
 
 QUICK = {("jax", "half", "scan remat"), ("fused", "rotate_half", "")}
 EVERY = [(*c, "") for c in CASES]
-EVERY += [(*c, "scan remat") for c in CASES if c[0] != "norms"]
+EVERY += [(*c, "scan remat") for c in CASES[::3] if c[0] != "norms"]
 
 
 @pytest.mark.parametrize("case", slow_but(QUICK, EVERY))

@@ -5,6 +5,7 @@ codes) against the plain model on `jpeft.merge` of the same tree.
 """
 
 import dataclasses
+import itertools
 import sys
 import warnings
 from pathlib import Path
@@ -12,7 +13,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from speed import slow_but
 
 import jpeft
 from jpeft.leaf import is_leaf
@@ -101,9 +101,17 @@ def check(name, c, format, tolerance=2e-5):
         assert error < 2 * tolerance, (jax.tree_util.keystr(path), error)
 
 
-@pytest.mark.parametrize("name", slow_but([*idioms.CASES][::3], idioms.CASES))
+NAMES = [*idioms.CASES]
+
+
 @pytest.mark.parametrize(
-    "format", ["nf4", pytest.param("int8", marks=pytest.mark.slow)]
+    ("name", "format"),
+    [
+        *(pytest.param(n, "nf4", marks=()) for n in NAMES[::3]),
+        *(pytest.param(n, "nf4", marks=pytest.mark.slow) for n in NAMES[1::3]),
+        *(pytest.param(n, "nf4", marks=pytest.mark.slow) for n in NAMES[2::3]),
+        *(pytest.param(n, "int8", marks=pytest.mark.slow) for n in NAMES[1::3]),
+    ],
 )
 def test_a_quantised_base_under_lora_is_exact(name, format):
     check(name, idioms.CASES[name], format)
@@ -140,8 +148,11 @@ def test_groups_of_a_ragged_product_whose_sizes_are_data(program):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", idioms.PROGRAMS)
-@pytest.mark.parametrize("name", idioms.IDIOMS)
+@pytest.mark.parametrize(
+    ("name", "program"),
+    # A third of them: the interpreter is the one that the plain leaves test with all.
+    [*itertools.product(idioms.IDIOMS, idioms.PROGRAMS)][::3],
+)
 def test_each_idiom_inside_each_program(name, program):
     if (name, program) == ("ragged_dot", "vmap"):
         pytest.skip("JAX itself has no rule for this one")
