@@ -131,7 +131,10 @@ class Tagged(Carried):
             return _attend(it, eqn, ins)
         if name in _HARMLESS:
             return None
-        if any(isinstance(x, Extended) for x in ins):
+        tagged = [x for x in ins if isinstance(x, Tagged)]
+        if any(isinstance(x, Extended) for x in ins) or any(
+            x.role != self.role for x in tagged
+        ):
             return self._lost(it, eqn)
         plain = [settled(x) for x in ins]
         if name in _UNARY or name in _BINARY or name == "select_n" or name == "clamp":
@@ -201,8 +204,6 @@ class Tagged(Carried):
         """Pieces side by side: halves of rotated keys, a cache and what is new."""
         parts = [x for x in ins if isinstance(x, Tagged)]
         y = it.native(eqn)(*plain)
-        if any(x.role != self.role for x in parts):
-            return None
         stacked = eqn.primitive.name == "stack"
         axis = eqn.params["axis"] if stacked else eqn.params["dimension"]
         axis %= y.ndim

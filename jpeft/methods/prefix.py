@@ -697,13 +697,14 @@ def prefix_from_text(
         evaluate(fn, (flat.rebuild(probe), *args), kwargs, noted=noted)
     )
     jax.effects_barrier()
-    missing = [flat.paths[k] for n, (k, _) in at.items() if (n, KEY) not in found]
-    missing = [p for p in missing if "keys" in _held(flat, p)]
-    if missing:
-        raise ValueError(
-            f"{missing[0]}: the model did not attend to this kernel's keys in this "
-            "call, so there is nothing to start from; give it the inputs it is for"
-        )
+    for number, (k, _) in at.items():
+        for role in _held(flat.values[k]):
+            if (number, role) not in found:
+                raise ValueError(
+                    f"{flat.paths[k]}: the model did not attend to the {role} of this "
+                    "kernel in this call, so there is nothing to start from; give it "
+                    "the inputs it is for"
+                )
     out = list(flat.values)
     for (number, role), rows in found.items():
         k, row = at[number]
@@ -711,15 +712,10 @@ def prefix_from_text(
     return flat.rebuild(out)
 
 
-def _held(flat: Any, path: str) -> tuple[str, ...]:
-    slot = dict(flat.items())[path]
-    return tuple(
-        n
-        for leaf in layers(slot)
-        if isinstance(leaf, Prefix)
-        for n in (KEY, VALUE)
-        if getattr(leaf, n) is not None
-    )
+def _held(slot: Any) -> list[str]:
+    """Which of keys and values the prefix in a slot has."""
+    leaf = next(x for x in layers(slot) if isinstance(x, Prefix))
+    return [n for n in (KEY, VALUE) if getattr(leaf, n) is not None]
 
 
 def _numbered(slot: Any, k: int, at: dict[int, tuple[int, tuple[int, ...]]]) -> Any:
@@ -728,32 +724,25 @@ def _numbered(slot: Any, k: int, at: dict[int, tuple[int, tuple[int, ...]]]) -> 
     if not is_leaf(slot):
         return slot
     if not isinstance(slot, Prefix) or slot.tasks > 1:
-        return (
-            slot.replace(base=_numbered(slot.base, k, at))
-            if not (slot.holds_weight)
-            else slot
-        )
+        if slot.holds_weight:
+            return slot
+        return slot.replace(base=_numbered(slot.base, k, at))
     stack = jnp.shape(unbox(slot.on))
     start = len(at) + 1
     numbers = start + np.arange(math.prod(stack)).reshape(stack)
     for index in np.ndindex(*stack):
         at[int(numbers[index])] = (k, index)
-    mark = lambda x: jax.tree.map(
-        lambda y: jnp.zeros_like(y).at[..., 0, 0].set(jnp.asarray(numbers, y.dtype)), x
-    )
-    rows = {n: mark(getattr(slot, n)) for n in _held_by(slot)}
+    # float32 whatever the prefix is: bfloat16 counts to 256 only.
+    marked = lambda y: jnp.zeros(y.shape).at[..., 0, 0].set(numbers.astype(np.float32))
+    rows = {n: jax.tree.map(marked, getattr(slot, n)) for n in _held(slot)}
     return slot.switched(0.0).replace(**rows)
-
-
-def _held_by(leaf: Prefix) -> list[str]:
-    return [n for n in (KEY, VALUE) if getattr(leaf, n) is not None]
 
 
 def _with_rows(slot: Any, role: str, row: tuple[int, ...], rows: np.ndarray) -> Any:
     if not isinstance(slot, Prefix):
         return slot.replace(base=_with_rows(slot.base, role, row, rows))
-    new = jax.tree.map(lambda y: y.at[row].set(jnp.asarray(rows)), getattr(slot, role))
-    return slot.replace(**{role: new})
+    put = lambda y: y.at[row].set(jnp.asarray(rows).astype(y.dtype))
+    return slot.replace(**{role: jax.tree.map(put, getattr(slot, role))})
 
 
 # --- which kernels -------------------------------------------------------------------
