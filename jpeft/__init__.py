@@ -34,7 +34,7 @@ from jpeft.methods.norm_tuning import norm_tuning as norm_tuning
 from jpeft.methods.p_tuning import p_tuning as p_tuning
 from jpeft.methods.prefix import p_tuning_v2 as p_tuning_v2
 from jpeft.methods.prefix import prefix as prefix
-from jpeft.methods.prefix import prefix_from_text as prefix_from_text
+from jpeft.methods.prefix_text import prefix_from_text as prefix_from_text
 from jpeft.methods.prompt import prompt as prompt
 from jpeft.methods.quantize import quantize as quantize
 from jpeft.methods.unipelt import unipelt as unipelt

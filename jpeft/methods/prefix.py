@@ -30,8 +30,6 @@ of the real tokens.  Dropout on attention weights does not drop the prefix.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -40,7 +38,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.adapt.entry import evaluate
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import Label, Labelled, operand_labels
 from jpeft.boxes import unbox
@@ -52,13 +49,13 @@ from jpeft.leaf import (
     frozen,
     innermost,
     is_leaf,
-    layers,
     static,
     trainable,
     transient,
     wide_dtype,
 )
-from jpeft.methods._attention import KEY, VALUE, Index, Tagged, rows_of
+from jpeft.methods._attention import KEY, VALUE, Index, Tagged
+from jpeft.methods._prefix_targets import Runs, check_free, chosen_layers, targets
 from jpeft.methods._prefix_tokens import tokens_prefix
 from jpeft.methods.p_tuning import linear, lstm
 from jpeft.transform import (
@@ -72,13 +69,10 @@ from jpeft.transform import (
 )
 from jpeft.tree.layout import LeafUse, layouts
 from jpeft.tree.paths import slots, weight
-from jpeft.tree.sublayers import SubLayer, parts_of
+from jpeft.tree.sublayers import parts_of
 from jpeft.tree.where import Where, check_where
 
-OTHER = "other"
 INITS = ("gaussian", "unit", "zeros")
-# What a projection makes, as runs of its output features: (("keys", 64), ...).
-Runs = tuple[tuple[str, int], ...]
 
 # --- the leaves ----------------------------------------------------------------------
 
@@ -450,7 +444,7 @@ class PrefixTuning(Transform):
                 heads=self.heads,
                 dtype=self.dtype,
             )
-        on = chosen_layers(self, parts, known)
+        on = chosen_layers(self.name, self.layers, parts, known)
         order = [p for p in flat.paths if p in wanted and np.any(on[p])]
         check_finite({p: at[p] for p in order}, self.name)
         made: dict[str, AdaptedLeaf] = {}
@@ -646,202 +640,6 @@ def p_tuning_v2(
         heads=heads,
         dtype=None if dtype is None else jnp.dtype(dtype).name,
     )
-
-
-# --- the start from a text -----------------------------------------------------------
-
-
-def prefix_from_text(
-    fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
-) -> Any:
-    """The tree with each prefix set to the keys and values of a real text.
-
-    Runs `fn(params, *args, **kwargs)` once, with the prefixes switched off, and takes
-    the keys and values of the first `length` positions of the first example, where the
-    prefix would stand before them.  Li & Liang found such a start to help where data
-    are few.
-
-    params: with a `prefix` of mode "kv" that was not made by a network.
-
-    Raises ValueError where there is none, or the text is shorter than the prefix.
-    """
-    flat = slots(params)
-    at: dict[int, tuple[int, tuple[int, ...]]] = {}
-    probe: list[Any] = []
-    for k, slot in enumerate(flat.values):
-        probe.append(_numbered(slot, k, at))
-    if not at:
-        raise ValueError(
-            "prefix_from_text: no prefix to set; apply jpeft.prefix(length, "
-            "mode='kv') first, without reparametrization= and tasks="
-        )
-    found: dict[tuple[int, str], np.ndarray] = {}
-
-    def keep(role: str, number: Any, rows: Any) -> None:
-        found[int(number), role] = np.asarray(rows)
-
-    def noted(role: str, t: Tagged, seq: int) -> None:
-        table = t.keys if role == KEY else t.values
-        if t.examples is not None or np.ndim(table) != 2:
-            return
-        length = table.shape[0]
-        if t.main.shape[seq] < length:
-            raise ValueError(
-                f"{t.name}: the text has {t.main.shape[seq]} positions, the prefix "
-                f"{length}; give a longer text or a shorter prefix"
-            )
-        rows = rows_of(t, role, seq)[:length].astype(table.dtype)
-        jax.debug.callback(functools.partial(keep, role), table[0, 0], rows)
-
-    jax.block_until_ready(
-        evaluate(fn, (flat.rebuild(probe), *args), kwargs, noted=noted)
-    )
-    jax.effects_barrier()
-    for number, (k, _) in at.items():
-        for role in _held(flat.values[k]):
-            if (number, role) not in found:
-                raise ValueError(
-                    f"{flat.paths[k]}: the model did not attend to the {role} of this "
-                    "kernel in this call, so there is nothing to start from; give it "
-                    "the inputs it is for"
-                )
-    out = list(flat.values)
-    for (number, role), rows in found.items():
-        k, row = at[number]
-        out[k] = _with_rows(out[k], role, row, rows)
-    return flat.rebuild(out)
-
-
-def _held(slot: Any) -> list[str]:
-    """Which of keys and values the prefix in a slot has."""
-    leaf = next(x for x in layers(slot) if isinstance(x, Prefix))
-    return [n for n in (KEY, VALUE) if getattr(leaf, n) is not None]
-
-
-def _numbered(slot: Any, k: int, at: dict[int, tuple[int, tuple[int, ...]]]) -> Any:
-    """The slot with its prefix off and a number of its own in each row's first place;
-    `at` learns which number is which."""
-    if not is_leaf(slot):
-        return slot
-    if not isinstance(slot, Prefix) or slot.tasks > 1:
-        if slot.holds_weight:
-            return slot
-        return slot.replace(base=_numbered(slot.base, k, at))
-    stack = jnp.shape(unbox(slot.on))
-    start = len(at) + 1
-    numbers = start + np.arange(math.prod(stack)).reshape(stack)
-    for index in np.ndindex(*stack):
-        at[int(numbers[index])] = (k, index)
-    # float32 whatever the prefix is: bfloat16 counts to 256 only.
-    marked = lambda y: jnp.zeros(y.shape).at[..., 0, 0].set(numbers.astype(np.float32))
-    rows = {n: jax.tree.map(marked, getattr(slot, n)) for n in _held(slot)}
-    return slot.switched(0.0).replace(**rows)
-
-
-def _with_rows(slot: Any, role: str, row: tuple[int, ...], rows: np.ndarray) -> Any:
-    if not isinstance(slot, Prefix):
-        return slot.replace(base=_with_rows(slot.base, role, row, rows))
-    put = lambda y: y.at[row].set(jnp.asarray(rows).astype(y.dtype))
-    return slot.replace(**{role: jax.tree.map(put, getattr(slot, role))})
-
-
-# --- which kernels -------------------------------------------------------------------
-
-
-def targets(
-    parts: Sequence[SubLayer],
-    known: dict[str, LeafUse],
-    heads: int | None,
-) -> dict[str, tuple[str, Runs]]:
-    """For each kernel that makes keys or values: (which, what its features are).
-
-    known: how the weights are used; what is found out about their axes is added.
-    """
-    out: dict[str, tuple[str, Runs]] = {}
-    for part in parts:
-        for path in dict.fromkeys((*part.key, *part.value)):
-            use = known[path] = told_by_output(part, path, known)
-            if use.axes is None or use.doubt:
-                raise ValueError(
-                    f"{path}: prefix cannot tell input from output axes of shape "
-                    f"{use.shape} ({use.doubt}); pass uses=jpeft.find_uses(fn, params, "
-                    f"*args), or exclude={part.path!r}"
-                )
-            shape = use.sizes("o")
-            makes = [r for r in ("key", "value") if path in getattr(part, r)]
-            marks = {r: part.features(r, shape, heads=heads).ravel() for r in makes}
-            if len(makes) == 1 and marks[makes[0]].all():
-                out[path] = (KEY if makes[0] == "key" else VALUE, ())
-                continue
-            each = np.full(math.prod(shape), OTHER, object)
-            for r, mark in marks.items():
-                each[mark] = KEY if r == "key" else VALUE
-            runs = tuple((r, len(list(g))) for r, g in itertools.groupby(each.tolist()))
-            out[path] = (KEY, runs)
-    return out
-
-
-def chosen_layers(
-    transform: PrefixTuning, parts: Sequence[SubLayer], known: Mapping[str, LeafUse]
-) -> dict[str, np.ndarray]:
-    """For each kernel: 1 or 0 for each of its layers (one, or a stack)."""
-    stacks = {
-        p: tuple(known[p].sizes("s"))
-        for part in parts
-        for p in (*part.key, *part.value)
-    }
-    on = {p: np.ones(shape, np.float32) for p, shape in stacks.items()}
-    if transform.layers is None:
-        return on
-    places = [
-        (part, index) for part in parts for index in np.ndindex(*stacks[part.key[0]])
-    ]
-    n = len(places)
-    bad = [k for k in transform.layers if not -n <= k < n]
-    if bad:
-        raise ValueError(
-            f"{transform.name}: layers={transform.layers!r}: there are {n} attentions "
-            f"here, numbered 0 to {n - 1}; {bad[0]} is none of them"
-        )
-    wanted = {k % n for k in transform.layers}
-    for k, (part, index) in enumerate(places):
-        for p in (*part.key, *part.value):
-            on[p][index] = float(k in wanted)
-    return on
-
-
-def told_by_output(part: SubLayer, path: str, known: Mapping[str, LeafUse]) -> LeafUse:
-    """The use of a projection whose own shape leaves its axes in doubt: the kernels of
-    queries (*stack, in, *out) and output (*stack, *out, in) explain each other."""
-    use = known[path]
-    if use.uses or not use.doubt or not part.last or not part.query:
-        return use
-    q, o = known[part.query[0]].shape, known[part.last].shape
-    fits = [
-        n
-        for n in range(len(q) - 1)
-        if q[:n] == o[:n] and q[n] == o[-1] and q[n + 1 :] == o[n:-1]
-    ]
-    if len(fits) != 1 or use.shape[: fits[0] + 1] != q[: fits[0] + 1]:
-        return use
-    n = fits[0]
-    axes = "s" * n + "i" + "o" * (len(use.shape) - n - 1)
-    return dataclasses.replace(use, axes=axes, doubt="")
-
-
-def check_free(transform: Transform, path: str, slot: Any) -> None:
-    for leaf in layers(slot):
-        if leaf.origin == transform.origin():
-            raise ValueError(
-                f"{path}: this very {transform.name} transform is already applied "
-                "here; apply it to the base, jpeft.unload(params), or change where= or "
-                "exclude="
-            )
-        if leaf.replaces_base:
-            raise ValueError(
-                f"{path}: this leaf trains whole ({type(leaf).__name__}); train it "
-                f"beside a prefix by applying {transform.name} first"
-            )
 
 
 # --- first values --------------------------------------------------------------------
