@@ -115,7 +115,15 @@ def _call(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
 def _checkpoint(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     jaxpr, consts = compat.open_jaxpr(eqn.params["jaxpr"])
 
-    def inner(channel: Any, *xs: Any) -> tuple[list[Any], Any]:
+    # Leaves may share an array; handed in twice, it would be two arrays inside, and
+    # what is made of it would be made twice.
+    values, treedef = jax.tree.flatten((_handed_in(it, ins), ins))
+    once = list({id(x): x for x in values}.values())
+    at = {id(x): k for k, x in enumerate(once)}
+    places = [at[id(x)] for x in values]
+
+    def inner(*once: Any) -> tuple[list[Any], Any]:
+        channel, xs = treedef.unflatten(once[k] for k in places)
         with _entered(it, channel, ins):
             return it.run(jaxpr, consts, xs), _left(it, ins)
 
@@ -124,7 +132,7 @@ def _checkpoint(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
         policy=eqn.params["policy"],
         prevent_cse=eqn.params["prevent_cse"],
     )
-    outs, left = body(_handed_in(it, ins), *ins)
+    outs, left = body(*once)
     _take_up(it, ins, left)
     return _handed_back(jaxpr, ins, outs)
 

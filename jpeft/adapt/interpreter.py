@@ -27,6 +27,7 @@ _RULES: dict[tuple[str, type], Rule] = {}
 _CONTROL: dict[str, Rule] = {}
 _ADDS: set[Any] = set()
 _CARRIES: set[Any] = set()
+_JOINS: set[Any] = set()
 # What a dropout key folds in: the number of a use, or of a call that holds uses (a
 # loop's step folds `control._STEP`).
 _USE, _CALL = 1, 3
@@ -37,11 +38,13 @@ def rule(
     kind: type[AdaptedLeaf],
     adds: bool = False,
     carries: bool = False,
+    joins: bool = False,
 ) -> Callable[[Any], Any]:
     """Enters a function in the table for leaves of `kind` and its subclasses.
 
     adds: it takes a fourth argument, what to add to its output (`Interpreter.bind`).
     carries: it takes carried values as they are; other rules get them settled.
+    joins: it is asked too where a leaf of another kind comes first, and has no answer.
     """
 
     def enter(f: Any) -> Any:
@@ -49,6 +52,8 @@ def rule(
             _ADDS.add(f)
         if carries:
             _CARRIES.add(f)
+        if joins:
+            _JOINS.add(f)
         for name in primitives:
             _RULES[name, kind] = f
         return f
@@ -185,16 +190,19 @@ class Interpreter:
         if not any(map(is_node, ins)):
             return self.native(eqn)(*ins)
         name = eqn.primitive.name
-        leaf = next(filter(is_leaf, ins), None)
-        found: Any = _CONTROL.get(name)
-        if found is None and leaf is not None:
-            found = find_rule(name, leaf)
-            if found not in _CARRIES:
+        leaves = list(filter(is_leaf, ins))
+        if name in _CONTROL:
+            out = _CONTROL[name](self, eqn, ins)
+        elif leaves:
+            first, *others = dict.fromkeys(find_rule(name, x) for x in leaves)
+            if first not in _CARRIES:
                 ins = list(map(settled, ins))
-        if found is None and leaf is None:
-            out = self._carry(eqn, ins)
+            out = first(self, eqn, ins) if first else None
+            for found in others:
+                if out is None and found is not None and found in _JOINS:
+                    out = found(self, eqn, ins)
         else:
-            out = found(self, eqn, ins) if found else None
+            out = self._carry(eqn, ins)
         return self.native(eqn)(*self.plain(eqn, ins)) if out is None else out
 
     def _carry(self, eqn: Any, ins: list[Any]) -> Any:
@@ -216,9 +224,17 @@ class Interpreter:
         out = self.bind(eqn, ins)
         return out + plus.astype(out.dtype)
 
-    def base(self, eqn: Any, ins: Sequence[Any], plus: Any = None) -> Any:
-        """The equation with every leaf replaced by its base; `plus` as in `bind`."""
-        return self.bind(eqn, [x.base if is_leaf(x) else x for x in ins], plus)
+    def base(
+        self,
+        eqn: Any,
+        ins: Sequence[Any],
+        plus: Any = None,
+        *,
+        kind: type[AdaptedLeaf] = AdaptedLeaf,
+    ) -> Any:
+        """The equation with every leaf of `kind` replaced by its base; `plus` as in
+        `bind`."""
+        return self.bind(eqn, [x.base if isinstance(x, kind) else x for x in ins], plus)
 
     def native(self, eqn: Any) -> Callable[..., Any]:
         """The equation as JAX evaluates it (custom rules and effects included)."""

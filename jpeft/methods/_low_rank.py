@@ -99,6 +99,7 @@ class ActsAsLowRank(Labelled):
     "stack",
     "convert_element_type",
     kind=ActsAsLowRank,
+    joins=True,
 )
 def _as_low_rank(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     """Moved about as it is; consumed, scaled or cast as the one product."""
@@ -372,22 +373,20 @@ def _reduce_sum(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     )
 
 
-@rule("concatenate", kind=LowRank)
+@rule("concatenate", kind=LowRank, joins=True)
 def _concatenate(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    """Weights side by side.
+    """Weights side by side; leaves of other kinds lie below.
 
     Along an input or output axis ranks add and one factor is block diagonal; along a
     stack both factors are stacked.
     """
     axis = eqn.params["dimension"]
-    leaves = [x for x in ins if is_leaf(x)]
-    if not all(isinstance(x, LowRank) for x in leaves):
-        return None
+    leaves = [x for x in ins if isinstance(x, LowRank)]
     wanted = next((x.axes for x in leaves if x.shape[axis] > 1), leaves[0].axes)
-    same = [_fit(x, axis, wanted) if is_leaf(x) else x for x in ins]
-    if any(is_leaf(x) and x.axes != wanted for x in same):
+    same = [_fit(x, axis, wanted) if isinstance(x, LowRank) else x for x in ins]
+    if any(isinstance(x, LowRank) and x.axes != wanted for x in same):
         return None
-    return _joined(it.base(eqn, ins), same, axis)
+    return _joined(it.base(eqn, ins, kind=LowRank), same, axis)
 
 
 def _fit(leaf: LowRank, axis: int, axes: str) -> LowRank:
@@ -396,31 +395,30 @@ def _fit(leaf: LowRank, axis: int, axes: str) -> LowRank:
     return leaf
 
 
-@rule("stack", kind=LowRank)
+@rule("stack", kind=LowRank, joins=True)
 def _stack(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     """`jnp.stack`, a primitive since jax 0.10: weights become a stack."""
     axis = eqn.params.get("axis", eqn.params.get("dimension"))
-    leaves = [x for x in ins if is_leaf(x)]
-    if axis is None or not all(isinstance(x, LowRank) for x in leaves):
-        return None
-    if len({x.axes for x in leaves}) > 1:
+    leaves = [x for x in ins if isinstance(x, LowRank)]
+    if axis is None or len({x.axes for x in leaves}) > 1:
         return None
     old = leaves[0].axes
     axes = old[:axis] + "s" + old[axis:]
     shift = lambda k: k if not isinstance(k, int) or k < axis else k + 1
 
     def lift(x: Any) -> Any:
-        if not is_leaf(x):
-            return jnp.expand_dims(x, axis)
+        # Of what has no factors the shape alone counts.
+        plain = jax.ShapeDtypeStruct(_with(jnp.shape(x), axis), x.dtype)
+        if not isinstance(x, LowRank):
+            return plain
 
         def f(y: jax.Array, had: list[Label], new: list[Label]) -> jax.Array:
             y = jnp.expand_dims(y, 0)
             return align(y, [axis, *map(shift, had)], new)
 
-        base = jax.eval_shape(lambda: jnp.zeros(_with(x.shape, axis), x.dtype))
-        return x.move(base, f, axes)
+        return x.move(plain, f, axes)
 
-    return _joined(it.base(eqn, ins), [lift(x) for x in ins], axis)
+    return _joined(it.base(eqn, ins, kind=LowRank), list(map(lift, ins)), axis)
 
 
 def _with(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
@@ -428,13 +426,14 @@ def _with(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 
 
 def _joined(base: Any, parts: list[Any], axis: int) -> LowRank:
-    first = next(x for x in parts if is_leaf(x))
+    """Around the joined base, the factors of all parts that have some."""
+    first = next(x for x in parts if isinstance(x, LowRank))
     labels, ends = first.labels(), np.cumsum([0] + [x.shape[axis] for x in parts])
-    ranks = [x.rank if is_leaf(x) else 0 for x in parts]
+    ranks = [x.rank if isinstance(x, LowRank) else 0 for x in parts]
     stacked = first.axes[axis] == "s"
     out: dict[str, list[jax.Array]] = {"a": [], "b": []}
     for k, x in enumerate(parts):
-        if not is_leaf(x):
+        if not isinstance(x, LowRank):
             continue
         for n, f in (("a", x.a), ("b", _scaled(x.b, x.scale))):
             pads = [(0, 0, 0)] * f.ndim

@@ -291,11 +291,11 @@ def _reduce_sum(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     )
 
 
-@rule("concatenate", kind=Scaled)
+@rule("concatenate", kind=Scaled, joins=True)
 def _concatenate(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    """Weights side by side along an axis that the vector has; plain ones get ones."""
+    """Weights side by side along an axis that the vector has; others get ones."""
     axis = eqn.params["dimension"]
-    leaves = [x for x in ins if is_leaf(x)]
+    leaves = [x for x in ins if isinstance(x, Scaled)]
     first = leaves[0]
     if any(type(x) is not type(first) or x.axes != first.axes for x in leaves):
         return None
@@ -304,19 +304,19 @@ def _concatenate(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         return None
 
     def scale(x: Any) -> jax.Array:
-        if is_leaf(x):
+        if isinstance(x, Scaled):
             return x.scale
         return jnp.ones([x.shape[k] for k in labels], first.scale.dtype)  # type: ignore[index]
 
     whole = jnp.concatenate(list(map(scale, ins)), labels.index(axis))
-    return first.replace(base=it.base(eqn, ins), scale=whole)
+    return first.replace(base=it.base(eqn, ins, kind=Scaled), scale=whole)
 
 
-@rule("stack", kind=Scaled)
+@rule("stack", kind=Scaled, joins=True)
 def _stack(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     """`jnp.stack`, a primitive since jax 0.10: weights become a stack."""
     axis = eqn.params.get("axis", eqn.params.get("dimension"))
-    leaves = [x for x in ins if is_leaf(x)]
+    leaves = [x for x in ins if isinstance(x, Scaled)]
     first = leaves[0]
     if axis is None or any(
         type(x) is not type(first) or x.axes != first.axes for x in leaves
@@ -326,9 +326,9 @@ def _stack(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     labels = first.labels()["scale"]
     moved = [k if k < axis else k + 1 for k in labels]  # type: ignore[operator]
     ones = jnp.ones_like(first.scale)
-    whole = jnp.stack([x.scale if is_leaf(x) else ones for x in ins])
+    whole = jnp.stack([x.scale if isinstance(x, Scaled) else ones for x in ins])
     scale = align(whole, [axis, *moved], type(first).labels_of(axes)["scale"])
-    return first.replace(base=it.base(eqn, ins), axes=axes, scale=scale)
+    return first.replace(base=it.base(eqn, ins, kind=Scaled), axes=axes, scale=scale)
 
 
 # --- the mathematics -----------------------------------------------------------------

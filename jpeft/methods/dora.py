@@ -132,6 +132,7 @@ class DoRALeaf(Labelled):
     *("stop_gradient", "reduce_precision", "pvary", "pcast", "optimization_barrier"),
     *("sharding_constraint", "name", "mesh_cast", "reshard", "layout_constraint"),
     kind=DoRALeaf,
+    joins=True,
 )
 def _as_scaled(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     """Whatever happens to the weight, its norm is that of the whole."""

@@ -105,8 +105,11 @@ class Deferred(QuantizedValue):
 
 
 def deferred(eqn: Any, ins: list[Any]) -> Any:
-    """The equation, waiting.  None where it must not: it makes more than the weights
-    that go in (an activation does that), or its parameters do not compare."""
+    """The equation, waiting.  None where it must not: a leaf of another kind is among
+    its operands, it makes more than the weights that go in (an activation does that),
+    or its parameters do not compare."""
+    if any(is_leaf(x) and not isinstance(x, QuantizedValue) for x in ins):
+        return None
     operands, literals = [], []
     for k, (x, var) in enumerate(zip(ins, eqn.invars, strict=True)):
         if isinstance(var, compat.Literal):
