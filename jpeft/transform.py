@@ -326,6 +326,16 @@ def check_positive(
         raise ValueError(f"{method}: {name}={value!r}: expected {kind}")
 
 
+def dtype_name(dtype: Any) -> str | None:
+    """Its name; what is no dtype as it was typed, for `check_float` to refuse."""
+    if dtype is None:
+        return None
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return str(dtype)
+
+
 def check_float(method: str, dtype: str | None) -> None:
     if dtype is None:
         return

@@ -45,6 +45,7 @@ from jpeft.transform import (
     check_float,
     check_pattern,
     check_positive,
+    dtype_name,
     matched,
     method,
 )
@@ -235,7 +236,7 @@ def adalora(
         alpha=alpha,
         dropout=dropout,
         std=std,
-        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        dtype=dtype_name(dtype),
         rank_pattern=tuple((rank_pattern or {}).items()),
         alpha_pattern=tuple((alpha_pattern or {}).items()),
         where=where,

@@ -42,6 +42,7 @@ from jpeft.transform import (
     check_pattern,
     check_positive,
     check_target,
+    dtype_name,
     matched,
     method,
 )
@@ -320,7 +321,7 @@ def adapter(
         gate=gate,
         late=late,
         init=init,
-        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        dtype=dtype_name(dtype),
         bottleneck_pattern=tuple((bottleneck_pattern or {}).items()),
         where=where,
         exclude=exclude,

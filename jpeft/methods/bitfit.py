@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import Label, Labelled, align, operand_labels
 from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, trainable, wide_dtype
-from jpeft.transform import LeafMethod, check_float, method
+from jpeft.transform import LeafMethod, check_float, dtype_name, method
 from jpeft.tree.layout import BIAS, LINEAR, MATRIX, LeafUse
 from jpeft.tree.paths import Slots
 from jpeft.tree.where import Where, check_where
@@ -204,5 +204,5 @@ def bitfit(
     >>> jpeft.count(params)
     Count(trainable=5, frozen=40)
     """
-    dtype = None if dtype is None else jnp.dtype(dtype).name
+    dtype = dtype_name(dtype)
     return BitFit(where=where, add=add, exclude=exclude, dtype=dtype)

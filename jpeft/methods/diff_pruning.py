@@ -61,6 +61,7 @@ from jpeft.transform import (
     LeafMethod,
     check_float,
     check_positive,
+    dtype_name,
     method,
     place_beside,
 )
@@ -278,7 +279,7 @@ def diff_pruning(
         low=low,
         high=high,
         temperature=temperature,
-        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        dtype=dtype_name(dtype),
     )
 
 

@@ -42,7 +42,7 @@ from jpeft.methods import _init
 from jpeft.methods._low_rank import LowRank
 from jpeft.methods._scaled import ScaledOutput, spread
 from jpeft.methods.lora import LoRA
-from jpeft.transform import method
+from jpeft.transform import dtype_name, method
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.where import Where
 
@@ -297,7 +297,7 @@ def dora(
         rank_stabilized=rank_stabilized,
         dropout=dropout,
         init=init,
-        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        dtype=dtype_name(dtype),
         rank_pattern=tuple((rank_pattern or {}).items()),
         alpha_pattern=tuple((alpha_pattern or {}).items()),
         where=where,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, trainable
-from jpeft.transform import LeafMethod, check_float, method
+from jpeft.transform import LeafMethod, check_float, dtype_name, method
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.where import Where, check_where
 
@@ -91,5 +91,5 @@ def full(where: Where, *, exclude: Where = (), dtype: Any = None) -> Full:
     >>> jpeft.count(params).trainable
     16
     """
-    dtype = None if dtype is None else jnp.dtype(dtype).name
+    dtype = dtype_name(dtype)
     return Full(where=where, exclude=exclude, dtype=dtype)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, static, transient, wide_dtype
 from jpeft.methods._scaled import ScaledInput, ScaledOutput
-from jpeft.transform import LeafMethod, Transform, check_float, method
+from jpeft.transform import LeafMethod, Transform, check_float, dtype_name, method
 from jpeft.tree.layout import BIAS, CONV, LINEAR, MATRIX, LeafUse
 from jpeft.tree.paths import Slots, slots
 from jpeft.tree.sublayers import MLP, SubLayer, sublayers
@@ -272,5 +272,5 @@ def ia3(
     >>> jpeft.count(ia3(jax.random.key(0), params)).trainable
     5
     """
-    dtype = None if dtype is None else jnp.dtype(dtype).name
+    dtype = dtype_name(dtype)
     return IA3(where=where, feedforward=feedforward, exclude=exclude, dtype=dtype)

@@ -27,6 +27,7 @@ from jpeft.transform import (
     LeafMethod,
     check_float,
     check_positive,
+    dtype_name,
     method,
     place_beside,
 )
@@ -154,7 +155,7 @@ def loftq(
         double=double,
         block_size=block_size,
         dropout=dropout,
-        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        dtype=dtype_name(dtype),
         where=where,
         exclude=exclude,
         compute_dtype=of.compute_dtype,

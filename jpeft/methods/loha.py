@@ -11,10 +11,12 @@ are products of columns:
 
     (A1 B1) * (A2 B2) = A B     A_i,pq = A1_ip A2_iq     B_pq,o = B1_po B2_qo
 
-So the delta acts as LoRA of rank^2 does, as long as that is fewer multiplications than
-the weight's own product; from there on (rank above about sqrt(in out / (in + out)), 20
-for 768 x 768) the delta is made for each product and dropped again, and once more for
-the backward pass.  Nothing of W's size is kept in between.
+So the delta acts as LoRA of rank^2 does, as long as that is fewer multiplications; from
+there on (rank above about sqrt(in out / (in + out) / 3), 11 for 768 x 768) the delta is
+made for each product, joins the weight, is dropped again and made once more for the
+backward pass.  Nothing of W's size is kept in between.  Beside a weight in bfloat16,
+where a small delta would be rounded away, and beside a quantised one it has a product
+of its own.
 
 Where we depart from the papers: FedPara trains W itself in this form, without a frozen
 base; and kernels of convolutions are factored as matrices, without a core tensor.
@@ -44,6 +46,7 @@ from jpeft.transform import (
     check_float,
     check_pattern,
     check_positive,
+    dtype_name,
     matched,
     method,
 )
@@ -125,8 +128,22 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         n for n, k in zip(x.shape, xl, strict=True) if isinstance(k, tuple)
     )
     low_rank = leaf.rank**2 * (x.size + math.prod(shape))
-    as_product = low_rank <= whole + 2 * leaf.rank * leaf.size
+    # Forwards and backwards.  A delta that joins the weight needs no product of its
+    # own but for its gradient; beside a narrower weight it would be rounded away there.
+    joins = not is_leaf(leaf.base) and leaf.dtype == wide_dtype(leaf.dtype)
+    products = 1 if joins else 3
+    as_product = 3 * low_rank <= products * whole + 8 * leaf.rank * leaf.size
     template = leaf.replace(base=jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), key=None)
+
+    factors = {n: getattr(leaf, n) for n in FACTORS}
+
+    if joins and not as_product:
+
+        def joined(x: Any, base: Any, factors: dict[str, jax.Array]) -> jax.Array:
+            w = template.replace(base=base, **factors).materialize()
+            return it.native(eqn)(*((w, x) if side == 0 else (x, w)))
+
+        return jax.checkpoint(joined, prevent_cse=False)(x, leaf.base, factors)
 
     def f(x: jax.Array, factors: dict[str, jax.Array]) -> jax.Array:
         made = template.replace(**factors)
@@ -138,7 +155,6 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     # backward pass; the activation inside is kept.
     policy = jax.checkpoint_policies.dots_saveable if as_product else None
     f = jax.checkpoint(f, policy=policy, prevent_cse=False)
-    factors = {n: getattr(leaf, n) for n in FACTORS}
     return it.base(eqn, ins, plus=f(x, factors))
 
 
@@ -299,7 +315,7 @@ def loha(
         rank=rank,
         alpha=alpha,
         init=init,
-        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        dtype=dtype_name(dtype),
         rank_pattern=tuple((rank_pattern or {}).items()),
         alpha_pattern=tuple((alpha_pattern or {}).items()),
         where=where,

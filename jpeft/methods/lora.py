@@ -43,6 +43,7 @@ from jpeft.transform import (
     check_float,
     check_pattern,
     check_positive,
+    dtype_name,
     matched,
     method,
 )
@@ -245,7 +246,7 @@ def lora(
         rank_stabilized=rank_stabilized,
         dropout=dropout,
         init=init,
-        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        dtype=dtype_name(dtype),
         rank_pattern=tuple((rank_pattern or {}).items()),
         alpha_pattern=tuple((alpha_pattern or {}).items()),
         where=where,

@@ -16,12 +16,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-
 from jpeft.methods._recipe import Recipe
 from jpeft.methods.adapter import adapter
 from jpeft.methods.prefix import prefix
-from jpeft.transform import Transform, chain, method
+from jpeft.transform import Transform, chain, dtype_name, method
 from jpeft.tree.where import Where
 
 
@@ -101,5 +99,5 @@ def mam(
         width=width,
         attention=attention,
         mlp=mlp,
-        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        dtype=dtype_name(dtype),
     )

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.methods.bitfit import Delta
-from jpeft.transform import LeafMethod, check_float, method
+from jpeft.transform import LeafMethod, check_float, dtype_name, method
 from jpeft.tree.layout import BIAS, NORM, LeafUse, in_norm
 from jpeft.tree.where import Where, check_where
 
@@ -65,5 +65,5 @@ def norm_tuning(
     >>> jpeft.count(jpeft.norm_tuning()(jax.random.key(0), params))
     Count(trainable=7, frozen=12)
     """
-    dtype = None if dtype is None else jnp.dtype(dtype).name
+    dtype = dtype_name(dtype)
     return NormTuning(where=where, exclude=exclude, dtype=dtype)

@@ -37,7 +37,7 @@ from jpeft.leaf import (
 )
 from jpeft.methods._virtual import Prompt
 from jpeft.methods.prompt import VirtualMethod
-from jpeft.transform import check_positive, method
+from jpeft.transform import check_positive, dtype_name, method
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.where import Where
 
@@ -235,7 +235,7 @@ def p_tuning(
         where=where,
         exclude=exclude,
         one_hot=one_hot,
-        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        dtype=dtype_name(dtype),
     )
 
 

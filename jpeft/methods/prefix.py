@@ -63,6 +63,7 @@ from jpeft.transform import (
     check_finite,
     check_float,
     check_positive,
+    dtype_name,
     method,
     path_key,
     place_beside,
@@ -585,7 +586,7 @@ def prefix(
         layers=None if layers is None else tuple(layers),
         tasks=tasks,
         heads=heads,
-        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        dtype=dtype_name(dtype),
     )
 
 
@@ -638,7 +639,7 @@ def p_tuning_v2(
         layers=None if layers is None else tuple(layers),
         tasks=tasks,
         heads=heads,
-        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        dtype=dtype_name(dtype),
     )
 
 

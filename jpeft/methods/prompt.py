@@ -44,6 +44,7 @@ from jpeft.transform import (
     check_float,
     check_positive,
     check_target,
+    dtype_name,
     freeze_value,
     method,
 )
@@ -217,7 +218,7 @@ def prompt(
         where=where,
         exclude=exclude,
         one_hot=one_hot,
-        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        dtype=dtype_name(dtype),
     )
 
 

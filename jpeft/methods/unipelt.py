@@ -15,14 +15,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-
 from jpeft.methods._recipe import Recipe
 from jpeft.methods.adapter import adapter
 from jpeft.methods.gated import gated
 from jpeft.methods.lora import lora
 from jpeft.methods.prefix import prefix
-from jpeft.transform import Transform, chain, method
+from jpeft.transform import Transform, chain, dtype_name, method
 from jpeft.tree.where import Where
 
 QUERY_VALUE = r"(.*/)?(query|value|q_proj|v_proj|q|v|wq|wv)/(kernel|w|weight)"
@@ -109,5 +107,5 @@ def unipelt(
         projections=projections,
         attention=attention,
         mlp=mlp,
-        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        dtype=dtype_name(dtype),
     )

@@ -20,6 +20,7 @@ torch's generator; the numbers are others here.)
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
@@ -46,6 +47,7 @@ from jpeft.transform import (
     Transform,
     check_float,
     check_positive,
+    dtype_name,
     method,
     path_key,
 )
@@ -64,7 +66,7 @@ class VeRALeaf(AdaptedLeaf):
     """The two vectors of a weight; in one leaf also what all of them share.
 
     d: (*stack, rank); b: (*stack, *out); shared_a: (largest in, rank), shared_b: (rank,
-    largest out).
+    largest out).  lent_a: (*in, rank), lent_b: (rank, *out), of this weight.
     """
 
     axes: str = static()
@@ -83,12 +85,21 @@ class VeRALeaf(AdaptedLeaf):
         return {"d": of("d"), "b": of("e"), **held}
 
     def lends(self) -> Mapping[str, Any] | None:
+        """Functions that give a weight its rows or columns: the same array to weights
+        of the same sizes, so that what they make of one activation is made once."""
         if self.shared_a is None:
             return None
-        return {"a": self.shared_a, "b": self.shared_b}
+        a, b = jnp.asarray(self.shared_a), jnp.asarray(self.shared_b)
+        rows = lambda *ins: a[: math.prod(ins)].reshape(*ins, -1)
+        columns = lambda *outs: b[:, : math.prod(outs)].reshape(-1, *outs)
+        return {"a": functools.cache(rows), "b": functools.cache(columns)}
 
     def borrow(self, lent: Mapping[str, Any]) -> Self:
-        return self.replace(lent_a=lent["a"], lent_b=lent["b"])
+        ins, outs = (
+            [n for n, c in zip(self.shape, self.axes, strict=True) if c == g]
+            for g in "io"
+        )
+        return self.replace(lent_a=lent["a"](*ins), lent_b=lent["b"](*outs))
 
     def begin(self) -> SharedLowRank:
         """The leaf with its rows and columns of the shared matrices."""
@@ -98,18 +109,12 @@ class VeRALeaf(AdaptedLeaf):
                 "weight of the tree, which is not among the arguments; pass the whole "
                 "tree"
             )
-        ins, outs = (
-            tuple(n for n, c in zip(self.shape, self.axes, strict=True) if c == g)
-            for g in "io"
-        )
-        a = jnp.asarray(self.lent_a)[: math.prod(ins)]
-        b = jnp.asarray(self.lent_b)[:, : math.prod(outs)]
         return SharedLowRank(
             base=self.base,
             axes=self.axes,
-            a=a.reshape(*ins, -1),
+            a=self.lent_a,
             d=self.d,
-            b=b.reshape(-1, *outs),
+            b=self.lent_b,
             e=self.b,
             dropout=self.dropout,
             origin=self.origin,
@@ -340,7 +345,7 @@ def vera(
         rank=rank,
         d_initial=d_initial,
         dropout=dropout,
-        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        dtype=dtype_name(dtype),
         where=where,
         exclude=exclude,
     )

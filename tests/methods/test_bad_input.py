@@ -290,3 +290,19 @@ def test_combining_trees_that_do_not_belong_together():
     trainable, _ = jpeft.partition(jpeft.lora(rank=2)(KEY, tree()))
     raises("both trees hold an array", lambda: jpeft.combine(trainable, trainable))
     raises("differ in structure", lambda: jpeft.combine(trainable, {"a": None}))
+
+
+FACTORIES = {
+    **dict.fromkeys(["lora", "dora", "adalora", "vera", "loha", "lokr", "loftq"], (2,)),
+    **dict.fromkeys(["adapter", "prefix", "p_tuning", "p_tuning_v2", "prompt"], (2,)),
+    **dict.fromkeys(["ia3", "bitfit", "norm_tuning", "mam", "unipelt"], ()),
+    "diff_pruning": (),
+    "full": (".*",),
+}
+
+
+@pytest.mark.parametrize("dtype", ["floaty", "int8", 3.5])
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_dtype_that_is_none_or_not_floating(name, dtype):
+    with pytest.raises(ValueError, match=r"dtype=.*: expected a floating-point dtype"):
+        getattr(jpeft, name)(*FACTORIES[name], dtype=dtype)
