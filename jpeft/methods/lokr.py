@@ -22,6 +22,7 @@ in it, is refused by name.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -53,6 +54,7 @@ from jpeft.transform import (
     check_float,
     check_pattern,
     check_positive,
+    dtype_name,
     matched,
     method,
 )
@@ -183,13 +185,12 @@ def _product(
     rest = [k for k in xl if k not in summed]
     x = align(x, xl, [*rest, *summed])
     split, made = ((I1, I2), (O1, O2)) if group == "i" else ((O1, O2), (I1, I2))
-    sizes = {I1: _size(leaf, "w1", 0), O1: _size(leaf, "w1", 1)}
-    sizes |= {I2: _size(leaf, "w2", 0), O2: _size(leaf, "w2", 1)}
+    sizes = _sizes(leaf)
     x = x.reshape(*x.shape[: len(rest)], *(sizes[k] for k in split))
     xl = [*rest, *split]
     stack = [k for k, c in enumerate(leaf.axes) if c == "s"]
     labels = leaf.labels()
-    steps = [n for n in _order(leaf, sizes, split, made) if n in labels]
+    steps = _order(leaf, split)
     for n, name in enumerate(steps):
         w, wl = getattr(leaf, name).astype(dtype), labels[name]
         later = {k for m in steps[n + 1 :] for k in labels[m]}
@@ -209,36 +210,30 @@ def _axes(leaf: Kronecker, group: str) -> list[Label]:
     return [k for k, c in enumerate(leaf.axes) if c == group]
 
 
-def _size(leaf: Kronecker, name: str, which: int) -> int:
-    whole = getattr(leaf, name)
-    if whole is not None:
-        return whole.shape[which - 2]
-    return getattr(leaf, f"{name}_{'ab'[which]}").shape[which - 2]
+def _sizes(leaf: Kronecker) -> dict[Label, int]:
+    return {
+        k: n
+        for name, labels in leaf.labels().items()
+        for k, n in zip(labels, getattr(leaf, name).shape, strict=True)
+    }
 
 
-def _order(
-    leaf: Kronecker,
-    sizes: Mapping[str, int],
-    split: Sequence[str],
-    made: Sequence[str],
-) -> list[str]:
-    """The arrays in the order in which the activation meets them: that factor first
-    that leaves less to do."""
-    ways = []
-    for names in (("w1", "w2"), ("w2", "w1")):
-        have = math.prod(sizes[k] for k in split)
-        cost = 0
-        for n in names:
-            enters, leaves = split[int(n[1]) - 1], made[int(n[1]) - 1]
-            cost += have * sizes[leaves]
-            have = have // sizes[enters] * sizes[leaves]
-        ways.append((cost, names))
-    forwards = split[0] == I1
-    parts = [("_a", "_b") if forwards else ("_b", "_a")] * 2
-    _, names = min(ways, key=lambda way: way[0])
-    return [
-        n + part for n, both in zip(names, parts, strict=True) for part in ("", *both)
-    ]
+def _order(leaf: Kronecker, split: Sequence[str]) -> list[str]:
+    """The arrays in the order in which the activation meets them: the one that leaves
+    least to do.  What stands between the two halves of a factor meets few values."""
+    labels, sizes = leaf.labels(), _sizes(leaf)
+    pairs = {n: {k for k in of if isinstance(k, str)} for n, of in labels.items()}
+
+    def cost(names: Sequence[str]) -> float:
+        have, total = set(split), 0
+        for name in names:
+            if not have & pairs[name]:
+                return math.inf  # the other half comes first
+            have ^= pairs[name]
+            total += math.prod(sizes[k] for k in have | pairs[name])
+        return total
+
+    return list(min(itertools.permutations(labels), key=cost))
 
 
 def _places(x: Any, xl: list[Label], out: list[Label], sharding: Any) -> Any:
@@ -503,7 +498,7 @@ def lokr(
         factor=factor,
         decompose_both=decompose_both,
         init=init,
-        dtype=None if dtype is None else jnp.dtype(dtype).name,
+        dtype=dtype_name(dtype),
         rank_pattern=tuple((rank_pattern or {}).items()),
         alpha_pattern=tuple((alpha_pattern or {}).items()),
         where=where,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jpeft
+from jpeft.leaf import array_fields as factors
 from jpeft.methods.loha import products_along
 
 KEY = jax.random.key(0)
@@ -46,10 +47,10 @@ def test_columns_of_products():
     )
 
 
-# Rank 2 acts through 4 columns, rank 4 (16 columns for 8 x 6) is made for each product.
+# Rank 2 acts through 4 columns, rank 4 (16 columns for 24 x 20) is made and joins W.
 @pytest.mark.parametrize(("rank", "dense"), [(2, False), (4, True)])
 def test_both_ways_give_the_same_and_keep_nothing_large(rank, dense):
-    params, x = attached(12, 10, rank), n(64, 12, k=2)
+    params, x = attached(24, 20, rank), n(64, 24, k=2)
     trainable, frozen = jpeft.partition(params)
 
     def loss(weight_of):
@@ -63,11 +64,24 @@ def test_both_ways_give_the_same_and_keep_nothing_large(rank, dense):
     forward = jax.make_jaxpr(unmerged)(trainable)
     (inner,) = [e for e in forward.eqns if e.primitive.name in ("checkpoint", "remat2")]
     shapes = [v.aval.shape for e in inner.params["jaxpr"].eqns for v in e.outvars]
-    assert ((12, 10) in shapes) == dense
+    assert ((24, 20) in shapes) == dense
     kept = [y.shape for y in jax.tree.leaves(jax.vjp(unmerged, trainable)[1])]
     assert (x.shape[0], rank**2) in kept or dense
-    base = [s for s in kept if s == (12, 10)]
+    base = [s for s in kept if s == (24, 20)]
     assert len(base) <= 1, kept  # the base's own, for its product
+
+
+def test_beside_a_bfloat16_weight_a_small_delta_is_not_rounded_away():
+    signs = jnp.where(jnp.arange(24) % 2, 1.0, -1.0)
+    ones = {k: jnp.ones_like(v) for k, v in factors(attached(24, 20, 8)["w"]).items()}
+    leaf = attached(24, 20, 8)["w"].replace(
+        base=jnp.ones((24, 20), jnp.bfloat16),  # whose next number is 1 + 2^-7
+        scale=2**-9 / 64,
+        **{**ones, "a1": ones["a1"] * signs[:, None]},
+    )
+    x = jnp.broadcast_to(signs.astype(jnp.bfloat16)[None], (64, 24))
+    got = jpeft.adapt(product)({"w": leaf}, x)
+    np.testing.assert_array_equal(got, jnp.full((64, 20), 24 * 2**-9, jnp.bfloat16))
 
 
 def test_first_values():
