@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, UInt8
 
 from jpeft.formats.blocks import BLOCK_SIZES
@@ -322,7 +323,10 @@ def constant_cotangents(tree: Any) -> Any:
 
     def zero(x: jax.Array) -> Any:
         if jnp.issubdtype(x.dtype, jnp.floating):
-            return jnp.zeros_like(x)
+            # Where shardings are part of types, of the array's own type.
+            place = jax.typeof(x).sharding
+            explicit = AxisType.Explicit in place.mesh.axis_types
+            return jnp.zeros_like(x, device=place if explicit else None)
         return np.zeros(x.shape, jax.dtypes.float0)
 
     return jax.tree.map(zero, tree)

@@ -9,6 +9,7 @@ base's own; what moves the weight about before that moves the factors.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, Self
@@ -552,8 +553,9 @@ def _places(x: Any, xl: list[Label], out: list[Label], sharding: Any) -> Any:
     goes: (mesh, mesh axes of each label of the first, and of the second)."""
     if sharding is None:
         return None
-    of_x = tuple(zip(xl, jax.typeof(x).sharding.spec, strict=True))
-    return sharding.mesh, of_x, tuple(zip(out, sharding.spec, strict=True))
+    places = lambda labels, spec: tuple(itertools.zip_longest(labels, spec))
+    of_x = places(xl, jax.typeof(x).sharding.spec)
+    return sharding.mesh, of_x, places(out, sharding.spec)
 
 
 def _placer(places: Any, product: int) -> Any:

@@ -13,6 +13,7 @@ So blocks run along what is contracted, which is how bitsandbytes cuts a torch w
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
@@ -20,13 +21,21 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jpeft.boxes import is_box, names_of, rebox, unbox, with_names
 from jpeft.formats import blocks, double
 from jpeft.formats.blocks import FORMATS, Blocks, Format
 from jpeft.formats.packing import GROUP
-from jpeft.leaf import AdaptedLeaf, adapted_leaf, array_fields, frozen, static
+from jpeft.leaf import (
+    AdaptedLeaf,
+    adapted_leaf,
+    array_fields,
+    frozen,
+    leaf_specs,
+    static,
+)
+from jpeft.transform import whole_shards
 from jpeft.tree.layout import EMBEDDING
 
 # Its arrays, each with the stack's axes first.
@@ -182,6 +191,21 @@ class Quantized(QuantizedValue):
 
     def value(self, dtype: Any) -> jax.Array:
         """The whole weight: products in float32, rounded once."""
+        place = jax.typeof(self.codes).sharding
+        if AxisType.Explicit not in place.mesh.axis_types:
+            return self._value(dtype)
+        # As for `quantize_array`.
+        names = dict(zip(self._axes_of_codes(), place.spec, strict=True))
+        spec = PartitionSpec(*map(names.get, range(self.ndim)))
+        spec = whole_shards(spec, self.shape, place.mesh)
+        arrays = array_fields(self)
+        run: Any = jax.sharding.auto_axes(
+            lambda arrays: self.replace(**arrays)._value(dtype),
+            out_sharding=NamedSharding(place.mesh, spec),
+        )
+        return run(arrays)
+
+    def _value(self, dtype: Any) -> jax.Array:
         x = blocks.dequantize(
             self.blocks(),
             self.kind,
@@ -330,15 +354,15 @@ def quantize_array(
 ) -> Quantized:
     """x as a leaf.  The arithmetic is one jitted program a shape."""
     order, stack, lead, blocked = layout
-    arrays = _arrays(
-        x,
+    make = functools.partial(
+        _arrays,
         layout=layout,
         format=format,
         block_size=block_size,
         double_scales=double_scales,
     )
     inner = tuple(x.shape[k] for k in order[lead : lead + blocked])
-    return Quantized(
+    leaf = lambda arrays: Quantized(
         **arrays,
         format=format,
         block_size=block_size,
@@ -349,6 +373,22 @@ def quantize_array(
         element=jnp.dtype(x.dtype).name,
         compute_dtype=compute_dtype,
     )
+    place = jax.typeof(x).sharding
+    if AxisType.Explicit not in place.mesh.axis_types:
+        return leaf(make(x))
+    # Blocks run across axes as types of shardings cannot: the compiler finds the way,
+    # and the result's types are those of the weight's axes.
+    shapes = jax.eval_shape(make, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    specs = leaf_specs(leaf(shapes), place.spec)
+    types = {
+        n: None
+        if shape is None
+        else NamedSharding(
+            place.mesh, whole_shards(getattr(specs, n), shape.shape, place.mesh)
+        )
+        for n, shape in shapes.items()
+    }
+    return leaf(jax.sharding.auto_axes(make, out_sharding=types)(x))
 
 
 def _quantized_arrays(

@@ -75,13 +75,14 @@ def _product(
 def _forward(
     how: How, leaf: Quantized, x: jax.Array, plus: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-    return _product(how, leaf, x, plus), (leaf, _Added(plus is not None))
+    kept = leaf, _Place.of(x), None if plus is None else _Place.of(plus)
+    return _product(how, leaf, x, plus), kept
 
 
-def _backward(how: How, kept: tuple[Quantized, Any], g: jax.Array) -> Any:
-    leaf, added = kept
-    dx = _product(how.back(), leaf, g, None)
-    return constant_cotangents(leaf), dx, g if added.yes else None
+def _backward(how: How, kept: tuple[Quantized, Any, Any], g: jax.Array) -> Any:
+    leaf, of_x, of_plus = kept
+    dx = of_x.put(_product(how.back(), leaf, g, None))
+    return constant_cotangents(leaf), dx, None if of_plus is None else of_plus.put(g)
 
 
 _product.defvjp(_forward, _backward)
@@ -89,8 +90,19 @@ _product.defvjp(_forward, _backward)
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _Added:
-    yes: bool
+class _Place:
+    """Where an operand is, where that is part of its type."""
+
+    sharding: Any
+
+    @classmethod
+    def of(cls, x: jax.Array) -> _Place:
+        sharding = jax.typeof(x).sharding
+        explicit = AxisType.Explicit in sharding.mesh.axis_types
+        return cls(sharding if explicit else None)
+
+    def put(self, x: jax.Array) -> jax.Array:
+        return x if self.sharding is None else jax.sharding.reshard(x, self.sharding)
 
 
 def shape_of(leaf: Quantized) -> tuple[int, int]:

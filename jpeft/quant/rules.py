@@ -9,13 +9,16 @@ the equation that consumes it.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import axis_groups
@@ -26,6 +29,7 @@ from jpeft.leaf import array_fields, is_leaf
 from jpeft.quant.deferred import deferred
 from jpeft.quant.leaf import Quantized, QuantizedValue
 from jpeft.quant.product import How, linear, product
+from jpeft.transform import whole_shards
 
 # --- consumed ------------------------------------------------------------------------
 
@@ -53,10 +57,10 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any], plus: Any = None) ->
 
 def _asks_more(eqn: Any) -> bool:
     """Whether the product must keep to more than the kernels promise."""
-    precise = eqn.params["precision"] not in (None, lax.Precision.DEFAULT) and (
-        eqn.params["precision"] != (lax.Precision.DEFAULT, lax.Precision.DEFAULT)
+    return eqn.params["precision"] not in (
+        *(None, lax.Precision.DEFAULT),
+        (lax.Precision.DEFAULT, lax.Precision.DEFAULT),
     )
-    return precise or eqn.params.get("out_sharding") is not None
 
 
 def _as_matrix(
@@ -83,8 +87,8 @@ def _as_matrix(
     free = [k for k in range(x.ndim) if k not in at.values()]
     sizes = [x.shape[k] for k in free]
     x2 = jnp.transpose(x, [*(at[k] for k in stack), *free, *(at[k] for k in summed)])
-    many = (math.prod(leaf.shape[k] for k in stack),) if stack else ()
-    x2 = x2.reshape(*many, math.prod(sizes), math.prod(leaf.shape[k] for k in summed))
+    many = (len(stack),) if stack else ()
+    x2 = _merged(x2, *many, len(free), len(summed))
     out = eqn.outvars[0].aval
     how = How(transposed, x.dtype.name, _inside(leaf, x), out.dtype.name)
     # The result's axes, and dot_general's order of them: batch, what is left of the
@@ -101,9 +105,44 @@ def _as_matrix(
     perm = [labels.index(k) for k in wanted]
     if plus is not None:
         plus = jnp.transpose(plus.astype(out.dtype), tuple(map(int, np.argsort(perm))))
-        plus = plus.reshape(*many, math.prod(sizes), -1)
-    y = product(how, leaf, x2, plus).reshape(made)
-    return y if perm == list(range(y.ndim)) else jnp.transpose(y, perm)
+        plus = _merged(plus, *many, len(free), len(kept))
+    y = product(how, leaf, x2, plus)
+    y = _split(y, made, *many, len(free), len(kept))
+    y = y if perm == list(range(y.ndim)) else jnp.transpose(y, perm)
+    # On an explicit mesh the equation may say where its result goes.
+    place = eqn.params.get("out_sharding")
+    return y if place is None else jax.sharding.reshard(y, place)
+
+
+def _merged(x: jax.Array, *counts: int) -> jax.Array:
+    """So many axes each as one."""
+    ends = list(itertools.accumulate(counts))
+    sizes = [math.prod(x.shape[b - n : b]) for n, b in zip(counts, ends, strict=True)]
+    places = lambda spec: [
+        spec[b - n] if n else None for n, b in zip(counts, ends, strict=True)
+    ]
+    return _reshaped(x, sizes, places)
+
+
+def _split(x: jax.Array, sizes: Sequence[int], *counts: int) -> jax.Array:
+    """Each axis as so many, of these sizes."""
+    places = lambda spec: [
+        place
+        for of_axis, n in zip(spec, counts, strict=True)
+        for place in (of_axis, *[None] * (n - 1))[:n]
+    ]
+    return _reshaped(x, sizes, places)
+
+
+def _reshaped(x: jax.Array, sizes: Sequence[int], places: Any) -> jax.Array:
+    """On an explicit mesh the first of merged axes says where the whole goes, which JAX
+    leaves to be said."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return x.reshape(sizes)
+    spec = PartitionSpec(*places(sharding.spec))
+    spec = whole_shards(spec, tuple(sizes), sharding.mesh)
+    return lax.reshape(x, sizes, out_sharding=NamedSharding(sharding.mesh, spec))
 
 
 def _inside(leaf: QuantizedValue, x: jax.Array) -> str:

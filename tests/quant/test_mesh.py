@@ -428,6 +428,52 @@ def test_shardings_may_be_part_of_the_types(double):
     assert off(jax.jit(step)(*arrays), on_one(double=double)[2]) < 1e-5
 
 
+TYPED = {  # weight, activation, result
+    "columns": (P(None, "model"), P("data"), P("data", "model")),
+    "rows": (P("model"), P("data", None, "model"), P("data")),
+    "fully sharded": (P("data", "model"), P("data"), P("data", "model")),
+}
+
+
+@pytest.mark.parametrize(
+    "place, double, lora",
+    every_nth(3, list(itertools.product(TYPED, (True, False), (True, False)))),
+)
+def test_the_model_may_say_where_a_product_goes(place, double, lora):
+    """Quantised where it is, and multiplied with an `out_sharding`."""
+    of_w, of_x, of_y = TYPED[place]
+    equation = "bsi,ihd->bhsd"
+    w = jax.random.normal(jax.random.key(0), (512, 4, 16))
+    x = jax.random.normal(jax.random.key(1), (8, 3, 512))
+    how = {"where": ".*", "compute_dtype": "float32", "double": double}
+    chain = [jpeft.quantize(**how), jpeft.lora(2, where=".*", init="gaussian")]
+    peft = jpeft.chain(*chain[: 1 + lora])
+
+    def model(params, x, **where):
+        return jnp.einsum(equation, x, params["w"], **where)
+
+    def loss(x, params, **where):
+        y = jpeft.adapt(functools.partial(model, **where))(params, x)
+        return jnp.sum(jnp.square(y)), y
+
+    uses = jpeft.find_uses(model, {"w": w}, x)
+    step = jax.value_and_grad(loss, has_aux=True)
+    (_, expected), expected_dx = step(x, peft(jax.random.key(2), {"w": w}, uses=uses))
+    on = mesh(kind="Explicit")
+    with jax.set_mesh(on):
+        there = {"w": jax.device_put(w, of_w)}
+        params = peft(jax.random.key(2), there, uses=uses)
+        given = jax.device_put(x, of_x)
+        (_, y), dx = jax.jit(functools.partial(step, out_sharding=of_y))(given, params)
+        merged = jpeft.merge(params) if lora else params["w"].materialize()
+    assert tuple(y.sharding.spec)[:2] == (*of_y, None)[:2]
+    assert jax.typeof(dx) == jax.typeof(given)
+    assert off(y, expected) < 1e-5 and off(dx, expected_dx) < 1e-5
+    assert jax.typeof(merged["w"] if lora else merged).sharding.spec == P(
+        *of_w, *(None,) * (3 - len(of_w))
+    )
+
+
 def test_a_mesh_of_two_kinds_is_refused():
     kinds = (AxisType.Explicit, AxisType.Auto)
     on = jax.make_mesh((4, 2), ("data", "model"), kinds)
