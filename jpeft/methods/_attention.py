@@ -549,7 +549,7 @@ def _scores(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
     if len(seq) != 1:
         return None
     ql, out = operand_labels(eqn, side, t.main.ndim, q.ndim)
-    payload, labels = _payload(t, KEY, seq[0])
+    payload, labels = _for_each(t, numbers[1][side], *_payload(t, KEY, seq[0]))
     main = it.native(eqn)(*map(settled, ins))
     extra, xl = contract(q, ql, payload.astype(t.main.dtype), labels, out, **_how(eqn))
     it.ledger.pay((str.__str__(t.name), KEY))
@@ -586,7 +586,7 @@ def _sum_values(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
     if not _still(t, seq):
         return w._refuse(it, eqn, "sums over the features of the values")
     wl, out = operand_labels(eqn, 1 - side, t.main.ndim, w.main.ndim)
-    payload, labels = _payload(t, VALUE, seq)
+    payload, labels = _for_each(t, batch[1 - side], *_payload(t, VALUE, seq))
     main = it.native(eqn)(*map(settled, ins))
     if t.on is not None:
         payload = payload * t.on.astype(payload.dtype)
@@ -636,9 +636,22 @@ def _payload(t: Tagged, role: str, seq: int) -> tuple[jax.Array, list[Label]]:
     if t.examples is None:
         out = _columns_of(table, columns)  # (P, ...)
     else:
-        examples = squeeze(t.examples.array)
-        out = jnp.moveaxis(table, 1, 0)[:, examples, columns]
+        out = _rows_of_each(jnp.moveaxis(table, 1, 0), t.examples.array, axes, columns)
     return out, [seq, *axes]
+
+
+def _for_each(
+    t: Tagged, batch: Sequence[int], payload: jax.Array, labels: list[Label]
+) -> tuple[jax.Array, list[Label]]:
+    """The prefix repeated along the axes that the product goes through one by one.
+
+    It is small.  Without it, the product would go through fewer axes than that with the
+    real keys, and want queries and weights in a layout of its own: a copy of them.
+    """
+    spec = jax.typeof(t.main).sharding.spec  # of an explicit mesh: left as it is there
+    new = [k for k in batch if k not in labels and spec[k] is None]
+    sizes = [t.main.shape[k] for k in new]
+    return jnp.broadcast_to(payload, (*sizes, *payload.shape)), [*new, *labels]
 
 
 def rows_of(t: Tagged, role: str, seq: int) -> jax.Array:
@@ -657,6 +670,21 @@ def rows_of(t: Tagged, role: str, seq: int) -> jax.Array:
         np.sort(columns, kind="stable"), np.arange(table.shape[-1])
     )
     return x[:, np.argsort(columns, kind="stable")[places]]
+
+
+def _rows_of_each(
+    table: jax.Array, examples: np.ndarray, axes: Sequence[int], columns: np.ndarray
+) -> jax.Array:
+    """table[:, examples, columns], as a reshape where examples lead and columns are in
+    their order."""
+    index = examples.reshape([examples.shape[k] for k in axes])
+    n = table.shape[1]
+    if index.size == n == len(index) and columns.shape[:1] == (1,):
+        in_order = np.array_equal(index.reshape(-1), np.arange(n))
+        m = table.shape[2]
+        if in_order and np.array_equal(columns.reshape(-1), np.arange(m)):
+            return table.reshape(table.shape[0], n, *columns.shape[1:])
+    return table[:, index, columns]
 
 
 def _columns_of(table: jax.Array, columns: np.ndarray) -> jax.Array:

@@ -25,6 +25,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import Label, Labelled, operand_labels
@@ -166,7 +167,7 @@ class GatedPrefix(Prefix):
             if getattr(self, n) is not None
         }
         if each:
-            fields |= {"tasks": g.shape[0], "task": jnp.arange(g.shape[0])}
+            fields |= {"tasks": g.shape[0], "task": np.arange(g.shape[0])}
         return Prefix(**fields, **rows)
 
 

@@ -318,7 +318,10 @@ def _for_examples(
             f"{leaf.where()}{n} task ids were selected, but the activations {shape} "
             "have another number of examples; examples must lead"
         )
-    pick = lambda x: None if x is None else x[leaf.task]
+    one_each = isinstance(leaf.task, np.ndarray) and np.array_equal(
+        leaf.task, np.arange(leaf.tasks)
+    )
+    pick = lambda x: x if x is None or one_each else x[leaf.task]
     index = np.arange(n).reshape([n if k == axis else 1 for k in range(len(shape))])
     return pick(leaf.keys), pick(leaf.values), Index(index)
 
