@@ -51,6 +51,7 @@ class AdaLora:
     t_final: float = 0.5
     delta_t: int = 1
     orthogonality: float = 0.1
+    form: str = "sum_of_squares"  # of the penalty; see jpeft.orthogonality
 
     def __post_init__(self) -> None:
         parts = self.t_init, self.t_final
@@ -58,6 +59,10 @@ class AdaLora:
             raise ValueError(
                 "[train.adalora] t_init and t_final are parts of the steps, together "
                 f"below 1, found {self.t_init} and {self.t_final}"
+            )
+        if self.form not in (forms := ("sum_of_squares", "mean_of_norms")):
+            raise ValueError(
+                f"[train.adalora] form must be one of {forms}, found {self.form!r}"
             )
 
     def stages(self, steps: int, make: Make) -> list[Stage]:
@@ -70,7 +75,9 @@ class AdaLora:
             t_final=int(self.t_final * steps),
             delta_t=self.delta_t,
         )
-        penalty = lambda params: self.orthogonality * jpeft.orthogonality(params)
+        penalty = lambda params: (
+            self.orthogonality * jpeft.orthogonality(params, form=self.form)
+        )
         return [Stage(steps, optimizer, penalty, jpeft.compact)]
 
 
