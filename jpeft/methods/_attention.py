@@ -488,7 +488,7 @@ class Extended(Carried):
         if self.on is not None and name == "reduce_max":
             # Of one predicate: a mask of the scores' size would be kept for the
             # backward pass.
-            low = jnp.full(extra.shape, -jnp.inf, extra.dtype)
+            low = jnp.full_like(extra, -jnp.inf)
             extra = lax.select_n(self.on > 0, low, extra)
         other = it.native(eqn)(extra)
         if self.on is not None and name == "reduce_sum":

@@ -418,9 +418,9 @@ def noisy(tree, size):
 KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
-def compiled(name, form):
+def compiled(method, form):
     """(ours, by hand): loss and gradient, compiled, and what they are of."""
-    method, (fn, params) = METHODS[name], model(form)
+    fn, params = model(form)
     ids = jax.random.randint(KEY, (BATCH, LENGTH), 0, VOCAB)
     if method.virtual:
         ids = jpeft.prepend_virtual_tokens(ids, N, vocab_size=VOCAB).ids
@@ -460,7 +460,8 @@ QUICK = [
 
 @pytest.mark.parametrize("case", slow_but(QUICK, CASES), ids=" ".join)
 def test_computes_the_same_as_by_hand_and_costs_no_more(case):
-    ours, hand, args = compiled(*case)
+    name, form = case
+    ours, hand, args = compiled(METHODS[name], form)
     (value, gradients), (expected, of_hand) = ours(*args), hand(*args)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for mine, theirs in zip(*map(jax.tree.leaves, (gradients, of_hand)), strict=True):
@@ -471,3 +472,18 @@ def test_computes_the_same_as_by_hand_and_costs_no_more(case):
     (flops, temporary), (flops_by_hand, temporary_by_hand) = cost(ours), cost(hand)
     assert 0 < flops <= ROOM * flops_by_hand
     assert 0 < temporary <= PACKED.get(case, ROOM) * temporary_by_hand
+
+
+class Merged(Model):
+    """LoRA added to the weight in the forward pass."""
+
+    def dense(self, w, x, name):
+        k = w["kernel"]
+        return x @ (k["w"] + SCALE * (k["a"] @ k["b"])) + w["bias"][None, None]
+
+
+@pytest.mark.parametrize("form", slow_but(["scan+remat"], ["plain", "scan+remat"]))
+def test_a_weight_that_is_made_would_show(form):
+    method = dataclasses.replace(METHODS["rslora"], twin=Merged)
+    ours, merged, _ = compiled(method, form)
+    assert cost(merged)[0] > 1.1 * cost(ours)[0]

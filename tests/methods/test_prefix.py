@@ -522,6 +522,20 @@ def test_a_prefix_in_bfloat16_is_the_float32_one_rounded():
     assert float(error) < 1.5 * float(plain) + 0.01
 
 
+def test_examples_may_be_spread_over_an_explicit_mesh():
+    apply, params, x = simple(softmax_attention)
+    want = jax.jit(apply)(params, x)
+    explicit = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=explicit)
+    place = lambda x, *spec: jax.device_put(
+        x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    )
+    with jax.set_mesh(mesh):
+        got = jax.jit(apply)(place(params), place(x, "data"))
+    assert got.sharding.spec[0] == "data"
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
 def test_lora_over_and_under_a_prefix_is_the_same():
     apply, _, x = simple(softmax_attention)
     _, params, _ = simple(softmax_attention)
