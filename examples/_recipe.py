@@ -26,6 +26,7 @@ class Train:
     """The ``[train]`` table of a recipe, with the defaults of what it leaves out."""
 
     learning_rate: float = _setting(1e-3, "the highest one")
+    head_learning_rate: float | None = _setting(None, "of the classifier, if another")
     epochs: int = _setting(2, "passes through the training data")
     batch_size: int = _setting(32, "examples in a step")
     length: int = _setting(48, "tokens after which a text is cut off")
@@ -54,6 +55,9 @@ class Train:
             raise ValueError(
                 f"learning_rate must be above 0, found {self.learning_rate}"
             )
+        head = self.head_learning_rate
+        if head is not None and not 0 < head < math.inf:
+            raise ValueError(f"head_learning_rate must be above 0, found {head}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(
                 f"weight_decay must be 0 or more, found {self.weight_decay}"
@@ -73,6 +77,9 @@ def settings() -> list[dataclasses.Field[Any]]:
 
 def _check_type(name: str, value: Any, expected: str) -> None:
     kinds: dict[str, Any] = {"int": int, "float": int | float, "str": str}
+    expected, *optional = expected.split(" | ")
+    if optional and value is None:
+        return
     if isinstance(value, bool) or not isinstance(value, kinds[expected]):
         raise ValueError(f"{name} must be of the type {expected}, found {value!r}")
 

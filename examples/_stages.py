@@ -16,6 +16,8 @@ import optax
 
 import jpeft
 
+HEAD = "classifier"  # its name in the tree of parameters
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -122,6 +124,14 @@ def _gates(params: Any) -> Any:
         "gates" if jax.tree_util.keystr(path[-1:]) in (".alpha", ".group") else "rest"
     )
     return jax.tree_util.tree_map_with_path(of, params)
+
+
+def head_times(factor: float) -> optax.GradientTransformation:
+    """Steps of the classifier are so much larger."""
+    of = lambda path, step: step * factor if path[0].key == HEAD else step
+    return optax.stateless(
+        lambda updates, _: jax.tree_util.tree_map_with_path(of, updates)
+    )
 
 
 TABLES = {"lora_plus": LoraPlus, "adalora": AdaLora, "diff_pruning": DiffPruning}

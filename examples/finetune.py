@@ -110,6 +110,9 @@ def make_optimizer(recipe: _recipe.Train, steps: int) -> optax.GradientTransform
         [warmup],
     )
     optimizer = optax.adamw(rate, weight_decay=recipe.weight_decay)
+    if recipe.head_learning_rate is not None:
+        factor = recipe.head_learning_rate / peak
+        optimizer = optax.chain(optimizer, _stages.head_times(factor))
     plus = recipe.lora_plus
     return jpeft.optim.lora_plus(optimizer, plus.ratio) if plus else optimizer
 
@@ -558,7 +561,7 @@ def parser() -> argparse.ArgumentParser:
     add("--label-column", metavar="NAME", default="label", help="(%(default)s)")
     for field in _recipe.settings():
         kind, letter = {"int": (int, "N"), "float": (float, "X")}.get(
-            str(field.type), (str, "NAME")
+            str(field.type).split(" | ")[0], (str, "NAME")
         )
         option = "--" + field.name.replace("_", "-")
         add(option, type=kind, metavar=letter, help=field.metadata["help"])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import zlib
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from jpeft import compat
 from jpeft.boxes import unbox
@@ -34,6 +33,7 @@ from jpeft.leaf import (
     is_leaf,
     layers,
     leaf_specs,
+    whole_shards,
     wide_dtype,
 )
 from jpeft.tree.layout import LeafUse, layouts
@@ -238,21 +238,6 @@ def place_beside(leaf: AdaptedLeaf, base: Any) -> AdaptedLeaf:
         spec = whole_shards(getattr(specs, name), x.shape, sharding.mesh)
         put[name] = jax.device_put(x, NamedSharding(sharding.mesh, spec))
     return leaf.replace(**put)
-
-
-def whole_shards(
-    spec: PartitionSpec, shape: tuple[int, ...], mesh: Any
-) -> PartitionSpec:
-    """The specification without the axes that do not divide evenly: replicated there.
-
-    Scales of blocks are few, and a handful over many devices does not divide.
-    """
-    out = []
-    for names, n in zip(tuple(spec), shape, strict=False):
-        each = names if isinstance(names, tuple) else (names,)
-        parts = math.prod(mesh.shape[a] for a in each if a is not None)
-        out.append(names if n % parts == 0 else None)
-    return PartitionSpec(*out)
 
 
 # --- checks --------------------------------------------------------------------------

@@ -34,8 +34,8 @@ from jpeft.leaf import (
     frozen,
     leaf_specs,
     static,
+    whole_shards,
 )
-from jpeft.transform import whole_shards
 from jpeft.tree.layout import EMBEDDING
 
 # Its arrays, each with the stack's axes first.

@@ -25,11 +25,10 @@ from jpeft.adapt.labels import axis_groups
 from jpeft.formats import blocks
 from jpeft.formats.blocks import TENSOR, Blocks
 from jpeft.formats.double import NESTED_BLOCK, dequantize_codes
-from jpeft.leaf import array_fields, is_leaf
+from jpeft.leaf import array_fields, is_leaf, whole_shards
 from jpeft.quant.deferred import deferred
 from jpeft.quant.leaf import Quantized, QuantizedValue
 from jpeft.quant.product import How, linear, product
-from jpeft.transform import whole_shards
 
 # --- consumed ------------------------------------------------------------------------
 

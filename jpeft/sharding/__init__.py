@@ -19,9 +19,9 @@ from jpeft.leaf import (
     leaf_specs,
     map_fields,
     named,
+    whole_shards,
 )
 from jpeft.quant.leaf import Quantized
-from jpeft.transform import whole_shards
 from jpeft.tree.paths import slots
 from jpeft.types import PyTree
 

@@ -19,6 +19,7 @@ import jpeft
 from jpeft.formats import codebooks
 from jpeft.kernels import four_bit, partitioned
 from jpeft.kernels.partitioned import Dim, Operation
+from jpeft.leaf import whole_shards
 
 BOOK = jnp.asarray(codebooks.NF4)
 BATCH, TOKENS, WIDTH, HIDDEN, LAYERS = 4, 8, 128, 256, 2
@@ -35,8 +36,7 @@ def mesh(data=4, model=2, kind="Auto"):
 def placed(on, arrays, specs):
     """Each array by its specification; scales of few blocks whole, as `jpeft` does."""
     specs = [
-        jpeft.transform.whole_shards(spec, x.shape, on)
-        for x, spec in zip(arrays, specs, strict=True)
+        whole_shards(spec, x.shape, on) for x, spec in zip(arrays, specs, strict=True)
     ]
     return [
         jax.device_put(x, NamedSharding(on, s))
