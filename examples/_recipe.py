@@ -33,6 +33,7 @@ class Train:
     weight_decay: float = _setting(0.0, "of AdamW")
     schedule: str = _setting("linear", "linear (falls to 0) or constant")
     warmup: float = _setting(0.06, "part of the steps in which the rate rises")
+    prefix_start: str = _setting("drawn", "drawn, or text: as training texts are read")
     seed: int = _setting(0, "of the split, the order, the new weights and dropout")
     # Tables of their own below [train]; see _stages.
     lora_plus: _stages.LoraPlus | None = None
@@ -64,10 +65,14 @@ class Train:
             )
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup must lie between 0 and 1, found {self.warmup}")
-        if self.schedule not in ("linear", "constant"):
-            raise ValueError(
-                f"schedule must be 'linear' or 'constant', found {self.schedule!r}"
-            )
+        for name, known in (
+            ("schedule", ("linear", "constant")),
+            ("prefix_start", ("drawn", "text")),
+        ):
+            if (choice := getattr(self, name)) not in known:
+                raise ValueError(
+                    f"{name} must be {known[0]!r} or {known[1]!r}, found {choice!r}"
+                )
 
 
 def settings() -> list[dataclasses.Field[Any]]:

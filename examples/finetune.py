@@ -75,6 +75,23 @@ def attach(
     return peft(key, base, uses=uses)
 
 
+def started_from_text(
+    params: Any, model: _bert.BertClassifier, train: _encoded.Encoded
+) -> Any:
+    """The parameters with prefixes that hold the keys and values of training texts.
+
+    The longest texts, without [CLS] and [SEP], one after the other.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    keys = [x for path, x in leaves if jax.tree_util.keystr(path).endswith(".keys")]
+    length = max((x.shape[-2] for x in keys), default=1)
+    longest = np.argsort(-train.mask.sum(1), kind="stable")
+    texts = (train.ids[k][train.mask[k] > 0][1:-1] for k in longest)
+    words = np.fromiter(itertools.chain.from_iterable(texts), np.int32)[None, :length]
+    forward = lambda p, ids, mask: model.apply({"params": p}, ids, mask)
+    return jpeft.prefix_from_text(forward, params, words, np.ones_like(words))
+
+
 def make_step(
     model: _bert.BertClassifier, stage: _stages.Stage
 ) -> Callable[..., tuple[Any, Any, jax.Array]]:
@@ -230,6 +247,8 @@ def prepare(args: argparse.Namespace, peft: jpeft.Transform | None = None) -> Ru
         _encoded.encode(x, tokenize, vocab).prepended(virtual, vocab) for x in texts
     )
     params = attach(peft, model, base, keys(recipe.seed).peft)
+    if recipe.prefix_start == "text":
+        params = started_from_text(params, model, train)
     run = Run(
         out=out,
         name=path.stem,

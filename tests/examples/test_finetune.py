@@ -326,6 +326,8 @@ def recipe_with(tmp_path, text):
         ("[train]\nepochs = 0", "epochs must be 1 or more, found 0"),
         ("[train]\nbatch_size = true", "batch_size must be of the type int"),
         ('[train]\nschedule = "cosine"', "schedule must be 'linear' or 'constant'"),
+        ("[train]\nhead_learning_rate = 0.0", "head_learning_rate must be above 0"),
+        ('[train]\nprefix_start = "words"', "prefix_start must be 'drawn' or 'text'"),
         ("[train]\nwarmup = 6", "warmup must lie between 0 and 1, found 6"),
         ("[trian]\nepochs = 2", "unknown key 'trian'"),
         ("[train", "not TOML"),
@@ -582,6 +584,16 @@ def test_b_learns_faster_with_lora_plus():
     np.testing.assert_allclose(b, 16 * a[0, 0], rtol=1e-5)
 
 
+def test_the_classifier_may_learn_at_a_rate_of_its_own():
+    changes = {"warmup": 0.0, "learning_rate": 0.01, "head_learning_rate": 0.5}
+    recipe = _recipe.read(ROOT / "configs" / "lora.toml", changes)[1]
+    optimizer = finetune.make_stages(recipe, 20)[0].optimizer
+    params = {name: np.ones(3, np.float32) for name in ("bert", "classifier")}
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["bert"], -0.01, rtol=1e-5)
+    np.testing.assert_allclose(updates["classifier"], -0.5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -594,6 +606,8 @@ def test_b_learns_faster_with_lora_plus():
         ("[train.adalora]\n[train.diff_pruning]", "cannot be in one recipe"),
         ("[train.adalora]\ntarget_rank = 4", "this tree has no AdaLoRA leaf"),
         ("[train.lora_plus]\nratio = -1.0", "ratio=-1.0: expected a number above 0"),
+        ("[train.adalora]\nform = 'mean'", "[train.adalora] form must be one of"),
+        ("[train]\nprefix_start = 'text'", "no prefix to set; apply jpeft.prefix"),
     ],
 )
 def test_a_table_of_a_method_that_cannot_be_used_is_refused(
