@@ -152,6 +152,23 @@ def test_real_tokens_alone_see_no_prefix():
     np.testing.assert_allclose(apply(made, A.IDS), want, rtol=1e-5, atol=1e-5)
 
 
+def test_in_bfloat16_it_is_the_float32_one_rounded():
+    apply, made, params = attached()
+    text = prepended(mask=A.PAD)
+
+    def off(params, ids, mask):
+        """How far the model in bfloat16 is from itself in float32."""
+        half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+        with jax.numpy_dtype_promotion("standard"):  # Flax's norms mix dtypes
+            got, want = apply(half, ids, mask), apply(wide, ids, mask)
+        assert got.dtype == jnp.bfloat16
+        return jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
+
+    plain = off(params, A.IDS, A.PAD)
+    assert 0 < off(made, text.ids, text.mask) < 1.5 * plain + 0.01
+
+
 def test_a_batch_may_mix_tasks():
     apply, made, _ = attached(tasks=2)
     text = functools.partial(prepended, mask=A.PAD)
