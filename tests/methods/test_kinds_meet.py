@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from speed import every_nth
+from speed import slow_but
 
 import jpeft
 
@@ -66,7 +66,7 @@ def check(how, pair) -> bool:
 
 
 @pytest.mark.parametrize("how", JOINED)
-@pytest.mark.parametrize("pair", every_nth(3, PAIRS), ids="-".join)
+@pytest.mark.parametrize("pair", slow_but(PAIRS[::3], PAIRS), ids="-".join)
 def test_joined_weights_keep_what_each_has(pair, how):
     computed = check(JOINED[how], pair)
     # DoRA's magnitude is one a column, whatever lies below another weight.
@@ -74,6 +74,6 @@ def test_joined_weights_keep_what_each_has(pair, how):
 
 
 @pytest.mark.parametrize("how", MIXED)
-@pytest.mark.parametrize("pair", every_nth(7, PAIRS), ids="-".join)
+@pytest.mark.parametrize("pair", slow_but(PAIRS[::7], PAIRS), ids="-".join)
 def test_weights_that_mix_are_right_or_refused(pair, how):
     assert not (check(MIXED[how], pair) and set(pair) & {"lora", "dora", "loha"})
