@@ -109,8 +109,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """The default one, with dropout: its masks must be those of each step."""
-    text = (ROOT / "configs" / "lora.toml").read_text()
+    """A quick one, with dropout: its masks must be those of each step."""
+    text = (ROOT / "configs" / "lora_qv.toml").read_text()
     assert "alpha = 16" in text
     path = tmp_path_factory.mktemp("recipe") / "lora.toml"
     path.write_text(text.replace("alpha = 16", "alpha = 16\ndropout = 0.1"))

@@ -23,7 +23,10 @@ from _decoder import (
     with_jpeft,
 )
 from benchmark_hook import HAND, JPEFT, Cost, copied_weights, cost, inner_functions
+from speed import slow_but
 
+# Each compiles a program of its own.
+in_each_form = pytest.mark.parametrize("form", slow_but(FORMS[1:], FORMS))
 # Equal programs give equal figures; the hundredth is room for another XLA's choices.
 ROOM = 1.01
 # Codes come in groups of 64 rows, two tiles at least: weights must have some.
@@ -65,25 +68,25 @@ def plain(path) -> str:
     return "/".join(x for x in parts if x not in ("kernel", "value", "raw_value"))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@in_each_form
 def test_no_more_flops_than_by_hand(form):
     hand, ours = costs(form)
     assert 0 < ours.flops <= ROOM * hand.flops
 
 
-@pytest.mark.parametrize("form", FORMS)
+@in_each_form
 def test_no_more_temporaries_than_by_hand(form):
     hand, ours = costs(form)
     assert 0 < ours.temp_bytes <= ROOM * hand.temp_bytes
 
 
-@pytest.mark.parametrize("form", FORMS)
+@in_each_form
 def test_the_step_returns_the_adapters_and_nothing_else(form):
     hand, ours = costs(form)
     assert ours.output_bytes <= ROOM * hand.output_bytes
 
 
-@pytest.mark.parametrize("form", FORMS)
+@in_each_form
 def test_three_steps_reach_the_loss_of_the_twin(form):
     hand, ours = costs(form)
     (start, _), _ = gradients(form)
@@ -91,7 +94,7 @@ def test_three_steps_reach_the_loss_of_the_twin(form):
     assert ours.loss == pytest.approx(hand.loss, abs=1e-5)  # float32, three steps
 
 
-@pytest.mark.parametrize("form", FORMS)
+@in_each_form
 def test_gradients_are_those_of_the_twin(form):
     (start, hand), (ours_start, ours) = gradients(form)
     assert ours_start == pytest.approx(start, abs=1e-5)
@@ -103,13 +106,13 @@ def test_gradients_are_those_of_the_twin(form):
         np.testing.assert_allclose(ours[path], expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@in_each_form
 def test_the_second_step_compiles_nothing(form):
     _, ours = costs(form)
     assert ours.compiled == 0
 
 
-@pytest.mark.parametrize("form", FORMS)
+@in_each_form
 def test_no_copy_of_a_weight_waits_for_the_backward_pass(form):
     _, ours = costs(form)
     assert ours.copies == 0

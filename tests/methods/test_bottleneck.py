@@ -190,7 +190,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", slow_but(CASES[::4], CASES), ids=name_of)
+@pytest.mark.parametrize("case", slow_but(CASES[::8], CASES), ids=name_of)
 def test_values_and_gradients_are_those_of_the_network_by_hand(case):
     fn, params, twin = built(case)
     trainable, frozen = adapted(case, fn, params)

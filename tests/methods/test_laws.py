@@ -192,7 +192,8 @@ def loss_of(name):
     return lambda p: jnp.mean(jnp.square(apply(p, *f.args) - 1.0))
 
 
-# Methods whose leaves the others share meet every form of model; the others these two.
+# Methods whose leaves the others share meet every form of model; the others these two,
+# one by turns in a plain run of the tests.
 EVERYWHERE = {"lora", "prefix"}
 TWO = ("scan_remat", "nnx")
 
@@ -200,11 +201,14 @@ TWO = ("scan_remat", "nnx")
 def cases(names, *more):
     """(method, form, *one of each of `more`), the first of them beyond EVERYWHERE."""
     out = []
-    for m in METHODS:
-        for n in names:
-            for k, rest in enumerate(itertools.product(*more)):
-                if m in EVERYWHERE or (n in TWO and k == 0):
-                    out.append((m, METHODS[m].forms + n, *rest))
+    for place, m in enumerate(METHODS):
+        own = names if m in EVERYWHERE else [n for n in names if n in TWO]
+        rests = list(itertools.product(*more))
+        for k, n in enumerate(own):
+            quick = m in EVERYWHERE or k == place % len(own)
+            for rest in rests if m in EVERYWHERE else rests[:1]:
+                case = m, METHODS[m].forms + n, *rest
+                out.append(pytest.param(*case, marks=[pytest.mark.slow] * (not quick)))
     return out
 
 

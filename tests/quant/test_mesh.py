@@ -437,7 +437,7 @@ TYPED = {  # weight, activation, result
 
 @pytest.mark.parametrize(
     "place, double, lora",
-    every_nth(3, list(itertools.product(TYPED, (True, False), (True, False)))),
+    every_nth(12, list(itertools.product(TYPED, (True, False), (True, False)))),
 )
 def test_the_model_may_say_where_a_product_goes(place, double, lora):
     """Quantised where it is, and multiplied with an `out_sharding`."""
