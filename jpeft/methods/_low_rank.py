@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jpeft import compat
@@ -513,12 +513,24 @@ def through(
         labels=tuple(map(tuple, (xl, labels[first], labels[second], keep, out))),
         options=tuple(options.items()),
         places=_places(x, xl, out, out_sharding),
+        matrices=_as_matrices_here(x),
     )
+
+
+def _as_matrices_here(x: Any) -> bool:
+    """Whether products are to be those of matrices: on a CPU.
+
+    There XLA copies a gradient of several axes before it multiplies it by the rank's
+    few columns, which takes ten times as long as the product.  Elsewhere it does not,
+    and axes that are cut over devices had better stay apart.
+    """
+    explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+    return jax.default_backend() == "cpu" and not explicit
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("scale", "dtype", "labels", "options", "places"),
+    static_argnames=("scale", "dtype", "labels", "options", "places", "matrices"),
     inline=True,
 )
 def _two_steps(
@@ -531,6 +543,7 @@ def _two_steps(
     labels: tuple[tuple[Label, ...], ...],
     options: tuple[tuple[str, Any], ...],
     places: Any,
+    matrices: bool,
 ) -> jax.Array:
     """scale * (x.f).g.
 
@@ -539,13 +552,25 @@ def _two_steps(
     """
     xl, fl, gl, keep, out = map(list, labels)
     f, g = f.astype(dtype), g.astype(dtype)
+    sizes = None
+    summed, made = ([k for k in labels if k != R] for labels in (fl, gl))
+    free = [k for k in xl if k not in fl and k not in gl]
+    plain = xl == free + summed and out == free + made
+    if matrices and plain and free and set(summed).isdisjoint(made):
+        f, g = align(f, fl, [*summed, R]), align(g, gl, [R, *made])
+        sizes = *x.shape[: len(free)], *g.shape[1:]
+        x = x.reshape(math.prod(sizes[: len(free)]), math.prod(f.shape[:-1]))
+        f = f.reshape(x.shape[1], f.shape[-1])
+        g = g.reshape(g.shape[0], math.prod(g.shape[1:]))
+        xl, fl, gl, keep, out = [0, 1], [1, R], [R, 2], [0, R], [0, 2]
     h, hl = contract(x, xl, f, fl, keep, place=_placer(places, 1), **dict(options))
     h = _scaled(h.astype(dtype), scale)
     tail = [k for k in gl if k not in hl]
     if tail and out[-len(tail) :] != tail:  # the operand order that spares a transpose
         h, hl, g, gl = g, gl, h, hl
     d, dl = contract(h, hl, g, gl, out, place=_placer(places, 2), **dict(options))
-    return align(d, dl, out)
+    d = align(d, dl, out)
+    return d if sizes is None else d.reshape(sizes)
 
 
 def _places(x: Any, xl: list[Label], out: list[Label], sharding: Any) -> Any:
