@@ -195,6 +195,7 @@ def test_an_unusable_option_is_one_line(base, capsys):
 def test_qlora_reaches_what_lora_reaches():
     options = ["--base", str(_bert.default_base())]
     options += ["--max-train", "1200"]  # half of the examples
+    options += ["--config", str(ROOT / "configs" / "lora_qv.toml")]  # the quickest
     found = compare_formats.report(["nf4 + double", "none"], [0], options)
     rows = [columns(x) for x in found.splitlines() if x.startswith("|")][2:]
     (_, bits, size, qlora, *_), (*_, whole, lora, _, _, _) = rows
