@@ -552,19 +552,16 @@ def _two_steps(
     """
     xl, fl, gl, keep, out = map(list, labels)
     f, g = f.astype(dtype), g.astype(dtype)
-    sizes = None
-    summed, made = ([k for k in labels if k != R] for labels in (fl, gl))
-    free = [k for k in xl if k not in fl and k not in gl]
-    plain = xl == free + summed and out == free + made
-    if matrices and plain and free and set(summed).isdisjoint(made):
-        f, g = align(f, fl, [*summed, R]), align(g, gl, [R, *made])
-        sizes = *x.shape[: len(free)], *g.shape[1:]
-        x = x.reshape(math.prod(sizes[: len(free)]), math.prod(f.shape[:-1]))
-        f = f.reshape(x.shape[1], f.shape[-1])
-        g = g.reshape(g.shape[0], math.prod(g.shape[1:]))
-        xl, fl, gl, keep, out = [0, 1], [1, R], [R, 2], [0, R], [0, 2]
     h, hl = contract(x, xl, f, fl, keep, place=_placer(places, 1), **dict(options))
     h = _scaled(h.astype(dtype), scale)
+    free, made = hl[:-1], [k for k in gl if k != R]
+    sizes = None
+    if matrices and free and hl == [*free, R] and out == free + made:
+        g = align(g, gl, [R, *made])
+        sizes = *h.shape[:-1], *g.shape[1:]
+        h = h.reshape(math.prod(h.shape[:-1]), h.shape[-1])
+        g = g.reshape(g.shape[0], math.prod(g.shape[1:]))
+        hl, gl, out = [0, R], [R, 1], [0, 1]
     tail = [k for k in gl if k not in hl]
     if tail and out[-len(tail) :] != tail:  # the operand order that spares a transpose
         h, hl, g, gl = g, gl, h, hl

@@ -14,13 +14,13 @@ from jpeft.formats.blocks import BLOCK_SIZES, FORMATS
 
 COLUMNS = 3
 # Sizes beyond these repeat what they show: for most formats they are slow.
-COMMON = (32, 64, 128, "channel", "tensor")
+COMMON = (32, 64, "channel", "tensor")
 GRID = [
     pytest.param(
         format,
         size,
         id=f"{format}-{size}",
-        marks=[] if size in COMMON or format == "nf4" else [pytest.mark.slow],
+        marks=[] if size in COMMON else [pytest.mark.slow],
     )
     for format in FORMATS
     for size in (*BLOCK_SIZES, "channel", "tensor")

@@ -192,8 +192,8 @@ def loss_of(name):
     return lambda p: jnp.mean(jnp.square(apply(p, *f.args) - 1.0))
 
 
-# Methods whose leaves the others share meet every form of model; the others these two,
-# one by turns in a plain run of the tests.
+# Methods whose leaves the others share meet every form of model; the others these two.
+# In a plain run of the tests all but LoRA meet one, by turns.
 EVERYWHERE = {"lora", "prefix"}
 TWO = ("scan_remat", "nnx")
 
@@ -205,10 +205,11 @@ def cases(names, *more):
         own = names if m in EVERYWHERE else [n for n in names if n in TWO]
         rests = list(itertools.product(*more))
         for k, n in enumerate(own):
-            quick = m in EVERYWHERE or k == place % len(own)
             for rest in rests if m in EVERYWHERE else rests[:1]:
+                first = k == place % len(own) and rest == rests[0]
+                slow = [] if m == "lora" or first else [pytest.mark.slow]
                 case = m, METHODS[m].forms + n, *rest
-                out.append(pytest.param(*case, marks=[pytest.mark.slow] * (not quick)))
+                out.append(pytest.param(*case, marks=slow))
     return out
 
 
