@@ -14,6 +14,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax.core import Tracer as Tracer
 from jax.extend import source_info_util
+from jax.sharding import AxisType
 
 Literal = jex.Literal
 ClosedJaxpr = jex.ClosedJaxpr
@@ -113,3 +114,9 @@ def varying_axes(x: Any) -> list[str]:
 def is_key_array(x: Any) -> bool:
     dtype = getattr(x, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def typed_sharding(x: Any) -> Any:
+    """Where an array is, if that is part of its type (on an explicit mesh), or None."""
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None

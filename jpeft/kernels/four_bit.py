@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType
 from jaxtyping import Array, Float, UInt8
 
+from jpeft import compat
 from jpeft.formats.blocks import BLOCK_SIZES
 from jpeft.formats.codebooks import CODEBOOKS
 from jpeft.formats.packing import GROUP
@@ -324,9 +324,7 @@ def constant_cotangents(tree: Any) -> Any:
     def zero(x: jax.Array) -> Any:
         if jnp.issubdtype(x.dtype, jnp.floating):
             # Where shardings are part of types, of the array's own type.
-            place = jax.typeof(x).sharding
-            explicit = AxisType.Explicit in place.mesh.axis_types
-            return jnp.zeros_like(x, device=place if explicit else None)
+            return jnp.zeros_like(x, device=compat.typed_sharding(x))
         return np.zeros(x.shape, jax.dtypes.float0)
 
     return jax.tree.map(zero, tree)

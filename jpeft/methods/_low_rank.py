@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jpeft import compat
@@ -34,7 +34,13 @@ from jpeft.adapt.labels import (
     operand_labels,
     relabel,
 )
-from jpeft.leaf import adapted_leaf, is_leaf, static, trainable, wide_dtype
+from jpeft.leaf import (
+    adapted_leaf,
+    is_leaf,
+    static,
+    trainable,
+    wide_dtype,
+)
 
 # --- the leaf ------------------------------------------------------------------------
 
@@ -524,8 +530,7 @@ def _as_matrices_here(x: Any) -> bool:
     few columns, which takes ten times as long as the product.  Elsewhere it does not,
     and axes that are cut over devices had better stay apart.
     """
-    explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
-    return jax.default_backend() == "cpu" and not explicit
+    return jax.default_backend() == "cpu" and compat.typed_sharding(x) is None
 
 
 @functools.partial(

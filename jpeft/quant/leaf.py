@@ -21,8 +21,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jpeft import compat
 from jpeft.boxes import is_box, names_of, rebox, unbox, with_names
 from jpeft.formats import blocks, double
 from jpeft.formats.blocks import FORMATS, Blocks, Format
@@ -191,8 +192,8 @@ class Quantized(QuantizedValue):
 
     def value(self, dtype: Any) -> jax.Array:
         """The whole weight: products in float32, rounded once."""
-        place = jax.typeof(self.codes).sharding
-        if AxisType.Explicit not in place.mesh.axis_types:
+        place = compat.typed_sharding(self.codes)
+        if place is None:
             return self._value(dtype)
         # As for `quantize_array`.
         names = dict(zip(self._axes_of_codes(), place.spec, strict=True))
@@ -373,8 +374,8 @@ def quantize_array(
         element=jnp.dtype(x.dtype).name,
         compute_dtype=compute_dtype,
     )
-    place = jax.typeof(x).sharding
-    if AxisType.Explicit not in place.mesh.axis_types:
+    place = compat.typed_sharding(x)
+    if place is None:
         return leaf(make(x))
     # Blocks run across axes as types of shardings cannot: the compiler finds the way,
     # and the result's types are those of the weight's axes.

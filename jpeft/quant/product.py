@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType
 
+from jpeft import compat
 from jpeft.formats import blocks
 from jpeft.formats.blocks import BLOCK_SIZES, CHANNEL, TENSOR, Blocks
 from jpeft.formats.packing import GROUP
@@ -97,9 +97,7 @@ class _Place:
 
     @classmethod
     def of(cls, x: jax.Array) -> _Place:
-        sharding = jax.typeof(x).sharding
-        explicit = AxisType.Explicit in sharding.mesh.axis_types
-        return cls(sharding if explicit else None)
+        return cls(compat.typed_sharding(x))
 
     def put(self, x: jax.Array) -> jax.Array:
         return x if self.sharding is None else jax.sharding.reshard(x, self.sharding)
@@ -158,8 +156,8 @@ def _matrices(leaf: Quantized) -> Blocks:
 def _plain_scales(leaf: Quantized) -> jax.Array:
     """Where shardings are part of types, that of the scales is their codes': JAX could
     not tell, since groups of them run across the matrix."""
-    types = jax.typeof(leaf.scales).sharding
-    if leaf.nested is None or AxisType.Explicit not in types.mesh.axis_types:
+    types = compat.typed_sharding(leaf.scales)
+    if leaf.nested is None or types is None:
         return leaf.plain_scales()
     names = ("scales", "nested", "offset")
     of = lambda *a: leaf.replace(**dict(zip(names, a, strict=True))).plain_scales()

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jpeft import compat
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import axis_groups
 from jpeft.formats import blocks
@@ -136,8 +137,8 @@ def _split(x: jax.Array, sizes: Sequence[int], *counts: int) -> jax.Array:
 def _reshaped(x: jax.Array, sizes: Sequence[int], places: Any) -> jax.Array:
     """On an explicit mesh the first of merged axes says where the whole goes, which JAX
     leaves to be said."""
-    sharding = jax.typeof(x).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    sharding = compat.typed_sharding(x)
+    if sharding is None:
         return x.reshape(sizes)
     spec = PartitionSpec(*places(sharding.spec))
     spec = whole_shards(spec, tuple(sizes), sharding.mesh)
