@@ -10,6 +10,7 @@ parametrisation and cost, never correctness.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jpeft import compat
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, static, transients
 
@@ -124,6 +126,47 @@ def contract(
     if place is not None:
         kwargs["out_sharding"] = place(labels)
     return lax.dot_general(x, y, numbers, **kwargs), labels
+
+
+def expanded(
+    h: jax.Array,
+    hl: Labels,
+    g: jax.Array,
+    gl: Labels,
+    out: Labels,
+    *,
+    matrices: bool,
+    **options: Any,
+) -> jax.Array:
+    """Sums h*g over the rank and every label not in `out`; the axes come as `out`.
+
+    matrices: as a product of two matrices where it is one (see `as_matrices_here`).
+    """
+    hl, gl, out = list(hl), list(gl), list(out)
+    free, made = hl[:-1], [k for k in gl if k != R]
+    sizes = None
+    if matrices and free and hl == [*free, R] and out == free + made:
+        g = align(g, gl, [R, *made])
+        sizes = *h.shape[:-1], *g.shape[1:]
+        h = h.reshape(math.prod(h.shape[:-1]), h.shape[-1])
+        g = g.reshape(g.shape[0], math.prod(g.shape[1:]))
+        hl, gl, out = [0, R], [R, 1], [0, 1]
+    tail = [k for k in gl if k not in hl]
+    if tail and out[-len(tail) :] != tail:  # the operand order that spares a transpose
+        h, hl, g, gl = g, gl, h, hl
+    y, yl = contract(h, hl, g, gl, out, **options)
+    y = align(y, yl, out)
+    return y if sizes is None else y.reshape(sizes)
+
+
+def as_matrices_here(x: Any) -> bool:
+    """Whether products with a rank are to be those of matrices: on a CPU.
+
+    There XLA copies a gradient of several axes before it multiplies it by the rank's
+    few columns, which takes ten times as long as the product.  Elsewhere it does not,
+    and axes that are cut over devices had better stay apart.
+    """
+    return jax.default_backend() == "cpu" and compat.typed_sharding(x) is None
 
 
 def _sum_lone(

@@ -28,8 +28,9 @@ from jpeft.adapt.labels import (
     Labelled,
     Labels,
     R,
-    align,
+    as_matrices_here,
     contract,
+    expanded,
     operand_labels,
 )
 from jpeft.leaf import (
@@ -110,11 +111,12 @@ class AtEnd(Part):
             factors.append(spread(self.gain.astype(h.dtype), labels["gain"], hl))
         for f in factors:  # on the rank's values, where they are few
             h = h * f
-        y, yl = contract(h, hl, up, labels["up"], out, **options)
+        here = as_matrices_here(h)
+        y = expanded(h, hl, up, labels["up"], out, matrices=here, **options)
         bias = spread(up_bias, labels["up_bias"], out)
         for f in factors:
             bias = bias * (f if jnp.ndim(f) == 0 else spread(f[..., 0], hl[:-1], out))
-        return align(y, yl, out) + bias
+        return y + bias
 
 
 _UP = ("up", "up_bias")

@@ -28,8 +28,10 @@ from jpeft.adapt.labels import (
     Labelled,
     R,
     align,
+    as_matrices_here,
     broadcast_axes,
     contract,
+    expanded,
     factor_along,
     operand_labels,
     relabel,
@@ -519,18 +521,8 @@ def through(
         labels=tuple(map(tuple, (xl, labels[first], labels[second], keep, out))),
         options=tuple(options.items()),
         places=_places(x, xl, out, out_sharding),
-        matrices=_as_matrices_here(x),
+        matrices=as_matrices_here(x),
     )
-
-
-def _as_matrices_here(x: Any) -> bool:
-    """Whether products are to be those of matrices: on a CPU.
-
-    There XLA copies a gradient of several axes before it multiplies it by the rank's
-    few columns, which takes ten times as long as the product.  Elsewhere it does not,
-    and axes that are cut over devices had better stay apart.
-    """
-    return jax.default_backend() == "cpu" and compat.typed_sharding(x) is None
 
 
 @functools.partial(
@@ -559,20 +551,8 @@ def _two_steps(
     f, g = f.astype(dtype), g.astype(dtype)
     h, hl = contract(x, xl, f, fl, keep, place=_placer(places, 1), **dict(options))
     h = _scaled(h.astype(dtype), scale)
-    free, made = hl[:-1], [k for k in gl if k != R]
-    sizes = None
-    if matrices and free and hl == [*free, R] and out == free + made:
-        g = align(g, gl, [R, *made])
-        sizes = *h.shape[:-1], *g.shape[1:]
-        h = h.reshape(math.prod(h.shape[:-1]), h.shape[-1])
-        g = g.reshape(g.shape[0], math.prod(g.shape[1:]))
-        hl, gl, out = [0, R], [R, 1], [0, 1]
-    tail = [k for k in gl if k not in hl]
-    if tail and out[-len(tail) :] != tail:  # the operand order that spares a transpose
-        h, hl, g, gl = g, gl, h, hl
-    d, dl = contract(h, hl, g, gl, out, place=_placer(places, 2), **dict(options))
-    d = align(d, dl, out)
-    return d if sizes is None else d.reshape(sizes)
+    place = _placer(places, 2)
+    return expanded(h, hl, g, gl, out, matrices=matrices, place=place, **dict(options))
 
 
 def _places(x: Any, xl: list[Label], out: list[Label], sharding: Any) -> Any:
