@@ -248,6 +248,10 @@ class AdaptedLeaf:
             "or make plain arrays of them with jpeft.merge(params)"
         )
 
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        """NumPy would else make an array of one object."""
+        return self.__jax_array__()
+
 
 # --- values with something owed ------------------------------------------------------
 
