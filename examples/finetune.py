@@ -83,8 +83,13 @@ def started_from_text(
     The longest texts, without [CLS] and [SEP], one after the other.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    keys = [x for path, x in leaves if jax.tree_util.keystr(path).endswith(".keys")]
-    length = max((x.shape[-2] for x in keys), default=1)
+    # The rows of a prefix, or what a network makes them of.
+    rows = [
+        x
+        for path, x in leaves
+        if jax.tree_util.keystr(path).endswith((".keys", ".embedding"))
+    ]
+    length = max((x.shape[-2] for x in rows), default=1)
     longest = np.argsort(-train.mask.sum(1), kind="stable")
     texts = (train.ids[k][train.mask[k] > 0][1:-1] for k in longest)
     words = np.fromiter(itertools.chain.from_iterable(texts), np.int32)[None, :length]

@@ -321,7 +321,7 @@ def dtype_name(dtype: Any) -> str | None:
         return str(dtype)
 
 
-def check_float(method: str, dtype: str | None) -> None:
+def check_float(method: str, dtype: str | None, name: str = "dtype") -> None:
     if dtype is None:
         return
     try:
@@ -329,7 +329,7 @@ def check_float(method: str, dtype: str | None) -> None:
     except TypeError:
         floating = False
     if not floating:
-        raise ValueError(f"{method}: dtype={dtype!r}: expected a floating-point dtype")
+        raise ValueError(f"{method}: {name}={dtype!r}: expected a floating-point dtype")
 
 
 def check_pattern(

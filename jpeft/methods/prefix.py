@@ -37,6 +37,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import Label, Labelled, operand_labels
@@ -44,6 +45,7 @@ from jpeft.boxes import unbox
 from jpeft.leaf import (
     AdaptedLeaf,
     adapted_leaf,
+    array_fields,
     box_of,
     boxed_like,
     frozen,
@@ -187,8 +189,10 @@ class MadePrefix(_OfKernel):
     """A prefix made by a network; `lends` the part that all layers share.
 
     w (*stack, width, features) and c (*stack, features): the last layer, its own.
-    embedding (length, d), w1 (d, width), b1 (width): held by one leaf for all.  Of an
-    LSTM: w1 (2, d, 2 width), r1 (2, width / 2, 2 width), b1 (2, 2 width).
+    start (*stack, length, features), or None: what the network's output is added to;
+    set by `prefix_from_text`.  embedding (length, d), w1 (d, width), b1 (width): held
+    by one leaf for all.  Of an LSTM: w1 (2, d, 2 width), r1 (2, width / 2, 2 width),
+    b1 (2, 2 width).
     """
 
     w: Any = trainable()
@@ -197,16 +201,18 @@ class MadePrefix(_OfKernel):
     w1: Any = trainable(default=None)
     r1: Any = trainable(default=None)
     b1: Any = trainable(default=None)
+    start: Any = frozen(default=None)
     hidden: Any = transient()
 
     def labels(self) -> dict[str, list[Label]]:
         lstm = self.r1 is not None
-        way: list[Label] = ["way"] if lstm else []
+        wide: list[Label] = ["way", "gates"] if lstm else ["width"]
         shared: dict[str, list[Label]] = {
             "embedding": ["length", "d"],
-            "w1": [*way, "d", "width"],
-            "r1": [*way, "half", "width"],
-            "b1": [*way, "width"],
+            "w1": [*wide[:-1], "d", wide[-1]],
+            "r1": ["way", "half", "gates"],
+            "b1": wide,
+            "start": [*self.labels_of(self.axes)["c"][:-1], "length", "feature"],
         }
         held = {n: k for n, k in shared.items() if getattr(self, n) is not None}
         return {**self.labels_of(self.axes), **held}
@@ -240,6 +246,10 @@ class MadePrefix(_OfKernel):
             )
         w, c = unbox(self.w), unbox(self.c)
         rows = jnp.matmul(self.hidden, w, precision="highest") + c[..., None, :]
+        return self.holding(rows if self.start is None else rows + unbox(self.start))
+
+    def holding(self, rows: Float[jax.Array, "*stack length features"]) -> AdaptedLeaf:
+        """The prefix of these rows, keys before values, without a network."""
         n = self.count(KEY)
         parts: dict[str, Any] = {KEY: rows[..., :n], VALUE: rows[..., n:]}
         made = Prefix(
@@ -254,6 +264,13 @@ class MadePrefix(_OfKernel):
             **{r: x for r, x in parts.items() if x.shape[-1]},
         )
         return boxed_like(box_of(self), made)
+
+    def started(self, rows: Float[jax.Array, "*stack length features"]) -> AdaptedLeaf:
+        """With a last layer of zeros, so that the prefix begins as these rows."""
+        own = {n: unbox(x) for n, x in array_fields(self).items()}
+        own |= {n: jnp.zeros_like(own[n]) for n in ("w", "c")}
+        own["start"] = jnp.asarray(rows).astype(own["c"].dtype)
+        return boxed_like(box_of(self), self.replace(**own))
 
 
 # --- rules ---------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jpeft.adapt.entry import evaluate
 from jpeft.boxes import unbox
 from jpeft.leaf import is_leaf, layers
 from jpeft.methods._attention import KEY, VALUE, Tagged, rows_of
-from jpeft.methods.prefix import Prefix
+from jpeft.methods.prefix import MadePrefix, Prefix
 from jpeft.tree.paths import slots
 
 
@@ -32,19 +32,27 @@ def prefix_from_text(
     prefix would stand before them.  Li & Liang found such a start to help where data
     are few.
 
-    params: with a `prefix` of mode "kv" that was not made by a network.
+    params: with a `prefix` of mode "kv".  What a network makes (`reparametrization=`)
+    is added to these keys and values, and is zero until the first step; `finalize`
+    adds them up.
 
     Raises ValueError where there is none, or the text is shorter than the prefix.
     """
     flat = slots(params)
     at: dict[int, tuple[int, tuple[int, ...]]] = {}
+    lengths = {
+        x.origin: unbox(x.embedding).shape[0]
+        for slot in flat.values
+        for x in layers(slot)
+        if isinstance(x, MadePrefix) and x.embedding is not None
+    }
     probe: list[Any] = []
     for k, slot in enumerate(flat.values):
-        probe.append(_numbered(slot, k, at))
+        probe.append(_numbered(slot, k, at, lengths))
     if not at:
         raise ValueError(
             "prefix_from_text: no prefix to set; apply jpeft.prefix(length, "
-            "mode='kv') first, without reparametrization= and tasks="
+            "mode='kv') first, without tasks="
         )
     found: dict[tuple[int, str], np.ndarray] = {}
 
@@ -68,7 +76,8 @@ def prefix_from_text(
         evaluate(fn, (flat.rebuild(probe), *args), kwargs, noted=noted)
     )
     jax.effects_barrier()
-    for number, (k, _) in at.items():
+    rows: dict[int, dict[str, np.ndarray]] = {}
+    for number, (k, place) in at.items():
         for role in _held(flat.values[k]):
             if (number, role) not in found:
                 raise ValueError(
@@ -76,28 +85,48 @@ def prefix_from_text(
                     "kernel in this call, so there is nothing to start from; give it "
                     "the inputs it is for"
                 )
+            one = found[number, role]
+            stack = jnp.shape(unbox(_prefix_in(flat.values[k]).on))
+            of_slot = rows.setdefault(k, {})
+            if role not in of_slot:
+                of_slot[role] = np.zeros((*stack, *one.shape), one.dtype)
+            of_slot[role][place] = one
     out = list(flat.values)
-    for (number, role), rows in found.items():
-        k, row = at[number]
-        out[k] = _with_rows(out[k], role, row, rows)
+    for k, of_slot in rows.items():
+        out[k] = _with_rows(out[k], of_slot)
     return flat.rebuild(out)
+
+
+def _prefix_in(slot: Any) -> Prefix | MadePrefix:
+    return next(x for x in layers(slot) if isinstance(x, Prefix | MadePrefix))
 
 
 def _held(slot: Any) -> list[str]:
     """Which of keys and values the prefix in a slot has."""
-    leaf = next(x for x in layers(slot) if isinstance(x, Prefix))
+    leaf = _prefix_in(slot)
+    if isinstance(leaf, MadePrefix):
+        return [n for n in (KEY, VALUE) if leaf.count(n)]
     return [n for n in (KEY, VALUE) if getattr(leaf, n) is not None]
 
 
-def _numbered(slot: Any, k: int, at: dict[int, tuple[int, tuple[int, ...]]]) -> Any:
+def _numbered(
+    slot: Any,
+    k: int,
+    at: dict[int, tuple[int, tuple[int, ...]]],
+    lengths: Mapping[str, int],
+) -> Any:
     """The slot with its prefix off and a number of its own in each row's first place;
-    `at` learns which number is which."""
+    `at` learns which number is which.  lengths: of the prefixes that networks make."""
     if not is_leaf(slot):
         return slot
+    if isinstance(slot, MadePrefix):
+        features = sum(map(slot.count, (KEY, VALUE)))
+        shape = *jnp.shape(unbox(slot.on)), lengths[slot.origin], features
+        slot = slot.holding(jnp.zeros(shape))
     if not isinstance(slot, Prefix) or slot.tasks > 1:
         if slot.holds_weight:
             return slot
-        return slot.replace(base=_numbered(slot.base, k, at))
+        return slot.replace(base=_numbered(slot.base, k, at, lengths))
     stack = jnp.shape(unbox(slot.on))
     start = len(at) + 1
     numbers = start + np.arange(math.prod(stack)).reshape(stack)
@@ -109,8 +138,11 @@ def _numbered(slot: Any, k: int, at: dict[int, tuple[int, tuple[int, ...]]]) -> 
     return slot.switched(0.0).replace(**rows)
 
 
-def _with_rows(slot: Any, role: str, row: tuple[int, ...], rows: np.ndarray) -> Any:
+def _with_rows(slot: Any, rows: Mapping[str, np.ndarray]) -> Any:
+    """The slot with these keys and values, (*stack, length, features)."""
+    if isinstance(slot, MadePrefix):
+        return slot.started(jnp.concatenate([rows[n] for n in _held(slot)], -1))
     if not isinstance(slot, Prefix):
-        return slot.replace(base=_with_rows(slot.base, role, row, rows))
-    put = lambda y: y.at[row].set(jnp.asarray(rows).astype(y.dtype))
-    return slot.replace(**{role: jax.tree.map(put, getattr(slot, role))})
+        return slot.replace(base=_with_rows(slot.base, rows))
+    put = lambda y, x: jax.tree.map(lambda y: jnp.asarray(x).astype(y.dtype), y)
+    return slot.replace(**{n: put(getattr(slot, n), x) for n, x in rows.items()})

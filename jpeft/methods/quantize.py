@@ -48,7 +48,7 @@ class Quantize(LeafMethod):
                 f"quantize: double={self.double!r}: expected True or False"
             )
         if self.compute_dtype != ACTIVATION:
-            check_float("quantize", self.compute_dtype)
+            check_float("quantize", self.compute_dtype, "compute_dtype")
         object.__setattr__(self, "where", check_where(self.where))
         object.__setattr__(self, "exclude", check_where(self.exclude, "exclude"))
 
@@ -140,7 +140,7 @@ def quantize(
     """
     as_it_comes = compute_dtype is None or compute_dtype == ACTIVATION
     if not as_it_comes:
-        check_float("quantize", compute_dtype)
+        check_float("quantize", compute_dtype, "compute_dtype")
     return Quantize(
         format=format,
         double=double,

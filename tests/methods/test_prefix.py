@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from models import attention as A
@@ -381,6 +382,40 @@ def test_a_start_from_a_text_has_its_keys_and_values(mode):
     np.testing.assert_allclose(
         first(leaf.keys), keys[:LENGTH].reshape(LENGTH, -1), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("mode", slow_but([""], ["", "scan remat", "fused"]))
+@pytest.mark.parametrize("network", slow_but(["mlp"], ["mlp", "lstm"]))
+def test_a_network_may_start_from_a_text(network, mode, tmp_path):
+    """It begins as the same start without a network, and every part of it trains."""
+    kind = {"kind": "fused"} if mode == "fused" else {"mode": mode}
+    module, params = A.model(**kind)
+    fn = lambda p: module.apply({"params": p}, A.IDS)
+    plain = jpeft.prefix(LENGTH)
+    transform = jpeft.prefix(LENGTH, reparametrization=network, width=6)
+    want = jpeft.prefix_from_text(fn, plain(KEY, params))
+    made = jpeft.prefix_from_text(fn, transform(KEY, params))
+    apply = jax.jit(jpeft.adapt(fn))
+    np.testing.assert_array_equal(apply(made), apply(want))
+    assert float(jnp.max(jnp.abs(apply(made) - apply(jpeft.disable(made))))) > 1e-3
+
+    trainable, frozen = jpeft.partition(made)
+    tx = optax.sgd(0.1)
+    loss = lambda t: jnp.mean(jpeft.adapt(fn)(jpeft.combine(t, frozen)) ** 2)
+    after, state = trainable, tx.init(trainable)
+    for _ in range(2):  # the last layer moves first, then what is below it
+        updates, state = tx.update(jax.jit(jax.grad(loss))(after), state)
+        after = optax.apply_updates(after, updates)
+    for a, b in zip(jax.tree.leaves(trainable), jax.tree.leaves(after), strict=True):
+        assert not np.array_equal(a, b)
+
+    moved = jpeft.combine(after, frozen)
+    jpeft.save(tmp_path / "network", moved, transform)
+    again = jpeft.load(tmp_path / "network", params)
+    np.testing.assert_array_equal(apply(again), apply(moved))
+    done = jpeft.finalize(moved)
+    assert jpeft.count(done).trainable == jpeft.count(want).trainable
+    np.testing.assert_allclose(apply(done), apply(moved), atol=1e-5)
 
 
 def test_a_start_says_what_is_wrong():
