@@ -113,6 +113,8 @@ class _Finder:
         ]
         assert len(program.inputs) >= n
         data = [False] * n + [True] * (len(program.inputs) - n)
+        # A function of the weights alone has its data around it.
+        self.closed_over = not any(data)
         tags += [[] for _ in range(len(program.inputs) - n)]
         jaxpr, consts = compat.open_jaxpr(program.closed)
         self.lookups = Lookups(jaxpr, jaxpr.invars, n)
@@ -130,7 +132,12 @@ class _Finder:
         tags = dict(zip(jaxpr.invars, args, strict=True))
         fed = dict(zip(jaxpr.invars, data, strict=True))
         read = lambda v: [] if isinstance(v, compat.Literal) else tags.get(v, [])
-        depends = lambda v: not isinstance(v, compat.Literal) and fed.get(v, False)
+        fed.update(dict.fromkeys(jaxpr.constvars, self.closed_over))
+        depends = lambda v: (
+            self.closed_over and v.aval.ndim > 0
+            if isinstance(v, compat.Literal)
+            else fed.get(v, False)
+        )
         for eqn in jaxpr.eqns:
             self.made_by.update(dict.fromkeys(eqn.outvars, eqn))
             self.lookups.add(eqn)

@@ -325,3 +325,30 @@ def test_find_uses_takes_shapes():
     shapes = jax.eval_shape(lambda: {"w": jnp.ones((7, 5))})
     x = jax.ShapeDtypeStruct((4, 7), jnp.float32)
     assert jpeft.find_uses(lambda p, x: x @ p["w"], shapes, x)["w"].axes == "io"
+
+
+def test_a_function_of_the_weights_alone_has_its_data_around_it():
+    """Rows that ids choose are activations, not a part of the table, whether the ids
+    are an argument or not."""
+    base = {
+        "table": jnp.ones((9, 7)),
+        "bias": jnp.ones(7),
+        "w": jnp.ones((7, 5)),
+        "out": jnp.ones((5, 9)),
+    }
+
+    def fn(p, ids):
+        h = jnp.take(p["table"], ids, axis=0) + p["bias"][None, None]
+        return jnp.tanh(h @ p["w"]) @ p["out"]
+
+    ids = jnp.arange(6).reshape(2, 3)
+    want = jpeft.find_uses(fn, base, ids)
+    assert [want[k].kind for k in ("table", "bias", "w")] == [
+        *("embedding", "bias", "linear")
+    ]
+    for own in (ids, np.asarray(ids)):
+        for wrap in (lambda f: f, jax.jit, jax.checkpoint):
+            got = jpeft.find_uses(wrap(lambda p: fn(p, own)), base)  # noqa: B023
+            assert {k: (got[k].kind, got[k].axes) for k in base} == {
+                k: (want[k].kind, want[k].axes) for k in base
+            }
