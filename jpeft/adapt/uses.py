@@ -74,7 +74,8 @@ def find_uses(
     """What each weight of `params` is to `fn`: path -> `LeafUse`.
 
     Traces `fn(params, *args, **kwargs)` once; nothing is computed, and arguments may be
-    `jax.ShapeDtypeStruct`s.  Pass the answer to transforms as `uses=`.
+    `jax.ShapeDtypeStruct`s.  Pass the answer to transforms as `uses=`.  Data may be
+    closed over too, if all of it is.
 
     >>> import jax.numpy as jnp, jpeft
     >>> params = {"w": jnp.ones((5, 7))}
