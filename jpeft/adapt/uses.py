@@ -135,7 +135,7 @@ class _Finder:
         read = lambda v: [] if isinstance(v, compat.Literal) else tags.get(v, [])
         fed.update(dict.fromkeys(jaxpr.constvars, self.closed_over))
         depends = lambda v: (
-            self.closed_over and v.aval.ndim > 0
+            self.closed_over and bool(getattr(v.aval, "shape", ()))
             if isinstance(v, compat.Literal)
             else fed.get(v, False)
         )
