@@ -90,6 +90,11 @@ def started_from_text(
         if jax.tree_util.keystr(path).endswith((".keys", ".embedding"))
     ]
     length = max((x.shape[-2] for x in rows), default=1)
+    if length > (positions := model.config.max_position_embeddings):
+        raise ValueError(
+            f"a prefix of {length} rows cannot start as a text: the model reads only "
+            f"{positions} positions; shorten the prefix, or prefix_start = 'drawn'"
+        )
     longest = np.argsort(-train.mask.sum(1), kind="stable")
     texts = (train.ids[k][train.mask[k] > 0][1:-1] for k in longest)
     words = np.fromiter(itertools.chain.from_iterable(texts), np.int32)[None, :length]

@@ -37,7 +37,7 @@ SIZES = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "intermediate_size": 40,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 192,
 }
 
 
@@ -365,7 +365,7 @@ def test_a_pattern_that_matches_nothing_is_refused(command, tmp_path, capsys):
         (["--text-column", "sentence"], ["no column 'sentence'", "--text-column"]),
         (["--label-column", "class"], ["no column 'class'", "--label-column"]),
         (["--batch-size", "100"], ["batch_size 100", "only 78 examples"]),
-        (["--length", "65"], ["length 65", "only 64 positions"]),
+        (["--length", "193"], ["length 193", "only 192 positions"]),
         (["--learning-rate", "0"], ["learning_rate must be above 0"]),
         (["--max-train", "8"], ["batch_size 24", "only 8 examples"]),
     ],
@@ -615,4 +615,12 @@ def test_a_table_of_a_method_that_cannot_be_used_is_refused(
 ):
     path = tmp_path / "recipe.toml"
     path.write_text('[[peft]]\nmethod = "lora"\nrank = 2\n\n' + text + "\n")
+    fails(capsys, command(tmp_path / "out", "--config", path), message)
+
+
+def test_a_prefix_longer_than_any_text_cannot_start_as_one(command, tmp_path, capsys):
+    path = tmp_path / "recipe.toml"
+    peft = '[[peft]]\nmethod = "prefix"\nlength = 193\n'
+    path.write_text(peft + '[train]\nprefix_start = "text"\n')
+    message = "a prefix of 193 rows cannot start as a text"
     fails(capsys, command(tmp_path / "out", "--config", path), message)
