@@ -76,6 +76,10 @@ from jpeft.tree.sublayers import parts_of
 from jpeft.tree.where import Where, check_where
 
 INITS = ("gaussian", "unit", "zeros")
+NETWORK_ELSEWHERE = (
+    "the network that makes this prefix is held by another weight of the same "
+    "transform; pass the whole tree"
+)
 
 # --- the leaves ----------------------------------------------------------------------
 
@@ -240,10 +244,7 @@ class MadePrefix(_OfKernel):
     def finalize(self) -> AdaptedLeaf:
         """What the network makes, without the network."""
         if self.hidden is None:
-            raise ValueError(
-                f"{self.where()}the network that makes this prefix is held by another "
-                "weight of the same transform; pass the whole tree"
-            )
+            raise ValueError(f"{self.where()}{NETWORK_ELSEWHERE}")
         w, c = unbox(self.w), unbox(self.c)
         rows = jnp.matmul(self.hidden, w, precision="highest") + c[..., None, :]
         return self.holding(rows if self.start is None else rows + unbox(self.start))
@@ -270,7 +271,8 @@ class MadePrefix(_OfKernel):
         own = {n: unbox(x) for n, x in array_fields(self).items()}
         own |= {n: jnp.zeros_like(own[n]) for n in ("w", "c")}
         own["start"] = jnp.asarray(rows).astype(own["c"].dtype)
-        return boxed_like(box_of(self), self.replace(**own))
+        leaf = place_beside(self.replace(**own), unbox(innermost(self)))
+        return boxed_like(box_of(self), leaf.replace(base=self.base))
 
 
 # --- rules ---------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from jpeft.adapt.entry import evaluate
 from jpeft.boxes import unbox
 from jpeft.leaf import is_leaf, layers
 from jpeft.methods._attention import KEY, VALUE, Tagged, rows_of
-from jpeft.methods.prefix import MadePrefix, Prefix
+from jpeft.methods.prefix import NETWORK_ELSEWHERE, MadePrefix, Prefix
 from jpeft.tree.paths import slots
 
 
@@ -120,6 +120,8 @@ def _numbered(
     if not is_leaf(slot):
         return slot
     if isinstance(slot, MadePrefix):
+        if slot.origin not in lengths:
+            raise ValueError(f"prefix_from_text: {slot.where()}{NETWORK_ELSEWHERE}")
         features = sum(map(slot.count, (KEY, VALUE)))
         shape = *jnp.shape(unbox(slot.on)), lengths[slot.origin], features
         slot = slot.holding(jnp.zeros(shape))
@@ -144,5 +146,8 @@ def _with_rows(slot: Any, rows: Mapping[str, np.ndarray]) -> Any:
         return slot.started(jnp.concatenate([rows[n] for n in _held(slot)], -1))
     if not isinstance(slot, Prefix):
         return slot.replace(base=_with_rows(slot.base, rows))
-    put = lambda y, x: jax.tree.map(lambda y: jnp.asarray(x).astype(y.dtype), y)
+    # Set, not replaced: it stays on its devices.
+    put = lambda y, x: jax.tree.map(
+        lambda y: y.at[...].set(jnp.asarray(x).astype(y.dtype)), y
+    )
     return slot.replace(**{n: put(getattr(slot, n), x) for n, x in rows.items()})

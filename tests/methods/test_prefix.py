@@ -402,9 +402,9 @@ def test_a_network_may_start_from_a_text(network, mode, tmp_path):
     trainable, frozen = jpeft.partition(made)
     tx = optax.sgd(0.1)
     loss = lambda t: jnp.mean(jpeft.adapt(fn)(jpeft.combine(t, frozen)) ** 2)
-    after, state = trainable, tx.init(trainable)
+    grad, after, state = jax.jit(jax.grad(loss)), trainable, tx.init(trainable)
     for _ in range(2):  # the last layer moves first, then what is below it
-        updates, state = tx.update(jax.jit(jax.grad(loss))(after), state)
+        updates, state = tx.update(grad(after), state)
         after = optax.apply_updates(after, updates)
     for a, b in zip(jax.tree.leaves(trainable), jax.tree.leaves(after), strict=True):
         assert not np.array_equal(a, b)
@@ -425,6 +425,26 @@ def test_a_start_says_what_is_wrong():
         jpeft.prefix_from_text(apply, jpeft.prefix(9)(KEY, params))
     with pytest.raises(ValueError, match="no prefix to set"):
         jpeft.prefix_from_text(apply, jpeft.bitfit()(KEY, params))
+    made = jpeft.prefix(3, reparametrization="mlp", width=6)(KEY, params)
+    for layer in made.values():  # the part that holds the network is left out
+        for kernel in layer.get("attention", {}).values():
+            if getattr(kernel["kernel"], "embedding", None) is not None:
+                kernel["kernel"] = kernel["kernel"].base
+    with pytest.raises(ValueError, match="held by another weight .* the whole tree"):
+        jpeft.prefix_from_text(apply, made)
+
+
+def test_a_start_from_a_text_stays_on_its_devices():
+    module, params = A.model()
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = jax.device_put(params, there)
+    apply = lambda p: module.apply({"params": p}, A.IDS)
+    for network in (None, "mlp"):
+        transform = jpeft.prefix(3, reparametrization=network, width=6)
+        made = jpeft.prefix_from_text(apply, transform(KEY, params))
+        for x in jax.tree.leaves(made):
+            assert x.sharding.is_equivalent_to(there, x.ndim)
 
 
 # --------------------------------------------------------------------- chosen layers
