@@ -2,15 +2,16 @@
 
 With many tokens a product is bound by the tensor cores, and XLA's own is as fast as
 they are: W is dequantised by a kernel and handed to it, for 11 % more time at 2048
-tokens and 3 % at 8192, by the count of bytes.  With few, `FEW` at most, it is bound by
-reading W: one kernel reads the codes and multiplies (bfloat16 and float16).
+tokens and 3 % at 8192.  With few it is bound by reading W: one kernel reads the codes
+and multiplies.
 
 Pallas has two dialects for NVIDIA GPUs, and which one a program gets is settled when it
 is traced:
 
-    Mosaic GPU   Hopper and later
-    Triton       before Hopper, and products with few tokens, as long as Pallas has it
-                 (deprecated since jax 0.11)
+    Mosaic GPU   Hopper and later; few tokens are `_gpu_few.MOST`, in bfloat16 and with
+                 blocks of 64 or more
+    Triton       before Hopper, and for few tokens (`FEW`) in float16 or with blocks of
+                 32, as long as Pallas has it (deprecated since jax 0.11)
     neither      plain JAX, fused by XLA as it sees fit
 
 That depends on the GPU's compute capability, from the first of these that answers:
@@ -32,21 +33,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 
+from jpeft.formats.packing import GROUP
 from jpeft.kernels import _plain
 
 # Either dialect may be missing from a version of Pallas.
 try:
-    from jpeft.kernels import _gpu_mosaic
+    from jpeft.kernels import _gpu_few, _gpu_mosaic
 except ImportError:
-    _gpu_mosaic = None
+    _gpu_few = _gpu_mosaic = None
 try:
     from jpeft.kernels import _gpu_triton
 except ImportError:
     _gpu_triton = None
 
 Route = Literal["mosaic", "triton", "plain"]
-# Tokens up to which a product is one kernel.
-FEW = 128
+# Tokens up to which a product is one kernel of Triton's.
+FEW = 32
 _HOPPER, _AMPERE = (9, 0), (8, 0)
 _WRITTEN = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -167,10 +169,10 @@ def _product(
     if how == "plain":
         run = getattr(_plain, name)
         return run(x, codes, scales, book, block_size=block_size, dtype=dtype)
-    few = x.shape[0] <= FEW and x.dtype in (jnp.bfloat16, jnp.float16)
-    if few and dtype in _WRITTEN and _triton_compiles():
-        run = getattr(_gpu_triton, name)
-        return run(x, codes, scales, book, block_size=block_size, dtype=dtype)
+    run = getattr(_few(how, x, block_size, dtype), name, None)
+    if run is not None:
+        out = run(x, codes, scales, book, block_size=block_size, dtype=dtype)
+        return _varying_as(out, x, codes, scales, book)
     # Tied to x, W cannot be made before x is there: XLA would otherwise find that the
     # backward pass needs the W of the forward pass, and keep it in between, or take it
     # out of a loop over microbatches.
@@ -180,6 +182,17 @@ def _product(
     # With a 16-bit result the tensor cores' sums are float32 all the same.
     wide = dtype if dtype == x.dtype else jnp.float32
     return lax.dot_general(x, w, numbers, preferred_element_type=wide).astype(dtype)
+
+
+def _few(how: Route, x: jax.Array, block_size: int, dtype: Any) -> Any:
+    """Who has one kernel for the product, if anybody has."""
+    if dtype not in _WRITTEN:
+        return None
+    ours = how == "mosaic" and x.dtype == jnp.bfloat16 and block_size >= GROUP
+    if ours and _gpu_few is not None and x.shape[0] <= _gpu_few.MOST:
+        return _gpu_few
+    half = x.dtype in (jnp.bfloat16, jnp.float16)
+    return _gpu_triton if half and x.shape[0] <= FEW and _triton_compiles() else None
 
 
 def _backend(how: Route) -> Any:

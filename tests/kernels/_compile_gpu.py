@@ -22,7 +22,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from jpeft.formats.codebooks import CODEBOOKS  # noqa: E402
-from jpeft.kernels import _gpu, _gpu_mosaic, four_bit  # noqa: E402
+from jpeft.kernels import _gpu, _gpu_few, _gpu_mosaic, four_bit  # noqa: E402
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 CASES = {}
@@ -120,6 +120,55 @@ def mosaic_quantize_float16_int4_blocks_of_32():
 def mosaic_with_columns_left_over_and_experts():
     f = functools.partial(_gpu_mosaic.dequantize, block_size=64, dtype=BF16)
     only(compiler(jax.vmap(f, (0, 0, None)), *experts(3, 128, 200)))
+
+
+def multiplies_few(m, k, n, block, dtype, config, transposed):
+    (codes, scales, book), _ = weight(k, n, block)
+    # It is the book that is multiplied in bfloat16.
+    w = _reference.dequantize(codes, scales, book.astype(BF16).astype(F32), block)
+    w = w.T if transposed else w
+    x = numbers(m, w.shape[0], dtype=BF16)
+    op = _gpu_few.matmul_transposed if transposed else _gpu_few.matmul
+    f = functools.partial(op, block_size=block, dtype=dtype, config=config)
+    ptx = only(compiler(f, *shaped(x, codes, scales, book)))
+    out = np.full((m, w.shape[1]), np.nan, dtype)
+    blocks = w.shape[1] // (2 * config.rows if transposed else config.columns)
+    *_, out = _ptx.launch(ptx, (blocks,), x, codes, scales, book, out)
+    wanted = x.astype(np.float64) @ w
+    # g times its scale is rounded to bfloat16, and so may be the result.
+    rough = transposed or dtype == BF16
+    error = np.abs(out.astype(np.float64) - wanted).max() / np.abs(wanted).max()
+    assert error < (4e-3 if rough else 1e-6), error
+
+
+@case
+def few_rows_in_one_step_each():
+    multiplies_few(3, 256, 128, 64, F32, _gpu_few.Config(columns=32, warps=4), False)
+
+
+@case
+def few_rows_and_steps_left_over_to_bfloat16():
+    multiplies_few(8, 320, 128, 128, BF16, _gpu_few.Config(columns=64, warps=4), False)
+
+
+@case
+def few_rows_more_than_eight():
+    multiplies_few(19, 128, 128, 64, F32, _gpu_few.Config(columns=128, warps=8), False)
+
+
+@case
+def few_rows_transposed():
+    multiplies_few(3, 128, 256, 64, F32, _gpu_few.Config(rows=16, warps=4), True)
+
+
+@case
+def few_rows_transposed_and_steps_left_over():
+    multiplies_few(11, 192, 384, 128, F32, _gpu_few.Config(rows=32, warps=4), True)
+
+
+@case
+def few_rows_transposed_a_quarter_of_a_group():
+    multiplies_few(1, 64, 128, 4096, BF16, _gpu_few.Config(rows=8, warps=8), True)
 
 
 def experts(count, k, n):

@@ -60,7 +60,7 @@ class Kernel:
         self.threads = int(re.search(r"\.(?:reqn|maxn)tid (\d+)", head)[1])
         body = re.sub(r"//.*", "", body[: body.rindex("}")])
         body = re.sub(r"^\s*\.(loc|file|section|pragma)\b.*$", "", body, flags=re.M)
-        body = re.sub(r"\.reg [^;]*;", "", body)
+        body = re.sub(r"\.(reg|shared) [^;]*;", "", body)
         self.instructions: list[Instruction] = []
         self.labels: dict[str, int] = {}
         for text in body.split(";"):
@@ -269,6 +269,17 @@ class Block:
         x = self.value(arguments[1], 32) << np.uint32(32 - start - size)
         x = x.view(np.int32) if words[-1][0] == "s" else x
         self.put(arguments[0], x >> x.dtype.type(32 - size))
+
+    def _lop3(self, words: list[str], arguments: list[str]) -> None:
+        """Any function of three bits: bit 4 a + 2 b + c of the last argument."""
+        a, b, c = (self.value(x, 32) for x in arguments[1:4])
+        table, out = int(arguments[4], 0), np.zeros(self.threads, np.uint32)
+        for i in range(8):
+            if table >> i & 1:
+                out |= (
+                    (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+                )
+        self.put(arguments[0], out)
 
     def _prmt(self, words: list[str], arguments: list[str]) -> None:
         both = [

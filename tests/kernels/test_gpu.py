@@ -5,6 +5,7 @@ instruction (`_ptx`).  How fast that is, and whether threads race, no test here 
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -20,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
 from jpeft.formats import codebooks
-from jpeft.kernels import _gpu, _gpu_mosaic, _gpu_triton, four_bit
+from jpeft.kernels import _gpu, _gpu_few, _gpu_mosaic, _gpu_triton, four_bit
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _reference  # noqa: E402
@@ -192,7 +193,7 @@ def kernels(text):
 
 def test_dequantised_once_and_multiplied_by_xla_for_many_tokens():
     parts, _ = weight(128, 256, 64)
-    x = normal(_gpu.FEW + 1, 128, dtype=BF16)
+    x = normal(_gpu_few.MOST + 1, 128, dtype=BF16)
     text = lowered(four_bit.matmul, HOPPER, x, *parts)
     assert kernels(text) == (1, 0)
     assert "stablehlo.dot_general" in text
@@ -200,14 +201,35 @@ def test_dequantised_once_and_multiplied_by_xla_for_many_tokens():
     assert kernels(lowered(four_bit.matmul, AMPERE, x, *parts)) == (0, TRITON_LOWERS)
 
 
-def test_one_kernel_for_few_tokens():
-    parts, _ = weight(128, 256, 64)
-    x = normal(_gpu.FEW, 128, dtype=BF16)
-    for capability in (HOPPER, AMPERE):
-        text = lowered(four_bit.matmul, capability, x, *parts)
-        if TRITON_LOWERS:
-            assert kernels(text) == (0, 1)
+@pytest.mark.parametrize("op", [four_bit.matmul, four_bit.matmul_transposed])
+def test_one_kernel_for_few_tokens(op):
+    parts, _ = weight(128, 128, 64)
+    tokens = {HOPPER: _gpu_few.MOST, AMPERE: _gpu.FEW}
+    for capability, calls in ((HOPPER, (1, 0)), (AMPERE, (0, 1))):
+        text = lowered(
+            op, capability, normal(tokens[capability], 128, dtype=BF16), *parts
+        )
+        if capability == HOPPER or TRITON_LOWERS:
+            assert kernels(text) == calls
             assert "stablehlo.dot_general" not in text
+
+
+@pytest.mark.parametrize("block, dtype", [(32, BF16), (64, F16)])
+def test_few_tokens_that_only_triton_has_a_kernel_for(block, dtype):
+    parts, _ = weight(128, 128, block)
+    f = functools.partial(four_bit.matmul, block_size=block)
+    text = lowered(f, HOPPER, normal(_gpu.FEW, 128, dtype=dtype), *parts)
+    assert kernels(text) == ((0, 1) if TRITON_LOWERS else (1, 0))
+    assert ("stablehlo.dot_general" in text) != TRITON_LOWERS
+
+
+def test_experts_of_few_tokens_are_one_call():
+    parts, _ = weight(128, 200, 64)
+    codes, scales = (jnp.stack([x] * 3) for x in parts[:2])
+    f = jax.vmap(four_bit.matmul, (0, 0, 0, None))
+    text = lowered(f, HOPPER, normal(3, 5, 128, dtype=BF16), codes, scales, parts[2])
+    assert kernels(text) == (1, 0)
+    assert "stablehlo.dot_general" not in text
 
 
 def test_float32_is_multiplied_by_xla_however_few():
@@ -273,4 +295,4 @@ def test_what_is_compiled_for_an_h200_computes_the_definition():
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, f"after {lines[-1:]}: {done.stderr[-3000:]}"
     assert {x["case"]: x["error"] for x in lines if "error" in x} == {}
-    assert len(lines) == (18 if TRITON_LOWERS else 8)
+    assert len(lines) == (24 if TRITON_LOWERS else 14)

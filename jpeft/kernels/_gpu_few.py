@@ -1,0 +1,655 @@
+"""x @ W and g @ W.T for few rows of x or g on NVIDIA GPUs from Hopper on (Mosaic GPU).
+
+    y[m, n]  = sum_k x[m, k] * book[code[k, n]] * scale[k // block, n]
+    dx[m, k] = sum_n g[m, n] * scale[k // block, n] * book[code[k, n]]
+
+With few rows a product takes as long as reading W, which is 3.5 times shorter in codes
+than in bfloat16, if decoding them is no slower.  What is multiplied here is the book,
+in bfloat16 as x is: in `matmul` the scale is applied to float32 sums over 64 rows of W,
+in `matmul_transposed` to g before it is rounded.  Either way a product is off by as
+much as it is with W in bfloat16, though not by the same.
+
+    group   the 64 rows of W whose codes are packed in 32 rows of bytes
+    strip   the columns of a group that a warp works on at a time
+    table   what each byte means, a pair of bfloat16, once for every lane
+
+A byte holds rows r and 32 + r of its group.  Their values are what one register of a
+tensor core's operand holds if the sum runs over k in the order r, 32 + r, r + 1 ...:
+any order will do, as long as x is read in the same one.  So a byte is an address, and
+what lies there is an operand: one look-up in shared memory for two elements, in a bank
+of the lane's own.  W is the left operand, transposed: tensor cores take 16 of its
+columns at least, and 8 rows of x.
+
+Bytes go from memory to registers, a step ahead of their use.  The warps of a block
+divide the sum among them, and add up in shared memory, always in one order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxtyping import Array, Float, UInt8
+
+from jpeft.formats.packing import GROUP
+
+HALF = GROUP // 2
+# Rows of x up to which accumulators fit the registers.
+MOST = 64
+_STRIP = 64
+_PROCESSORS = 132  # of an H100 or H200
+_ROW = 128  # bytes in a row of the table: one bank of four bytes for each lane
+_TABLE = 256 * _ROW
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the work is cut.
+
+    tuned_on: by what (`examples/kernel_report_gpu.py` measures).
+    columns: of W in a block of `matmul`: 32, 64 or 128.
+    rows: of packed bytes in a block of `matmul_transposed`: 8, 16 or 32.
+    warps: of a block, a multiple of 4.
+    """
+
+    tuned_on: str = "H200, jax 0.11.2"
+    columns: int = 32
+    rows: int = 16
+    warps: int = 8
+
+    @classmethod
+    def of_matmul(cls, m: int, n: int) -> Config:
+        if m > 16:  # sums leave room for no more
+            return cls(columns=32, warps=8)
+        columns = 32 if n < 64 * _PROCESSORS else 64
+        if n <= columns * _PROCESSORS:  # a block each: it takes them all
+            return cls(columns=columns, warps=16)
+        return cls(columns=columns, warps=8 if m <= 8 else 4)
+
+    @classmethod
+    def of_transposed(cls, m: int, k: int) -> Config:
+        if m > 16:
+            return cls(rows=16, warps=8)
+        return cls(rows=32 if k >= 56 * _PROCESSORS else 16, warps=16)
+
+
+# --- the operations ------------------------------------------------------------------
+
+
+def matmul(
+    x: Float[Array, "m k"],
+    codes: UInt8[Array, "half n"],
+    scales: Float[Array, "blocks n"],
+    book: Float[Array, " 16"],
+    *,
+    block_size: int,
+    dtype: Any,
+    config: Config | None = None,
+) -> Float[Array, "m n"]:
+    """x @ W for a bfloat16 x of at most `MOST` rows; blocks of 64 or more."""
+    columns = codes.shape[1]
+    codes, scales = _pad(codes), _pad(scales)
+    (m, k), n = x.shape, codes.shape[1]
+    config = config or Config.of_matmul(m, n)
+    product = _Forward(m, k, n, block_size, jnp.dtype(dtype), config)
+    out = _call(product, x, codes, scales, book, name="matmul_4bit")
+    return out[:, :columns]
+
+
+def matmul_transposed(
+    g: Float[Array, "m n"],
+    codes: UInt8[Array, "half n"],
+    scales: Float[Array, "blocks n"],
+    book: Float[Array, " 16"],
+    *,
+    block_size: int,
+    dtype: Any,
+    config: Config | None = None,
+) -> Float[Array, "m k"]:
+    """g @ W.T, as `matmul`."""
+    g, codes, scales = _pad(g), _pad(codes), _pad(scales)
+    (m, n), k = g.shape, 2 * codes.shape[0]
+    config = config or Config.of_transposed(m, k)
+    product = _Backward(m, k, n, block_size, jnp.dtype(dtype), config)
+    return _call(product, g, codes, scales, book, name="matmul_transposed_4bit")
+
+
+def _call(product: _Product, *operands: jax.Array, name: str) -> jax.Array:
+    def kernel(*refs: Any) -> None:
+        types = tuple(plgpu.RefType() for _ in refs), plgpu.Layout.WG_SPLAT
+
+        @plgpu.inline_mgpu(arg_types=types, return_type=())
+        def body(_: Any, refs: Any, block: Any) -> tuple[()]:
+            product.emit(refs, block.registers.item())
+            return ()
+
+        run: Any = body
+        run(refs, lax.axis_index("blocks"))
+
+    kernel.__name__ = name
+    return plgpu.kernel(
+        kernel,
+        grid=(product.result // product.wide,),
+        grid_names=("blocks",),
+        num_threads=product.config.warps // 4,
+        thread_name="warpgroups",
+        out_type=jax.ShapeDtypeStruct((product.m, product.result), product.dtype),
+        scratch_types=[plgpu.SMEM((product.shared // 4,), jnp.float32)],
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+    )(*operands)
+
+
+# --- what both have in common --------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """One of the two products: of `m` rows with a W of `k` x `n`."""
+
+    m: int
+    k: int
+    n: int
+    block_size: int
+    dtype: Any  # of the result
+    config: Config
+
+    @property
+    def eights(self) -> int:
+        """Rows of x, eight at a time."""
+        return -(-self.m // 8)
+
+    @property
+    def wide(self) -> int:
+        """Columns of the result that a block makes."""
+        return 16 * self.tiles
+
+    @property
+    def shared(self) -> int:
+        """Bytes: first for the table, then for the warps' sums."""
+        return max(_TABLE, 4 * self.config.warps * 8 * self.eights * self.wide)
+
+    # --- of each product
+
+    @property
+    def result(self) -> int:
+        """Columns of the result."""
+        raise NotImplementedError
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 16 x 8 sums that a warp has, for each eight rows of x."""
+        raise NotImplementedError
+
+    @property
+    def steps(self) -> int:
+        """Of a block's sums; its warps take turns."""
+        raise NotImplementedError
+
+    def fetch(self, at: _At, step: Any) -> list[Any]:
+        """The codes of a step, in words of four bytes."""
+        raise NotImplementedError
+
+    def operands(self, at: _At, step: Any) -> Any:
+        """What else it takes."""
+        raise NotImplementedError
+
+    def step(
+        self, at: _At, codes: Sequence[Any], operands: Any, counts: Any, sums: list[Any]
+    ) -> list[Any]:
+        """The sums after a step, unless not `counts`."""
+        raise NotImplementedError
+
+    def column(self, at: _At, tile: int, half: int) -> Any:
+        """Of the result, in the block, of a thread's sums in a tile's upper (0) or
+        lower eight rows."""
+        raise NotImplementedError
+
+    def place(self, at: _At, column: Any) -> Any:
+        """In the result, of a column of the block."""
+        return _add(_mul(at.block, self.wide), column)
+
+    # --- of both
+
+    def emit(self, refs: Sequence[Any], block: Any) -> None:
+        """The kernel, by the thread.  refs: in the order of `_At`."""
+        thread = mgpu.thread_idx()
+        x, codes, scales, book, out, shared = map(_address, refs)
+        warp, lane = _shr(thread, 5), _and(thread, 31)
+        at = _At(x, codes, scales, book, out, shared, warp, lane, block)
+        warps, last = self.config.warps, _c(self.steps - 1)
+        fetched = self.fetch(at, arith.minui(at.warp, last))
+        _write_table(at, warps)
+        _barrier()
+        sums = [_f(0.0)] * (4 * self.tiles * self.eights)
+        turns = scf.ForOp(_c(0), _c(-(-self.steps // warps)), _c(1), [*fetched, *sums])
+        with ir.InsertionPoint(turns.body):
+            turn, *carried = turns.body.arguments
+            read, sums = carried[: len(fetched)], carried[len(fetched) :]
+            step = _add(at.warp, _mul(turn, warps))
+            # Beyond the last step something is read, and not used.
+            operands = self.operands(at, arith.minui(step, last))
+            ahead = self.fetch(at, arith.minui(_add(step, warps), last))
+            counts = None
+            if self.steps % warps:
+                counts = arith.cmpi(arith.CmpIPredicate.ule, step, last)
+            scf.yield_([*ahead, *self.step(at, read, operands, counts, sums)])
+        self.finish(at, list(turns.results)[len(fetched) :])
+
+    def finish(self, at: _At, sums: list[Any]) -> None:
+        """Adds up what the warps have, and writes it."""
+        rows, wide, warps = 8 * self.eights, self.wide, self.config.warps
+        _barrier()  # the table is not needed any more
+        mine = _add(at.shared, _mul(at.warp, 4 * rows * wide))
+        for i, value in enumerate(sums):
+            (eight, tile), part = divmod(i // 4, self.tiles), i % 4
+            row = _add(_mul(_and(at.lane, 3), 2), 8 * eight + part % 2)
+            column = self.column(at, tile, part // 2)
+            place = _add(_mul(row, wide), column)
+            _store_shared(_add(mine, _mul(place, 4)), value)
+        _barrier()
+        thread = _add(_mul(at.warp, 32), at.lane)
+        for start in range(0, rows * wide, 32 * warps):
+            # A thread that has no sum of its own does another's again.
+            place = arith.remui(_add(thread, start), _c(rows * wide))
+            row = arith.minui(arith.divui(place, _c(wide)), _c(self.m - 1))
+            column = arith.remui(place, _c(wide))
+            first = _add(at.shared, _mul(_add(_mul(row, wide), column), 4))
+            total = _load_shared(first, ir.F32Type.get())
+            for warp in range(1, warps):
+                theirs = _add(first, 4 * warp * rows * wide)
+                total = arith.addf(total, _load_shared(theirs, ir.F32Type.get()))
+            size = self.dtype.itemsize
+            column = _mul(self.place(at, column), size)
+            address = arith.addi(at.out, _far(row, self.result * size, column))
+            _store(address, total, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _At:
+    """Addresses of arrays, and who is asking."""
+
+    x: Any
+    codes: Any
+    scales: Any
+    book: Any
+    out: Any
+    shared: Any
+    warp: Any
+    lane: Any
+    block: Any
+
+
+# --- x @ W ---------------------------------------------------------------------------
+
+
+class _Forward(_Product):
+    """A step is a group.  Lane 4 a + b reads, of the strip, the a-th eighth of the
+    columns, in rows 8 b to 8 b + 7 of bytes."""
+
+    @property
+    def tiles(self) -> int:
+        return self.config.columns // 16
+
+    @property
+    def result(self) -> int:
+        return self.n
+
+    @property
+    def steps(self) -> int:
+        return self.k // GROUP
+
+    @property
+    def each(self) -> int:
+        """Columns of a thread."""
+        return self.config.columns // 8
+
+    def first_column(self, at: _At) -> Any:
+        return self.place(at, self.column(at, 0, 0))
+
+    def fetch(self, at: _At, step: Any) -> list[Any]:
+        row = _add(_mul(step, HALF), _mul(_and(at.lane, 3), 8))
+        start = arith.addi(at.codes, _far(row, self.n, self.first_column(at)))
+        return [
+            word
+            for i in range(8)
+            for word in _load(_plus(start, i * self.n), self.each // 4, stream=True)
+        ]
+
+    def operands(self, at: _At, step: Any) -> Any:
+        """Pairs (x[8 b + i], x[32 + 8 b + i]), and the columns' scales."""
+        pairs = []
+        for e in range(self.eights):
+            row = arith.minui(_add(_shr(at.lane, 2), 8 * e), _c(self.m - 1))
+            column = _add(_mul(step, GROUP), _mul(_and(at.lane, 3), 8))
+            start = arith.addi(at.x, _far(row, 2 * self.k, _mul(column, 2)))
+            low, high = (_load(_plus(start, 2 * HALF * half), 4) for half in (0, 1))
+            pairs.append([_zip(low[i // 2], high[i // 2], i % 2) for i in range(8)])
+        block = arith.divui(step, _c(self.block_size // GROUP))
+        column = _mul(self.first_column(at), 4)
+        start = arith.addi(at.scales, _far(block, 4 * self.n, column))
+        scales = [
+            _as_float(word)
+            for i in range(0, self.each, 4)
+            for word in _load(_plus(start, 4 * i), 4, stream=True)
+        ]
+        return pairs, scales
+
+    def step(
+        self, at: _At, codes: Sequence[Any], operands: Any, counts: Any, sums: list[Any]
+    ) -> list[Any]:
+        pairs, scales = operands
+        if counts is not None:
+            scales = [arith.select(counts, s, _f(0.0)) for s in scales]
+        words = self.each // 4
+        row_of = lambda i: [
+            _look_up(at, word, byte)
+            for word in codes[words * i : words * (i + 1)]
+            for byte in range(4)
+        ]
+        parts = [[_f(0.0)] * 4 for _ in range(self.eights * self.tiles)]
+        for i in range(0, 8, 2):
+            first, second = row_of(i), row_of(i + 1)
+            for tile in range(self.tiles):
+                two = slice(2 * tile, 2 * tile + 2)
+                left = [*first[two], *second[two]]
+                for e in range(self.eights):
+                    place = e * self.tiles + tile
+                    parts[place] = _mma(left, pairs[e][i : i + 2], parts[place])
+        done = []
+        for place, part in enumerate(parts):
+            tile = place % self.tiles
+            for i, value in enumerate(part):
+                so_far = sums[4 * place + i]
+                done.append(_fma(value, scales[2 * tile + i // 2], so_far))
+        return done
+
+    def column(self, at: _At, tile: int, half: int) -> Any:
+        return _add(_mul(_shr(at.lane, 2), self.each), 2 * tile + half)
+
+
+# --- g @ W.T -------------------------------------------------------------------------
+
+
+class _Backward(_Product):
+    """A step is a strip of 64 columns.  Lane 4 a + b reads, of the group, rows
+    a, a + 8 ... of bytes, in the b-th quarter of the columns."""
+
+    @property
+    def tiles(self) -> int:
+        return self.config.rows // 8
+
+    @property
+    def result(self) -> int:
+        return self.k
+
+    @property
+    def steps(self) -> int:
+        return self.n // _STRIP
+
+    def first_row(self, at: _At) -> Any:
+        """Of bytes."""
+        return _mul(at.block, self.config.rows)
+
+    def column_of(self, at: _At, step: Any) -> Any:
+        return _add(_mul(step, _STRIP), _mul(_and(at.lane, 3), 16))
+
+    def fetch(self, at: _At, step: Any) -> list[Any]:
+        row = _add(self.first_row(at), _shr(at.lane, 2))
+        start = arith.addi(at.codes, _far(row, self.n, self.column_of(at, step)))
+        return [
+            word
+            for j in range(self.tiles)
+            for word in _load(_plus(start, 8 * j * self.n), 4, stream=True)
+        ]
+
+    def operands(self, at: _At, step: Any) -> Any:
+        """g times the scales, in pairs of neighbours."""
+        column = self.column_of(at, step)
+        block = arith.divui(self.first_row(at), _c(self.block_size // 2))
+        start = arith.addi(at.scales, _far(block, 4 * self.n, _mul(column, 4)))
+        scales = [
+            _as_float(word)
+            for i in range(0, 16, 4)
+            for word in _load(_plus(start, 4 * i), 4)
+        ]
+        pairs = []
+        for e in range(self.eights):
+            row = arith.minui(_add(_shr(at.lane, 2), 8 * e), _c(self.m - 1))
+            start = arith.addi(at.x, _far(row, 2 * self.n, _mul(column, 2)))
+            words = [*_load(start, 4), *_load(_plus(start, 16), 4)]
+            pairs.append([])
+            for i, word in enumerate(words):
+                low = arith.mulf(_as_float(_shl(word, 16)), scales[2 * i])
+                high = _as_float(_and(word, 0xFFFF0000))
+                high = arith.mulf(high, scales[2 * i + 1])
+                pairs[-1].append(_pack(high, low))
+        return pairs
+
+    def step(
+        self, at: _At, codes: Sequence[Any], operands: Any, counts: Any, sums: list[Any]
+    ) -> list[Any]:
+        pairs, done = operands, list(sums)
+        if counts is not None:
+            pairs = [[arith.select(counts, p, _c(0)) for p in e] for e in pairs]
+        for tile in range(self.tiles):
+            for i, word in enumerate(codes[4 * tile : 4 * tile + 4]):
+                value = [_look_up(at, word, byte) for byte in range(4)]
+                left = [
+                    _zip(value[2 * second], value[2 * second + 1], half)
+                    for second in (0, 1)
+                    for half in (0, 1)
+                ]
+                for e in range(self.eights):
+                    place = 4 * (e * self.tiles + tile)
+                    right = pairs[e][2 * i : 2 * i + 2]
+                    done[place : place + 4] = _mma(left, right, done[place : place + 4])
+        return done
+
+    def column(self, at: _At, tile: int, half: int) -> Any:
+        """In W's rows: the lower half of a group, then the upper."""
+        return _add(_shr(at.lane, 2), 8 * tile + half * self.config.rows)
+
+    def place(self, at: _At, column: Any) -> Any:
+        rows, first = self.config.rows, self.first_row(at)
+        upper, row = arith.divui(column, _c(rows)), arith.remui(column, _c(rows))
+        group, inside = _shr(first, 5), _and(first, HALF - 1)
+        row = _add(_add(row, inside), _mul(upper, HALF))
+        return _add(_mul(group, GROUP), row)
+
+
+# --- the table -----------------------------------------------------------------------
+
+
+def _write_table(at: _At, warps: int) -> None:
+    """A row for each byte: the bfloat16 of its lower code, and that of its upper one
+    16 bits up."""
+    mine = arith.extui(_i64(), _mul(_and(at.lane, 15), 4))
+    entry = _as_float(*_load(arith.addi(at.book, mine), 1))
+    start = _add(at.shared, _mul(at.lane, 4))
+    for first in range(0, 256, warps):
+        byte = _add(at.warp, first)
+        low = _from_lane(entry, _and(byte, 15))
+        high = _from_lane(entry, _shr(byte, 4))
+        _store_shared(_add(start, _mul(byte, _ROW)), _as_float(_pack(high, low)))
+
+
+def _look_up(at: _At, word: Any, byte: int) -> Any:
+    """What byte `byte` of a word means."""
+    shift = 8 * byte - 7  # a row has 2^7 bytes
+    moved = _shl(word, -shift) if shift < 0 else _shr(word, shift)
+    place = _and_or(moved, 255 * _ROW, _mul(at.lane, 4))
+    return _load_shared(_add(at.shared, place), _i32())
+
+
+# --- the GPU's own terms -------------------------------------------------------------
+
+
+def _i32() -> Any:
+    return ir.IntegerType.get_signless(32)
+
+
+def _i64() -> Any:
+    return ir.IntegerType.get_signless(64)
+
+
+def _c(value: int) -> Any:
+    return mgpu.c(value - 2**32 if value >= 2**31 else value, _i32())
+
+
+def _f(value: float) -> Any:
+    return mgpu.c(value, ir.F32Type.get())
+
+
+def _value(x: Any) -> Any:
+    return _c(x) if isinstance(x, int) else x
+
+
+def _add(a: Any, b: Any) -> Any:
+    return arith.addi(_value(a), _value(b))
+
+
+def _mul(a: Any, b: Any) -> Any:
+    return arith.muli(_value(a), _value(b))
+
+
+def _and(a: Any, b: Any) -> Any:
+    return arith.andi(_value(a), _value(b))
+
+
+def _shl(a: Any, b: Any) -> Any:
+    return arith.shli(_value(a), _value(b))
+
+
+def _shr(a: Any, b: Any) -> Any:
+    return arith.shrui(_value(a), _value(b))
+
+
+def _and_or(a: Any, mask: int, b: Any) -> Any:
+    """a & mask | b, in one instruction, which LLVM would take apart."""
+    text = "lop3.b32 $0, $1, $2, $3, 0xea;"
+    return _asm(_i32(), [a, _c(mask), b], text, "=r,r,n,r", False)
+
+
+def _far(row: Any, stride: int, rest: Any) -> Any:
+    """row * stride + rest, in 64 bits."""
+    row, rest = (arith.extui(_i64(), x) for x in (row, rest))
+    return arith.addi(arith.muli(row, mgpu.c(stride, _i64())), rest)
+
+
+def _plus(address: Any, count: int) -> Any:
+    return arith.addi(address, mgpu.c(count, _i64()))
+
+
+def _as_float(x: Any) -> Any:
+    return arith.bitcast(ir.F32Type.get(), x)
+
+
+def _address(ref: Any) -> Any:
+    """Of an array: 64 bits in global memory, 32 in shared memory."""
+    kind = _i32() if mgpu.utils.is_smem_ref(ref) else _i64()
+    return llvm.ptrtoint(kind, mgpu.utils.memref_ptr(ref))
+
+
+def _asm(
+    result: Any, operands: Sequence[Any], text: str, constraints: str, effects: bool
+) -> Any:
+    return llvm.inline_asm(
+        result,
+        list(operands),
+        text,
+        constraints,
+        has_side_effects=effects,
+        asm_dialect=0,
+    )
+
+
+def _load(address: Any, words: int, *, stream: bool = False) -> list[Any]:
+    """Words of four bytes from global memory, which nobody writes.
+
+    stream: what is read once should not drive out what is read again.
+    """
+    keep = ".L1::no_allocate" if stream else ""
+    names = ", ".join(f"${i}" for i in range(words))
+    vector, names = (f".v{words}", f"{{{names}}}") if words > 1 else ("", names)
+    text = f"ld.global.nc{keep}{vector}.b32 {names}, [${words}];"
+    kind = _i32() if words == 1 else llvm.StructType.get_literal([_i32()] * words)
+    # With no effects LLVM would be free to move it, next to its use.
+    read = _asm(kind, [address], text, "=r," * words + "l", True)
+    if words == 1:
+        return [read]
+    return [llvm.extractvalue(_i32(), read, [i]) for i in range(words)]
+
+
+def _store(address: Any, value: Any, dtype: Any) -> None:
+    void = ir.Type.parse("!llvm.void")
+    if jnp.dtype(dtype) == jnp.float32:
+        _asm(void, [address, value], "st.global.b32 [$0], $1;", "l,f", True)
+        return
+    kinds = {"bfloat16": "bf16", "float16": "f16"}
+    packed = _pack(_f(0.0), value, kinds[jnp.dtype(dtype).name])
+    short = arith.trunci(ir.IntegerType.get_signless(16), packed)
+    _asm(void, [address, short], "st.global.b16 [$0], $1;", "l,h", True)
+
+
+def _load_shared(address: Any, kind: Any) -> Any:
+    to = "=f" if isinstance(kind, ir.F32Type) else "=r"
+    return _asm(kind, [address], "ld.shared.b32 $0, [$1];", f"{to},r", True)
+
+
+def _store_shared(address: Any, value: Any) -> None:
+    void = ir.Type.parse("!llvm.void")
+    _asm(void, [address, value], "st.shared.b32 [$0], $1;", "r,f", True)
+
+
+def _barrier() -> None:
+    """Of all warps of a block."""
+    _asm(ir.Type.parse("!llvm.void"), [], "bar.sync 0;", "~{memory}", True)
+
+
+def _from_lane(value: Any, lane: Any) -> Any:
+    text = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;"
+    return _asm(value.type, [value, lane], text, "=f,f,r", False)
+
+
+def _pack(high: Any, low: Any, kind: str = "bf16") -> Any:
+    text = f"cvt.rn.{kind}x2.f32 $0, $1, $2;"
+    return _asm(_i32(), [high, low], text, "=r,f,f", False)
+
+
+def _zip(a: Any, b: Any, half: int) -> Any:
+    """The lower (0) or upper (1) halves of two words, a's below b's."""
+    text = f"prmt.b32 $0, $1, $2, {('0x5410', '0x7632')[half]};"
+    return _asm(_i32(), [a, b], text, "=r,r,r", False)
+
+
+def _fma(a: Any, b: Any, c: Any) -> Any:
+    text = "fma.rn.f32 $0, $1, $2, $3;"
+    return _asm(ir.F32Type.get(), [a, b, c], text, "=f,f,f,f", False)
+
+
+def _mma(left: Sequence[Any], right: Sequence[Any], sums: Sequence[Any]) -> list[Any]:
+    """left @ right + sums, 16 x 16 by 16 x 8, in bfloat16 with float32 sums."""
+    text = (
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    four = llvm.StructType.get_literal([ir.F32Type.get()] * 4)
+    constraints = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
+    out = _asm(four, [*left, *right, *sums], text, constraints, False)
+    return [llvm.extractvalue(ir.F32Type.get(), out, [i]) for i in range(4)]
+
+
+def _pad(x: jax.Array) -> jax.Array:
+    """Columns that a thread can read 16 bytes of, whatever the configuration."""
+    short = -x.shape[1] % 128
+    return jnp.pad(x, ((0, 0), (0, short))) if short else x
