@@ -12,8 +12,10 @@ result with plain JAX's on the same GPU.
     many tokens            XLA's product of bfloat16 matrices
     few tokens             the same, which takes as long as reading a bfloat16 W
 
-A time is that of one jitted program that works on many different matrices, several
-times the GPU's cache, over their number: the least of ten runs.
+A time is that of one jitted program that works on many different matrices, more than
+the GPU's cache holds, over their number.  Several runs of it are queued, and what more
+of them take longer than few is divided by how many more: the host's part, some hundred
+microseconds a run, is in both.  The least of several tries counts.
 
 Without a GPU it says so, and counts instead: instructions, registers and spills of what
 the compiler makes for an H200 (`_gpu_compiler` says what must be installed).  THESE ARE
@@ -38,9 +40,10 @@ from typing import Any, NamedTuple
 BLOCK = 64
 SIZES = ["4096x4096", "4096x11008", "4096x14336", "8192x8192", "8192x28672"]
 MANY, FEW = (2048, 8192), (1, 4, 16, 64)
-REPEATS = 10
-# So that nothing is found in a cache (50 MB on an H200).
-WORKING_SET = 256 * 2**20
+REPEATS = 7
+QUEUED = 3, 15
+# So that nothing is found in a cache (60 MB on an H200).
+WORKING_SET = 96 * 2**20
 ISSUED_PER_CLOCK = 128
 
 
@@ -111,7 +114,7 @@ def of_size(k: int, n: int, bandwidth: float) -> Iterator[str]:
     )
     quantize = functools.partial(_gpu.quantize, format="nf4", **how)
     weights = []
-    for i in range(max(2, math.ceil(WORKING_SET / (k * n // 2)))):
+    for i in range(max(3, math.ceil(WORKING_SET / (k * n // 2)))):
         w = normal(i, k, n)
         weights.append(Weight(w, (*jax.jit(quantize)(w), book)))
     peer = Peer.of(k, n)
@@ -135,10 +138,9 @@ def of_size(k: int, n: int, bandwidth: float) -> Iterator[str]:
         f = functools.partial(_gpu.matmul, dtype=bf16, **how)
         us = best(f, packed(some, x))
         yield row(f"x @ W, {m}", us, "XLA", xla, peer and peer.multiply(m))
-        if m in MANY:
-            xla = best(lambda w, g: g @ w.T, [(w.whole, g) for w in some])
-            f = functools.partial(_gpu.matmul_transposed, dtype=bf16, **how)
-            yield row(f"g @ W.T, {m}", best(f, packed(some, g)), "XLA", xla, None)
+        xla = best(lambda w, g: g @ w.T, [(w.whole, g) for w in some])
+        f = functools.partial(_gpu.matmul_transposed, dtype=bf16, **how)
+        yield row(f"g @ W.T, {m}", best(f, packed(some, g)), "XLA", xla, None)
 
 
 def packed(weights: list[Weight], *first: Any) -> list[tuple[Any, ...]]:
@@ -175,7 +177,8 @@ def differences(w: Weight) -> Iterator[str]:
         with jax.default_matmul_precision("highest"):
             wanted = x.astype(f32) @ w_.astype(f32)
         error = float(jnp.max(jnp.abs(jax.jit(run)(x, *w.packed) - wanted)))
-        if not error < 1e-3 * float(jnp.max(jnp.abs(wanted))):
+        # With few tokens it is the book, or g, that is rounded to bfloat16, not W.
+        if not error < 4e-3 * float(jnp.max(jnp.abs(wanted))):
             yield wrong(name, f"by {error:.1e}")
 
 
@@ -185,20 +188,24 @@ def best(f: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> float:
 
     program = jax.jit(lambda all_: [f(*each) for each in all_])
     jax.block_until_ready(program(arguments))
-    seconds = []
-    for _ in range(REPEATS):
+
+    def seconds(count: int) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(program(arguments))
-        seconds.append(time.perf_counter() - start)
-    return min(seconds) / len(arguments) * 1e6
+        for _ in range(count):
+            out = program(arguments)
+        jax.block_until_ready(out)
+        return time.perf_counter() - start
+
+    few, many = (min(seconds(n) for _ in range(REPEATS)) for n in QUEUED)
+    return (many - few) / (QUEUED[1] - QUEUED[0]) / len(arguments) * 1e6
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written."""
+    """Bytes a second, read and written: the driver's copy, or XLA's kernel."""
     import jax.numpy as jnp
 
     xs = [(jnp.full((2**28,), i, jnp.bfloat16),) for i in range(4)]
-    return 2 * xs[0][0].nbytes / best(lambda x: -x, xs) * 1e6
+    return 2 * xs[0][0].nbytes / min(best(jnp.copy, xs), best(lambda x: -x, xs)) * 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,10 +292,11 @@ def counted() -> Iterator[str]:
     yield table(*["---"] * 7)
     for name, f, shapes in _programs():
         for kernel in compiler(f, *shapes):
-            # In one go a thread does 64 elements; in a pass of a product's loop, 32.
+            # A thread does 64 elements: in one go, or in a pass of a product's loop,
+            # where it does 32 in Triton.
             counts, elements = kernel.instructions, 64
             if kernel.loop:
-                counts, elements = kernel.loop, 32
+                counts, elements = kernel.loop, 64 if "Mosaic" in name else 32
             each = counts.total() / elements
             yield table(
                 name,
@@ -306,7 +314,7 @@ def _programs() -> Iterator[tuple[str, Callable[..., Any], list[Any]]]:
     import jax
     import jax.numpy as jnp
 
-    from jpeft.kernels import _gpu_mosaic
+    from jpeft.kernels import _gpu_few, _gpu_mosaic
 
     k = n = 4096
     bf16, f32 = jnp.bfloat16, jnp.float32
@@ -328,9 +336,11 @@ def _programs() -> Iterator[tuple[str, Callable[..., Any], list[Any]]]:
         for format in ("nf4", "fp4", "int4"):
             f = part(module.quantize, format=format, **how, **more)
             yield f"{dialect}: quantise, {format}", f, [((k, n), bf16)]
-        if dialect != "Triton, gather":
+        if dialect == "Triton, select":
             continue
-        for m in (1, 16, 64, 128):
+        if dialect == "Mosaic":
+            module = _gpu_few
+        for m in (1, 16, 64) if dialect == "Mosaic" else (1, 16, 32):
             for op in (module.matmul, module.matmul_transposed):
                 f = part(op, dtype=bf16, **how, **more)
                 name = f"{dialect}: {op.__name__}, {m} rows"

@@ -35,8 +35,8 @@ ROOMS = {
     "matplotlib": {"jpeft.plot"},
     "orbax": {"jpeft.checkpoint._orbax"},
     "safetensors": {"jpeft.checkpoint._safetensors"},
-    # The instruction that no Pallas primitive stands for.
-    "jaxlib": {"jpeft.kernels._gpu_mosaic"},
+    # The instructions that no Pallas primitive stands for.
+    "jaxlib": {"jpeft.kernels._gpu_mosaic", "jpeft.kernels._gpu_few"},
     "tomllib": {"jpeft.config"},
 }
 STANDARD = set(__import__("sys").stdlib_module_names) - set(ROOMS)

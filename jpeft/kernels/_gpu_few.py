@@ -40,8 +40,8 @@ from jaxlib.mlir.dialects import arith, llvm, scf
 from jaxtyping import Array, Float, UInt8
 
 from jpeft.formats.packing import GROUP
+from jpeft.kernels._gpu_mosaic import HALF, from_lane
 
-HALF = GROUP // 2
 # Rows of x up to which accumulators fit the registers.
 MOST = 64
 _STRIP = 64
@@ -478,8 +478,8 @@ def _write_table(at: _At, warps: int) -> None:
     start = _add(at.shared, _mul(at.lane, 4))
     for first in range(0, 256, warps):
         byte = _add(at.warp, first)
-        low = _from_lane(entry, _and(byte, 15))
-        high = _from_lane(entry, _shr(byte, 4))
+        low = from_lane(entry, _and(byte, 15))
+        high = from_lane(entry, _shr(byte, 4))
         _store_shared(_add(start, _mul(byte, _ROW)), _as_float(_pack(high, low)))
 
 
@@ -614,11 +614,6 @@ def _store_shared(address: Any, value: Any) -> None:
 def _barrier() -> None:
     """Of all warps of a block."""
     _asm(ir.Type.parse("!llvm.void"), [], "bar.sync 0;", "~{memory}", True)
-
-
-def _from_lane(value: Any, lane: Any) -> Any:
-    text = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;"
-    return _asm(value.type, [value, lane], text, "=f,f,r", False)
 
 
 def _pack(high: Any, low: Any, kind: str = "bf16") -> Any:

@@ -4,7 +4,7 @@
 
 A *block* is what shares a scale, a *tile* what one warpgroup works on at a time, a
 *group* the 64 rows whose codes are packed together.  `_plain` is the meaning of both
-operations.  Products are not here: `_gpu` says how they are made.
+operations.  Products are in `_gpu_few` or XLA's: `_gpu` says which.
 
 The table stays in registers.  Lane i of a warp holds book[i % 16], and a shuffle
 fetches the entry of each element from the lane that its code names.  A shuffle reads no
@@ -64,12 +64,20 @@ _WIDE = {
 }
 # For encoding, a column lies in four lanes of one warp, so that the largest of a block
 # is found by two shuffles and without a barrier.
-_TALL = plgpu.Layout.TILED(
-    plgpu.Tiling(((4, COLUMNS), (4, 32), (4,))),
-    warp_dims=(-4,),
-    lane_dims=(-3, -2),
-    vector_dim=-1,
-)
+_TALL = {
+    128: plgpu.Layout.TILED(
+        plgpu.Tiling(((4, 128), (4, 32), (4,))),
+        warp_dims=(-4,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    ),
+    64: plgpu.Layout.TILED(
+        plgpu.Tiling(((8, 64), (8, 16), (4,))),
+        warp_dims=(-4,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    ),
+}
 # A table: one entry a thread.
 _LANES = plgpu.Layout.WG_STRIDED((_WARPGROUP,), vec_size=1)
 
@@ -78,7 +86,12 @@ _LANES = plgpu.Layout.WG_STRIDED((_WARPGROUP,), vec_size=1)
 
 
 def quantize(
-    w: Float[Array, "k n"], *, format: str, block_size: int, interpret: Any = None
+    w: Float[Array, "k n"],
+    *,
+    format: str,
+    block_size: int,
+    tile: int = COLUMNS,
+    interpret: Any = None,
 ) -> tuple[UInt8[Array, "half n"], Float[Array, "blocks n"]]:
     n = w.shape[1]
     w = _pad(w)
@@ -87,17 +100,18 @@ def quantize(
     rows = min(max(block_size, GROUP), k)
     cells = Cells.of(format)
     tables = cells.tables(_WARPGROUP) if cells else ()
+    layout = _TALL[tile]
 
     def kernel(w_ref: Any, *refs: Any) -> None:
         *table_refs, codes_ref, scales_ref = refs
         i = lax.axis_index("rows")
-        at = pl.ds(lax.axis_index("columns") * COLUMNS, COLUMNS)
+        at = pl.ds(lax.axis_index("columns") * tile, tile)
         tables = [_read(t, pl.ds(0, _WARPGROUP), _LANES) for t in table_refs]
 
         def halves_of(g: Any) -> list[jax.Array]:
             starts = (g * GROUP, g * GROUP + HALF)
             return [
-                _read(w_ref, (pl.ds(start, HALF), at), _TALL).astype(jnp.float32)
+                _read(w_ref, (pl.ds(start, HALF), at), layout).astype(jnp.float32)
                 for start in starts
             ]
 
@@ -106,7 +120,7 @@ def quantize(
 
         def store(g: Any, halves: list[jax.Array], scales: list[jax.Array]) -> None:
             low, high = (
-                _encode(_unit(x, s), format, cells, tables, interpret is not None)
+                _encode(_unit(x, s), format, cells, tables, layout, interpret is not None)
                 for x, s in zip(halves, scales, strict=True)
             )
             packed = low | lax.shift_left(high, jnp.full_like(high, 4))
@@ -137,7 +151,7 @@ def quantize(
 
     codes, scales = _call(
         kernel,
-        grid=(pl.cdiv(k, rows), columns // COLUMNS),
+        grid=(pl.cdiv(k, rows), columns // tile),
         out_type=[
             jax.ShapeDtypeStruct((k // 2, columns), jnp.uint8),
             jax.ShapeDtypeStruct((pl.cdiv(k, block_size), columns), jnp.float32),
@@ -226,7 +240,7 @@ def _look_up(
             for word in (_element(words, i) for i in range(count // 4)):
                 for shift in range(0, 32, 4):
                     lane = arith.shrui(word, mgpu.c(shift, _i32()))
-                    values.append(_from_lane(entry, lane))
+                    values.append(from_lane(entry, lane))
             kind = ir.VectorType.get((count,), ir.F32Type.get())
             for half, registers in enumerate(halves):
                 registers[place] = vector.from_elements(kind, values[half::2])
@@ -336,6 +350,7 @@ def _encode(
     format: str,
     cells: Cells | None,
     tables: list[jax.Array],
+    layout: Any,
     plainly: bool,
 ) -> Int32[Array, "32 columns"]:
     if cells is None:
@@ -343,16 +358,16 @@ def _encode(
         return bits & jnp.full_like(bits, 15)
     if plainly:
         return cells.encode(x, lambda cell: [t[cell & 31] for t in tables])
-    kinds = [plgpu.ShapeDtypeStruct(x.shape, t.dtype, layout=_TALL) for t in tables]
+    kinds = [plgpu.ShapeDtypeStruct(x.shape, t.dtype, layout=layout) for t in tables]
 
-    @plgpu.inline_mgpu(arg_types=(_TALL, _LANES, _LANES), return_type=tuple(kinds))
+    @plgpu.inline_mgpu(arg_types=(layout, _LANES, _LANES), return_type=tuple(kinds))
     def shuffle(_: Any, cell: Any, *tables: Any) -> Any:
         results = []
         for table in tables:
             entry = _element(table.registers.flat[0], 0)
             registers = np.empty_like(cell.registers)
             for place, four in np.ndenumerate(cell.registers):
-                values = [_from_lane(entry, _element(four, e)) for e in range(4)]
+                values = [from_lane(entry, _element(four, e)) for e in range(4)]
                 kind = ir.VectorType.get((4,), entry.type)
                 registers[place] = vector.from_elements(kind, values)
             signed = None if isinstance(entry.type, ir.F32Type) else True
@@ -383,7 +398,7 @@ def _array(registers: np.ndarray, layout: Any, signed: bool | None = None) -> An
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
 
 
-def _from_lane(value: Any, lane: Any) -> Any:
+def from_lane(value: Any, lane: Any) -> Any:
     """What lane `lane % 32` of the warp has as `value`."""
     kind = "f" if isinstance(value.type, ir.F32Type) else "r"
     return llvm.inline_asm(
