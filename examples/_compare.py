@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import platform
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
+import _recipe
 import finetune
 import jax
 import numpy as np
@@ -24,6 +28,76 @@ def refuse(
         parser.error(f"{given[0]} is set for each run; the seeds by --seeds")
 
 
+def parser(about: str, *, seeds: Sequence[int], out: str) -> argparse.ArgumentParser:
+    """The options, beside those of finetune.py, of a table over the recipes.
+
+    about: the script's docstring.
+    """
+    options = argparse.ArgumentParser(
+        description=about.splitlines()[0],
+        epilog="Other options are those of examples/finetune.py, for every run.",
+        allow_abbrev=False,
+    )
+    add, default = options.add_argument, " ".join(map(str, seeds))
+    add("--methods", nargs="+", metavar="NAME", help="recipes in configs/ (all)")
+    add("--seeds", type=int, nargs="+", default=seeds, metavar="N", help=f"({default})")
+    add(
+        *("--jobs",),
+        type=finetune.positive,
+        default=1,
+        metavar="N",
+        help="runs at a time, each in a process (%(default)s)",
+    )
+    add("--small", action="store_true", help="a few steps: whether it runs")
+    add("--markdown", type=Path, metavar="FILE", help="write the table there too")
+    add(
+        *("--out",),
+        type=Path,
+        default=Path(out),
+        metavar="FOLDER",
+        help="what each run found is kept here (%(default)s)",
+    )
+    return options
+
+
+def parse(
+    options: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    *,
+    own: Iterable[str],
+    files: Iterable[str],
+) -> tuple[Any, list[str]]:
+    """The arguments, each method and seed once, and those of finetune.py.
+
+    own: options of finetune.py that the table sets.
+    files: options that name a file to be written.
+    """
+    args, rest = options.parse_known_args(argv)
+    refuse(options, rest, own)
+    for name in files:
+        file = getattr(args, name.removeprefix("--"))
+        if file is not None and not file.absolute().parent.is_dir():
+            options.error(f"{name} {file}: there is no folder {file.parent}")
+    args.methods = list(dict.fromkeys(args.methods or names()))
+    args.seeds = list(dict.fromkeys(args.seeds))
+    return args, [*SMALL, *rest] if args.small else rest
+
+
+def names() -> list[str]:
+    """Of all recipes."""
+    return sorted(file.stem for file in (_recipe.ROOT / "configs").glob("*.toml"))
+
+
+def recipe_file(name: str) -> Path:
+    """ValueError, with a suggestion, if there is none."""
+    if name not in (known := names()):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"no method {name!r}; did you mean {near!r}? known: {', '.join(known)}"
+        )
+    return _recipe.ROOT / "configs" / f"{name}.toml"
+
+
 def cores() -> int:
     """What the process may use."""
     return len(os.sched_getaffinity(0))
@@ -32,8 +106,9 @@ def cores() -> int:
 def machine() -> str:
     """Where the figures come from."""
     python = ".".join(platform.python_version_tuple()[:2])
-    device = jax.devices()[0].platform
-    return f"Python {python}, jax {jax.__version__} on {device}, {cores()} cores"
+    device = jax.devices()[0]
+    name = device.platform if device.platform == "cpu" else device.device_kind
+    return f"Python {python}, jax {jax.__version__} on {name}, {cores()} cores"
 
 
 def examples(run: finetune.Run) -> str:

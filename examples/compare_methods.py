@@ -1,7 +1,7 @@
 """Every method on the main job: what it trains, stores and costs, and how good it gets.
 
     python examples/compare_methods.py [--methods lora bitfit full] [--seeds 0 1 2]
-        [--markdown FILE] [--plot FILE.png] [--out FOLDER] [--small]
+        [--jobs N] [--markdown FILE] [--plot FILE.png] [--out FOLDER] [--small]
         [any option of examples/finetune.py]
 
 A method is a recipe, ``configs/<name>.toml``: all of them unless ``--methods`` chooses.
@@ -10,6 +10,11 @@ order, with the learning rate of its recipe.  A run takes two or three minutes o
 cores, so the whole table takes hours; what a run found is kept below ``--out`` by
 recipe, seed and options, and the same command continues where it was interrupted.
 (A change of jpeft itself is not noticed: delete the folder, or name another.)
+
+``--jobs N`` runs N at a time, each in a process.  No step is timed beside another or
+beside a training, but other processes compile meanwhile, which examples/s shows; for
+exact ones use one.  None of them takes a GPU's memory in advance, unless
+XLA_PYTHON_CLIENT_PREALLOCATE is set.
 
     trainable    parameters that the first step trains, and of those of the row "full"
     kept         what is left of them in the adapter: AdaLoRA and diff pruning choose,
@@ -31,33 +36,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
-import json
-import os
-import platform
 import statistics
 import sys
-import tempfile
 import time
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import finetune  # first: it says so if something is not installed
 
 # isort: split
-import _bert
 import _compare
+import _jobs
 import _recipe
 import _report
 import _runs
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _jobs import Task
 from matplotlib import pyplot
-from safetensors import SafetensorError
 
 import jpeft
 
@@ -67,8 +66,6 @@ OWN_OPTIONS = (*_compare.OWN_OPTIONS, "--config")
 BUDGET = ("epochs", "batch_size", "length")
 REPEATS = 9  # steps that are timed
 MIB = 2**20
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +117,6 @@ class Row:
 # --- one run -------------------------------------------------------------------------
 
 
-def prepare(argv: Sequence[str], out: str) -> finetune.Run:
-    """The main job up to its first step."""
-    return finetune.prepare(finetune.parser().parse_args([*argv, "--out", out]))
-
-
 def cost(run: finetune.Run) -> Cost:
     """Compiles the step that trains first, times it, and reads what XLA says of it."""
     stage, n = run.stages[0], run.recipe.batch_size
@@ -138,11 +130,12 @@ def cost(run: finetune.Run) -> Cost:
     rest = frozen, ids, mask, labels, finetune.keys(run.recipe.seed).dropout
     program = finetune.make_step(run.model, stage).lower(trainable, state, *rest)
     program, taken = program.compile(), []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        trainable, state, loss = program(trainable, state, *rest)
-        loss.block_until_ready()
-        taken.append(time.perf_counter() - began)
+    with _jobs.timing():
+        for _ in range(REPEATS):
+            began = time.perf_counter()
+            trainable, state, loss = program(trainable, state, *rest)
+            loss.block_until_ready()
+            taken.append(time.perf_counter() - began)
     return Cost(
         trainable=jpeft.count(run.params).trainable,
         flops=program.cost_analysis()["flops"],
@@ -173,118 +166,39 @@ def untrained(run: finetune.Run) -> Untrained:
     )
 
 
-# --- all of them, each once ----------------------------------------------------------
+# --- all of them ---------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Runs:
-    """What each run finds: from its file below ``folder``, or by running.
-
-    options: of finetune.py, for every run.
-    """
-
-    folder: Path
-    options: Sequence[str]
-
-    def cost(self, name: str) -> Cost:
-        argv = [*self.options, "--config", str(recipe_file(name))]
-        return self._found(Cost, f"{name}-cost", argv, cost)
-
-    def outcome(self, name: str, seed: int) -> Outcome:
-        find = partial(_named, f"{name}, seed {seed}", outcome)
-        return self._found(Outcome, f"{name}-seed{seed}", self._argv(name, seed), find)
-
-    def untrained(self, seed: int) -> Untrained:
-        argv = self._argv(UNTRAINED, seed)
-        return self._found(Untrained, f"untrained-seed{seed}", argv, untrained)
-
-    def _argv(self, name: str, seed: int) -> list[str]:
-        config = ["--config", str(recipe_file(name))]
-        return [*self.options, *config, "--seed", str(seed)]
-
-    def _found(
-        self,
-        kind: Callable[..., T],
-        name: str,
-        argv: Sequence[str],
-        find: Callable[[finetune.Run], T],
-    ) -> T:
-        settings = settings_of(argv)
-        mark = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
-        path = self.folder / f"{name}-{mark:08x}.json"
-        if path.is_file():
-            try:
-                return kind(**json.loads(path.read_text(encoding="utf-8"))["found"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path} holds no result ({error}); delete it to measure again"
-                ) from error
-        # Checkpoints are a part of training, and of no use afterwards.
-        with tempfile.TemporaryDirectory() as out:
-            found = find(prepare(argv, out))
-        jax.clear_caches()  # the programs of a method are of no use to the next
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial_file = path.with_suffix(".partial")
-        values = {"settings": settings, "found": dataclasses.asdict(found)}
-        _runs.write_json(partial_file, values)
-        os.replace(partial_file, path)  # a file that is there is whole
-        return found
+def untrained_task(seed: int, options: Sequence[str]) -> Task:
+    """What there is before a training."""
+    argv = _argv(UNTRAINED, seed, options)
+    name, file = f"untrained, seed {seed}", f"untrained-seed{seed}"
+    return Task(name, file, argv, untrained, Untrained)
 
 
-def _named(name: str, find: Callable[[finetune.Run], T], run: finetune.Run) -> T:
-    run.name = name  # on the progress bar
-    return find(run)
+def cost_task(name: str, options: Sequence[str]) -> Task:
+    """What a step of a method costs."""
+    argv = (*options, "--config", str(_compare.recipe_file(name)))
+    return Task(f"{name}, cost", f"{name}-cost", argv, cost, Cost)
 
 
-def settings_of(argv: Sequence[str]) -> dict[str, Any]:
-    """All that a result depends on, as plain data."""
-    args = finetune.parser().parse_args(argv)
-    peft, train = _recipe.read(_recipe.find(args.config), vars(args))
-    choices = ("text_column", "label_column", "max_train", "max_eval")
-    return {
-        "peft": peft.to_config(),
-        "train": dataclasses.asdict(train),
-        "data": _stamp(args.data),
-        "eval": _stamp(args.eval),
-        "base": _stamp(args.base or _bert.default_base()),
-        **{name: getattr(args, name) for name in choices},
-        "jax": jax.__version__,
-        "python": platform.python_version(),  # its docstrings are the default data
-    }
+def outcome_task(name: str, seed: int, options: Sequence[str]) -> Task:
+    """How good a method gets."""
+    argv = _argv(name, seed, options)
+    return Task(f"{name}, seed {seed}", f"{name}-seed{seed}", argv, outcome, Outcome)
 
 
-def _stamp(path: Path | None) -> list[Any] | None:
-    """Tells a file, or those of a folder, from later ones in the same place."""
-    if path is None:
-        return None
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    stats = [(x.name, x.stat()) for x in files if x.is_file()]
-    return [str(path.resolve()), *([n, s.st_size, s.st_mtime_ns] for n, s in stats)]
-
-
-# --- the recipes ---------------------------------------------------------------------
-
-
-def names() -> list[str]:
-    """Of all recipes."""
-    return sorted(file.stem for file in (_recipe.ROOT / "configs").glob("*.toml"))
-
-
-def recipe_file(name: str) -> Path:
-    """ValueError, with a suggestion, if there is none."""
-    if name not in (known := names()):
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        raise ValueError(
-            f"no method {name!r}; did you mean {near!r}? known: {', '.join(known)}"
-        )
-    return _recipe.ROOT / "configs" / f"{name}.toml"
+def _argv(name: str, seed: int, options: Sequence[str]) -> tuple[str, ...]:
+    config = str(_compare.recipe_file(name))
+    return (*options, "--config", config, "--seed", str(seed))
 
 
 def check_same_budget(chosen: Sequence[str], options: Sequence[str]) -> None:
     """ValueError unless all recipes train for as long on texts of one length."""
     args = vars(finetune.parser().parse_args(options))
     budgets = {
-        name: _recipe.read(recipe_file(name), args)[1] for name in [*chosen, FULL]
+        name: _recipe.read(_compare.recipe_file(name), args)[1]
+        for name in [*chosen, FULL]
     }
     for setting in BUDGET:
         values = {name: getattr(train, setting) for name, train in budgets.items()}
@@ -325,11 +239,15 @@ def cells(row: Row, full: Cost) -> tuple[str, ...]:
 
 
 def text_of(
-    rows: Sequence[Row], full: Cost, before: Sequence[Untrained], seeds: Sequence[int]
+    rows: Sequence[Row],
+    full: Cost,
+    before: Sequence[Untrained],
+    seeds: Sequence[int],
+    machine: str,
 ) -> str:
     """The table with what must be known beside it."""
     spread = lambda field: _compare.spread([getattr(x, field) for x in before])
-    about = f"{before[0].examples}; {_compare.seeds(seeds)}; {_compare.machine()}."
+    about = f"{before[0].examples}; {_compare.seeds(seeds)}; {machine}."
     unit = (
         f"1.00x is full fine-tuning: {full.flops / 1e9:.4g} GFLOP and "
         f"{full.temp_bytes / MIB:.4g} MiB of temporaries a step."
@@ -342,27 +260,43 @@ def text_of(
     return "\n\n".join([about, table, f"{guess} {unit}"])
 
 
-def measure(runs: Runs, chosen: Sequence[str], seeds: Sequence[int]) -> list[Row]:
-    """Runs what has not run yet, and tells each result as it comes."""
-    # First, so that what cannot be used is found before hours of training.
-    costs = {}
+def measure(
+    runs: _jobs.Runs, chosen: Sequence[str], seeds: Sequence[int], options: list[str]
+) -> tuple[list[Untrained], Cost, list[Row]]:
+    """Runs what has not run yet, and tells each result as it comes.
+
+    Gives what is there before a training, by seed, the cost of "full", and the rows.
+    """
+    before = {seed: untrained_task(seed, options) for seed in seeds}
+    costs = {name: cost_task(name, options) for name in dict.fromkeys([FULL, *chosen])}
+    pairs = [(name, seed) for seed in seeds for name in chosen]
+    outcomes = {pair: outcome_task(*pair, options) for pair in pairs}
+    found: dict[Task, Any] = {}
+    # Costs first: what cannot be used is found before hours of training, and no step
+    # is timed beside one.
+    for tasks in ([*before.values(), *costs.values()], outcomes.values()):
+        for task, result in runs.each(tasks):
+            found[task] = result
+            tell(task, result)
+    rows = []
     for name in chosen:
-        costs[name] = runs.cost(name)
-        print(f"{name}: {costs[name].trainable:,} trainable parameters", flush=True)
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in chosen}
-    failed = dict.fromkeys(chosen, 0)
-    for seed in seeds:
-        for name in chosen:
-            try:
-                found = runs.outcome(name, seed)
-            except finetune.Failed as error:
-                failed[name] += 1
-                print(f"{name}, seed {seed}: {error}", file=sys.stderr, flush=True)
-                continue
-            outcomes[name].append(found)
-            print(f"{name}, seed {seed}: accuracy {found.accuracy:.3f}", flush=True)
-    rows = [Row(name, costs[name], outcomes[name], failed[name]) for name in chosen]
-    return sorted(rows, key=lambda row: row.cost.trainable)
+        results = [found[outcomes[name, seed]] for seed in seeds]
+        good = [x for x in results if isinstance(x, Outcome)]
+        failed = len(results) - len(good)
+        rows.append(Row(name, found[costs[name]], good, failed))
+    rows.sort(key=lambda row: row.cost.trainable)
+    return [found[task] for task in before.values()], found[costs[FULL]], rows
+
+
+def tell(task: Task, found: Cost | Outcome | Untrained | finetune.Failed) -> None:
+    """A line on a result."""
+    match found:
+        case Cost():
+            print(f"{task.name}: {found.trainable:,} trainable parameters", flush=True)
+        case Outcome() | Untrained():
+            print(f"{task.name}: accuracy {found.accuracy:.3f}", flush=True)
+        case _:
+            print(f"{task.name}: {found}", file=sys.stderr, flush=True)
 
 
 # --- the picture ---------------------------------------------------------------------
@@ -455,59 +389,27 @@ def _put_labels(figure: Any, axes: Any, shown: Mapping[str, Row]) -> None:
 # --- the command line ----------------------------------------------------------------
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options beside those of finetune.py."""
-    options = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],  # type: ignore[union-attr]
-        epilog="Other options are those of examples/finetune.py, for every run.",
-        allow_abbrev=False,
-    )
-    add = options.add_argument
-    add("--methods", nargs="+", metavar="NAME", help="recipes in configs/ (all)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(0 1 2)")
-    add("--small", action="store_true", help="a few steps: whether it runs")
-    add("--markdown", type=Path, metavar="FILE", help="write the table there too")
-    add("--plot", type=Path, metavar="FILE", help="draw it: .png or .svg")
-    add(
-        *("--out",),
-        type=Path,
-        default=Path("runs/compare_methods"),
-        metavar="FOLDER",
-        help="what each run found is kept here (%(default)s)",
-    )
-    return options
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    options = parser()
-    args, rest = options.parse_known_args(argv)
-    _compare.refuse(options, rest, OWN_OPTIONS)
-    for name, file in (("--markdown", args.markdown), ("--plot", args.plot)):
-        if file is not None and not file.absolute().parent.is_dir():
-            options.error(f"{name} {file}: there is no folder {file.parent}")
+    options = _compare.parser(__doc__, seeds=[0, 1, 2], out="runs/compare_methods")
+    options.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw it: .png or .svg"
+    )
+    files = "--markdown", "--plot"
+    args, rest = _compare.parse(options, argv, own=OWN_OPTIONS, files=files)
     if args.plot and args.plot.suffix not in PICTURES:
         options.error(f"--plot {args.plot}: expected a name in {' or '.join(PICTURES)}")
-    chosen, seeds = (
-        list(dict.fromkeys(x)) for x in (args.methods or names(), args.seeds)
-    )
-    if args.small:
-        rest = [*_compare.SMALL, *rest]
-    try:
-        check_same_budget(chosen, rest)
-        runs = Runs(args.out, rest)
-        before, full = [runs.untrained(seed) for seed in seeds], runs.cost(FULL)
-        rows = measure(runs, chosen, seeds)
-        text = text_of(rows, full, before, seeds)
-        if args.plot:
-            picture(args.plot, rows, before)
-    except (ValueError, OSError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        kept = f"what was found is in {args.out}; the same command continues"
-        print(f"\ninterrupted; {kept}", file=sys.stderr)
-        return 130
+    return _jobs.exit_code(partial(work, args, rest), args.out)
+
+
+def work(args: argparse.Namespace, options: list[str]) -> int:
+    """Measures, prints, writes; gives the exit code."""
+    check_same_budget(args.methods, options)
+    with _jobs.Runs(args.out, args.jobs) as runs:
+        before, full, rows = measure(runs, args.methods, args.seeds, options)
+        text = text_of(rows, full, before, args.seeds, runs.machine())
+    if args.plot:
+        picture(args.plot, rows, before)
     print(text)
     if args.markdown:
         args.markdown.write_text(text + "\n", encoding="utf-8")

@@ -237,6 +237,8 @@ def prepare(args: argparse.Namespace, peft: jpeft.Transform | None = None) -> Ru
         limits=(args.max_train, args.max_eval),
         seed=recipe.seed,
     )
+    if args.validate is not None:
+        texts = _text.split(texts[0], fraction=args.validate)
     if recipe.batch_size > len(texts[0]):
         raise ValueError(
             f"batch_size {recipe.batch_size}: there are only {len(texts[0])} examples "
@@ -586,6 +588,12 @@ def parser() -> argparse.ArgumentParser:
     add("--base", type=Path, help="Hugging Face BERT directory (all-MiniLM-L6-v2)")
     add("--data", type=Path, help=".tsv, .csv or .jsonl (docstrings of Python)")
     add("--eval", type=Path, help="held-out examples (a fifth of --data)")
+    add(
+        *("--validate",),
+        type=float,
+        metavar="X",
+        help="hold out this part of the training examples instead, to choose settings",
+    )
     add("--text-column", metavar="NAME", default="text", help="(%(default)s)")
     add("--label-column", metavar="NAME", default="label", help="(%(default)s)")
     for field in _recipe.settings():
@@ -594,15 +602,16 @@ def parser() -> argparse.ArgumentParser:
         )
         option = "--" + field.name.replace("_", "-")
         add(option, type=kind, metavar=letter, help=field.metadata["help"])
-    add("--max-train", type=_positive, metavar="N", help="train on N examples only")
-    add("--max-eval", type=_positive, metavar="N", help="hold out N examples only")
+    add("--max-train", type=positive, metavar="N", help="train on N examples only")
+    add("--max-eval", type=positive, metavar="N", help="hold out N examples only")
     add("--full-summary", action="store_true", help="show the frozen weights too")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
     return options
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of things, as an option."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
     return value

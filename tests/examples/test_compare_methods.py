@@ -1,9 +1,17 @@
 """The table of methods, over the tiny base of test_finetune."""
 
+import dataclasses
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import _compare
+import _jobs
 import _recipe
 import compare_methods
 import finetune
@@ -127,7 +135,7 @@ def test_untrained_is_the_base_with_a_new_head(table, options, tmp_path):
     found = []
     for seed in ("0", "1"):
         argv = [*options, "--config", "configs/lora.toml", "--seed", seed]
-        run = compare_methods.prepare(argv, str(tmp_path / seed))
+        run = _jobs.prepare(argv, str(tmp_path / seed))
         # LoRA's B is 0: nothing changes before the first step.
         found.append(finetune.scores(run, finetune.make_logits(run.model))["accuracy"])
     low, high = sorted(found)
@@ -137,9 +145,7 @@ def test_untrained_is_the_base_with_a_new_head(table, options, tmp_path):
 
 def test_flops_are_those_of_the_step_that_trains(options, tmp_path):
     """A step over all layers costs more than one that stops at the classifier."""
-    run = compare_methods.prepare(
-        [*options, "--config", "configs/lora.toml"], str(tmp_path)
-    )
+    run = _jobs.prepare([*options, "--config", "configs/lora.toml"], str(tmp_path))
     found = compare_methods.cost(run)
     (stage,) = run.stages
     trainable, frozen = jpeft.partition(run.params)  # kept: the step donates copies
@@ -226,10 +232,10 @@ def test_changed_data_are_other_results(base, data, tmp_path):
     copy = tmp_path / "data.tsv"
     copy.write_bytes(data.read_bytes())
     argv = ["--base", str(base), "--data", str(copy)]
-    before = compare_methods.settings_of(argv)
-    assert compare_methods.settings_of(argv) == before
+    before = _jobs.settings_of(argv)
+    assert _jobs.settings_of(argv) == before
     copy.write_bytes(data.read_bytes() + b"a fish\tfish\n")
-    assert compare_methods.settings_of(argv) != before
+    assert _jobs.settings_of(argv) != before
 
 
 def test_a_damaged_result_is_named(options, tmp_path, nothing_runs, capsys):
@@ -291,8 +297,8 @@ def test_recipes_of_another_budget_are_refused(tmp_path, monkeypatch, capsys):
 
 
 def test_the_recipes_of_the_repository_have_one_budget():
-    assert {"full", "head", "lora", "p_tuning"} <= set(compare_methods.names())
-    compare_methods.check_same_budget(compare_methods.names(), [])
+    assert {"full", "head", "lora", "p_tuning"} <= set(_compare.names())
+    compare_methods.check_same_budget(_compare.names(), [])
 
 
 def test_a_training_that_fails_leaves_the_other_rows(
@@ -315,6 +321,130 @@ def test_a_training_that_fails_leaves_the_other_rows(
     monkeypatch.setattr(compare_methods, "outcome", lambda run: outcome_of(0.6))
     assert compare_methods.main([*argv, "--seeds", "0"]) == 0
     assert rows_of(capsys.readouterr().out)["head"]["accuracy"] == "0.600"
+
+
+# -------------------------------------------------------------------- several processes
+
+
+# Of a worker; JAX_PLATFORMS is set here, as a user may have set any of them.
+ENVIRONMENT = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "TQDM_DISABLE": "1",
+    "JAX_PLATFORMS": "cpu",
+}
+
+
+@dataclasses.dataclass
+class Told:
+    """What a worker says of itself."""
+
+    environment: dict
+    ctrl_c_is_ignored: bool
+    process: int
+    began: float
+    ended: float
+
+
+def told(run):
+    with _jobs.timing():
+        began = time.time()
+        time.sleep(0.3)
+        ended = time.time()
+    return Told(
+        environment={name: os.environ.get(name) for name in ENVIRONMENT},
+        ctrl_c_is_ignored=signal.getsignal(signal.SIGINT) == signal.SIG_IGN,
+        process=os.getpid(),
+        began=began,
+        ended=ended,
+    )
+
+
+def fails(run):
+    raise finetune.Failed("the loss is nan at step 2")
+
+
+def breaks(run):
+    raise KeyError("what nobody thought of")
+
+
+def dies(run):
+    os._exit(3)
+
+
+def task(find, name, options):
+    return _jobs.Task(f"{name}, seed 0", name, tuple(options), find, Told)
+
+
+def test_workers_tell_what_they_find_and_of_which_task(options, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setitem(_jobs.ENVIRONMENT, "JAX_PLATFORMS", "no_such_platform")
+    monkeypatch.setattr(jax, "devices", lambda: pytest.fail("asked in this process"))
+    good = [task(told, name, options) for name in ("one", "two")]
+    bad = task(fails, "head", options)
+    folder = tmp_path / "runs"
+    with _jobs.Runs(folder, jobs=2) as runs:
+        found = dict(runs.each([*good, bad]))
+        assert isinstance(found[bad], finetune.Failed)
+        assert str(found[bad]) == "the loss is nan at step 2"
+        assert re.search(r" on cpu, \d+ cores", runs.machine())
+        with pytest.raises(
+            RuntimeError, match="^full, seed 0:(.|\n)*breaks(.|\n)*nobody"
+        ):
+            list(runs.each([task(breaks, "full", options)]))
+        with pytest.raises(RuntimeError, match="^lora, seed 0: .* ended with code 3"):
+            list(runs.each([task(dies, "lora", options)]))
+    first, second = sorted((found[x] for x in good), key=lambda x: x.began)
+    for x in (first, second):
+        assert x.ctrl_c_is_ignored
+        assert x.environment == ENVIRONMENT
+        with pytest.raises(ProcessLookupError):
+            os.kill(x.process, 0)
+    assert first.process != second.process
+    assert first.ended <= second.began  # no step is timed beside another
+    assert "TQDM_DISABLE" not in os.environ
+    # What failed runs again, what was found does not.
+    names = sorted(x.name.rpartition("-")[0] for x in folder.iterdir())
+    assert names == ["one", "two"]
+    again = dict(_jobs.Runs(folder, jobs=2).each(good))
+    assert again == {x: found[x] for x in good}
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_table(options, tmp_path, capsys):
+    tables = []
+    for jobs in ("1", "2"):
+        argv = ["--jobs", jobs, "--methods", "head", "bitfit", "--seeds", "0"]
+        argv = [*argv, "--out", str(tmp_path / jobs), *options, "--small"]
+        assert compare_methods.main(argv) == 0
+        tables.append(capsys.readouterr().out)
+    one, two = map(rows_of, tables)
+    for cells in (*one.values(), *two.values()):
+        # Measured; and Orbax notes times, whose digits vary.
+        assert number(cells.pop("examples/s")) > 0 and number(cells.pop("adapter")) > 0
+    assert one == two and [*one] == [*two] == ["head", "bitfit"]
+    about = [[x for x in text.splitlines() if "ntrained:" in x] for text in tables]
+    assert about[0] == about[1] != []
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers(options, tmp_path):
+    script = ROOT / "examples" / "compare_methods.py"
+    argv = [sys.executable, str(script), "--jobs", "2", "--methods", "head"]
+    with subprocess.Popen(
+        [*argv, "--out", str(tmp_path), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        process.stdout.readline()  # the first result
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        # Whoever is left holds the pipes open.
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors and "leaked" not in errors
+    assert "the same command continues" in errors.splitlines()[-1]
 
 
 # ------------------------------------------------------------------------ table, plot
