@@ -12,10 +12,11 @@ result with plain JAX's on the same GPU.
     many tokens            XLA's product of bfloat16 matrices
     few tokens             the same, which takes as long as reading a bfloat16 W
 
-A time is that of one jitted program that works on many different matrices, more than
-the GPU's cache holds, over their number.  Several runs of it are queued, and what more
-of them take longer than few is divided by how many more: the host's part, some hundred
-microseconds a run, is in both.  The least of several tries counts.
+A time is what the kernels of one jitted program take on the GPU, as its profiler says:
+the gaps between kernels and the host's part are not in it.  The program is called with
+one matrix after the other, together more than the GPU's cache holds; the median of
+several rounds counts.  bitsandbytes' calls are recorded as a CUDA graph and played
+back.
 
 Without a GPU it says so, and counts instead: instructions, registers and spills of what
 the compiler makes for an H200 (`_gpu_compiler` says what must be installed).  THESE ARE
@@ -32,7 +33,8 @@ import dataclasses
 import functools
 import importlib.metadata
 import math
-import time
+import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,10 +42,9 @@ from typing import Any, NamedTuple
 BLOCK = 64
 SIZES = ["4096x4096", "4096x11008", "4096x14336", "8192x8192", "8192x28672"]
 MANY, FEW = (2048, 8192), (1, 4, 16, 64)
-REPEATS = 7
-QUEUED = 3, 15
+ROUNDS = 10
 # So that nothing is found in a cache (60 MB on an H200).
-WORKING_SET = 96 * 2**20
+WORKING_SET = 128 * 2**20
 ISSUED_PER_CLOCK = 128
 
 
@@ -183,21 +184,34 @@ def differences(w: Weight) -> Iterator[str]:
 
 
 def best(f: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> float:
-    """Microseconds of f, by one program that calls it with each of `arguments`."""
+    """Microseconds of f on the GPU, called with each of `arguments` in turn."""
     import jax
 
-    program = jax.jit(lambda all_: [f(*each) for each in all_])
-    jax.block_until_ready(program(arguments))
-
-    def seconds(count: int) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            out = program(arguments)
-        jax.block_until_ready(out)
-        return time.perf_counter() - start
-
-    few, many = (min(seconds(n) for _ in range(REPEATS)) for n in QUEUED)
-    return (many - few) / (QUEUED[1] - QUEUED[0]) / len(arguments) * 1e6
+    program = jax.jit(f)
+    jax.block_until_ready([program(*each) for each in arguments])
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(ROUNDS):
+                for each in arguments:
+                    out = program(*each)
+                jax.block_until_ready(out)
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        events = sorted(
+            (event.start_ns, event.duration_ns)
+            for plane in planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        )
+    each, rest = divmod(len(events), ROUNDS)
+    assert each and not rest, f"{len(events)} kernels in {ROUNDS} rounds"
+    nanoseconds = [
+        sum(duration for _, duration in events[i : i + each])
+        for i in range(0, len(events), each)
+    ]
+    return statistics.median(nanoseconds) / len(arguments) / 1e3
 
 
 def copy_bandwidth() -> float:
@@ -234,16 +248,20 @@ class Peer:
         """Microseconds."""
         cuda, calls = self.torch.cuda, 20
         f()
-        times = []
-        for _ in range(REPEATS):
-            start, stop = (cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+        cuda.synchronize()
+        graph = cuda.CUDAGraph()
+        with cuda.graph(graph):
             for _ in range(calls):
                 f()
+        times = []
+        for _ in range(ROUNDS):
+            start, stop = (cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
             stop.record()
             stop.synchronize()
             times.append(start.elapsed_time(stop) / calls * 1e3)
-        return min(times)
+        return statistics.median(times)
 
     def quantized(self) -> tuple[Any, Any]:
         return self.functional.quantize_4bit(self.w, quant_type="nf4", blocksize=BLOCK)

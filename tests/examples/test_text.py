@@ -10,6 +10,7 @@ from pathlib import Path
 import _text
 import numpy as np
 import pytest
+import write_docstrings
 
 EXAMPLES = Path(_text.__file__).parent
 
@@ -33,6 +34,14 @@ def write(path, content):
 
 
 # ----------------------------------------------------------------------- the docstrings
+
+
+def test_docstrings_written_to_files_are_read_as_they_were(default, tmp_path):
+    assert write_docstrings.main([str(tmp_path / "new")]) == 0
+    for name, part in zip(("train", "test"), _text.split(default, seed=0), strict=True):
+        back = _text.read(tmp_path / "new" / f"{name}.csv", classes=default.classes)
+        assert back.texts == part.texts
+        np.testing.assert_array_equal(back.labels, part.labels)
 
 
 def test_docstrings_are_about_three_thousand_in_even_classes(default):

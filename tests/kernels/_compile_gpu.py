@@ -72,7 +72,8 @@ def quantizes(k, n, block, dtype, format, backend):
     f = functools.partial(backend.quantize, format=format, block_size=block)
     ptx = only(compiler(f, *shaped(w)))
     cells = _gpu_mosaic.Cells.of(format)
-    grid = (-(-n // 128), -(-k // max(min(block, k), 64)))
+    columns = 64 if backend is _gpu_mosaic and dtype == F32 else 128
+    grid = (-(-n // columns), -(-k // max(min(block, k), 64)))
     tables = [cells.thresholds, cells.codes] if cells else []
     tables = [np.array(t, d) for t, d in zip(tables, (F32, np.int32), strict=False)]
     empty = [np.zeros_like(codes), np.zeros_like(scales)]
