@@ -1,8 +1,8 @@
 """Every method on the main job: what it trains, stores and costs, and how good it gets.
 
     python examples/compare_methods.py [--methods lora bitfit full] [--seeds 0 1 2]
-        [--jobs N] [--markdown FILE] [--plot FILE.png] [--out FOLDER] [--small]
-        [any option of examples/finetune.py]
+        [--jobs N] [--costs-only] [--markdown FILE] [--plot FILE.png] [--out FOLDER]
+        [--small] [any option of examples/finetune.py]
 
 A method is a recipe, ``configs/<name>.toml``: all of them unless ``--methods`` chooses.
 Each is trained by ``finetune.py`` from the same seeds on the same examples in the same
@@ -14,7 +14,7 @@ recipe, seed and options, and the same command continues where it was interrupte
 ``--jobs N`` runs N at a time, each in a process.  No step is timed beside another or
 beside a training, but other processes compile meanwhile, which examples/s shows; for
 exact ones use one.  None of them takes a GPU's memory in advance, unless
-XLA_PYTHON_CLIENT_PREALLOCATE is set.
+XLA_PYTHON_CLIENT_PREALLOCATE is set.  ``--costs-only`` trains nothing.
 
     trainable    parameters that the first step trains, and of those of the row "full"
     kept         what is left of them in the adapter: AdaLoRA and diff pruning choose,
@@ -22,7 +22,8 @@ XLA_PYTHON_CLIENT_PREALLOCATE is set.
     adapter      the saved folder
     FLOPs, temporaries   of the compiled first step on a batch of full length, as XLA
                  states them, over those of "full"; XLA counts the body of a loop
-                 (P-tuning's LSTM) once.  Temporaries are neither parameters nor the
+                 (P-tuning's LSTM) once, and on a GPU not what libraries multiply: take
+                 FLOPs from a CPU.  Temporaries are neither parameters nor the
                  optimiser's state.
     examples/s   of that step, the median of several, without compilation
     accuracy     on the held-out examples, the mean over the seeds (lowest to highest)
@@ -247,16 +248,19 @@ def text_of(
 ) -> str:
     """The table with what must be known beside it."""
     spread = lambda field: _compare.spread([getattr(x, field) for x in before])
-    about = f"{before[0].examples}; {_compare.seeds(seeds)}; {machine}."
+    trained = [before[0].examples, _compare.seeds(seeds)] if before else []
+    about = "; ".join([*trained, machine]) + "."
     unit = (
         f"1.00x is full fine-tuning: {full.flops / 1e9:.4g} GFLOP and "
         f"{full.temp_bytes / MIB:.4g} MiB of temporaries a step."
     )
+    table = _compare.markdown(HEAD, (cells(row, full) for row in rows))
+    if not before:
+        return "\n\n".join([about, table, unit])
     guess = (
         f"Untrained: accuracy {spread('accuracy')}; the most frequent class: "
         f"{spread('majority')}."
     )
-    table = _compare.markdown(HEAD, (cells(row, full) for row in rows))
     return "\n\n".join([about, table, f"{guess} {unit}"])
 
 
@@ -395,8 +399,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw it: .png or .svg"
     )
+    options.add_argument("--costs-only", action="store_true", help="train nothing")
     files = "--markdown", "--plot"
     args, rest = _compare.parse(options, argv, own=OWN_OPTIONS, files=files)
+    if args.costs_only:
+        args.seeds = []
+        if args.plot:
+            options.error("--plot draws accuracies: leave out --costs-only")
     if args.plot and args.plot.suffix not in PICTURES:
         options.error(f"--plot {args.plot}: expected a name in {' or '.join(PICTURES)}")
     return _jobs.exit_code(partial(work, args, rest), args.out)

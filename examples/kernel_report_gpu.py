@@ -16,7 +16,7 @@ A time is what the kernels of one jitted program take on the GPU, as its profile
 the gaps between kernels and the host's part are not in it.  The program is called with
 one matrix after the other, together more than the GPU's cache holds; the median of
 several rounds counts.  bitsandbytes' calls are recorded as a CUDA graph and played
-back.
+back, but for its quantising, which cannot be recorded and is timed as it is called.
 
 Without a GPU it says so, and counts instead: instructions, registers and spills of what
 the compiler makes for an H200 (`_gpu_compiler` says what must be installed).  THESE ARE
@@ -244,20 +244,26 @@ class Peer:
             torch, functional, torch.randn(n, k, dtype=torch.bfloat16, device="cuda")
         )
 
-    def best(self, f: Callable[[], Any]) -> float:
+    def best(self, f: Callable[[], Any], recorded: bool = True) -> float:
         """Microseconds."""
         cuda, calls = self.torch.cuda, 20
-        f()
-        cuda.synchronize()
-        graph = cuda.CUDAGraph()
-        with cuda.graph(graph):
+
+        def run() -> None:
             for _ in range(calls):
                 f()
+
+        f()
+        cuda.synchronize()
+        if recorded:
+            graph = cuda.CUDAGraph()
+            with cuda.graph(graph):
+                run()
+            run = graph.replay
         times = []
         for _ in range(ROUNDS):
             start, stop = (cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            graph.replay()
+            run()
             stop.record()
             stop.synchronize()
             times.append(start.elapsed_time(stop) / calls * 1e3)
@@ -267,7 +273,7 @@ class Peer:
         return self.functional.quantize_4bit(self.w, quant_type="nf4", blocksize=BLOCK)
 
     def quantize(self) -> float:
-        return self.best(self.quantized)
+        return self.best(self.quantized, recorded=False)
 
     def dequantize(self) -> float:
         packed, state = self.quantized()

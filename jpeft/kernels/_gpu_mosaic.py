@@ -62,16 +62,17 @@ _WIDE = {
         vector_dim=-1,
     ),
 }
-# For encoding, a column lies in four lanes of one warp, so that the largest of a block
-# is found by two shuffles and without a barrier.
+# For encoding, a column lies in four or eight lanes of one warp, so that the largest of
+# a block is found by two or three shuffles and without a barrier.  In tiles of 128
+# columns float32 fills too many registers.
 _TALL = {
-    128: plgpu.Layout.TILED(
+    2: plgpu.Layout.TILED(
         plgpu.Tiling(((4, 128), (4, 32), (4,))),
         warp_dims=(-4,),
         lane_dims=(-3, -2),
         vector_dim=-1,
     ),
-    64: plgpu.Layout.TILED(
+    4: plgpu.Layout.TILED(
         plgpu.Tiling(((8, 64), (8, 16), (4,))),
         warp_dims=(-4,),
         lane_dims=(-3, -2),
@@ -86,12 +87,7 @@ _LANES = plgpu.Layout.WG_STRIDED((_WARPGROUP,), vec_size=1)
 
 
 def quantize(
-    w: Float[Array, "k n"],
-    *,
-    format: str,
-    block_size: int,
-    tile: int = COLUMNS,
-    interpret: Any = None,
+    w: Float[Array, "k n"], *, format: str, block_size: int, interpret: Any = None
 ) -> tuple[UInt8[Array, "half n"], Float[Array, "blocks n"]]:
     n = w.shape[1]
     w = _pad(w)
@@ -100,7 +96,8 @@ def quantize(
     rows = min(max(block_size, GROUP), k)
     cells = Cells.of(format)
     tables = cells.tables(_WARPGROUP) if cells else ()
-    layout = _TALL[tile]
+    layout = _TALL[w.dtype.itemsize]
+    tile = {2: COLUMNS, 4: COLUMNS // 2}[w.dtype.itemsize]
 
     def kernel(w_ref: Any, *refs: Any) -> None:
         *table_refs, codes_ref, scales_ref = refs
@@ -120,7 +117,9 @@ def quantize(
 
         def store(g: Any, halves: list[jax.Array], scales: list[jax.Array]) -> None:
             low, high = (
-                _encode(_unit(x, s), format, cells, tables, layout, interpret is not None)
+                _encode(
+                    _unit(x, s), format, cells, tables, layout, interpret is not None
+                )
                 for x, s in zip(halves, scales, strict=True)
             )
             packed = low | lax.shift_left(high, jnp.full_like(high, 4))

@@ -195,6 +195,14 @@ def nothing_runs(monkeypatch):
         monkeypatch.setattr(compare_methods, name, lambda run, value=value: value)
 
 
+def test_costs_alone_need_no_training(options, tmp_path, nothing_runs, capsys):
+    argv = [*options, "--methods", "head", "--costs-only", "--out", str(tmp_path)]
+    assert compare_methods.main(argv) == 0
+    assert {x.name.split("-")[1] for x in tmp_path.glob("*.json")} == {"cost"}
+    (row,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("| head"))
+    assert row.split(" | ")[1] == f"{COST.trainable:,}" and row.endswith("|  |")
+
+
 def test_an_interrupted_table_continues(
     options, tmp_path, nothing_runs, monkeypatch, capsys
 ):
@@ -276,6 +284,7 @@ def test_an_unknown_method_is_refused_with_a_suggestion(tmp_path, capsys):
         (["--seed=1"], ["--seed=1 is set for each run; the seeds by --seeds"]),
         (["--config", "configs/lora.toml"], ["--config is set for each run"]),
         (["--plot", "table.gif"], ["expected a name in .png or .svg"]),
+        (["--plot", "t.svg", "--costs-only"], ["--plot draws accuracies"]),
         (["--markdown", "no/where.md"], ["there is no folder no"]),
         (["--data", "nowhere.tsv"], ["--data nowhere.tsv: no such file"]),
         (["--base", "nowhere"], ["--base nowhere: no such directory"]),

@@ -446,9 +446,6 @@ def cost(program):
 
 
 CASES = [(name, form) for name in METHODS for form in FORMS]
-# XLA packs what is alive into one block of memory; what is alive at most is less than
-# by hand here (2.76 of 2.80 MB), the block is not.
-PACKED = {("unipelt", "remat"): 1.04}
 # These differ from LoRA and from prompts in a number, or in what makes the prompt.
 ALIKE = ("rslora", "p_tuning_mlp", "p_tuning_finalized")
 QUICK = [
@@ -471,7 +468,7 @@ def test_computes_the_same_as_by_hand_and_costs_no_more(case):
         np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-4 * largest)
     (flops, temporary), (flops_by_hand, temporary_by_hand) = cost(ours), cost(hand)
     assert 0 < flops <= ROOM * flops_by_hand
-    assert 0 < temporary <= PACKED.get(case, ROOM) * temporary_by_hand
+    assert 0 < temporary <= ROOM * temporary_by_hand
 
 
 class Merged(Model):
