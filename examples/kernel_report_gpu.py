@@ -34,6 +34,7 @@ import functools
 import importlib.metadata
 import math
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,9 +129,9 @@ def of_size(k: int, n: int, bandwidth: float) -> Iterator[str]:
     yield from differences(weights[0])
     floor = (2 * k * n + k * n // 2 + 4 * k * n // BLOCK) / bandwidth * 1e6
     us = best(functools.partial(_gpu.dequantize, dtype=bf16, **how), packed(weights))
-    yield row("dequantise", us, "memory", floor, peer and peer.dequantize())
+    yield row("dequantise", us, "memory", floor, _of_peer(peer, "dequantize"))
     us = best(quantize, [(w.whole,) for w in weights])
-    yield row("quantise", us, "memory", floor, peer and peer.quantize())
+    yield row("quantise", us, "memory", floor, _of_peer(peer, "quantize"))
     for m in MANY + FEW:
         # What is quick needs many, what is large has no room for them.
         some = weights if m in FEW else weights[: max(2, len(weights) // 4)]
@@ -138,7 +139,7 @@ def of_size(k: int, n: int, bandwidth: float) -> Iterator[str]:
         xla = best(lambda w, x: x @ w, [(w.whole, x) for w in some])
         f = functools.partial(_gpu.matmul, dtype=bf16, **how)
         us = best(f, packed(some, x))
-        yield row(f"x @ W, {m}", us, "XLA", xla, peer and peer.multiply(m))
+        yield row(f"x @ W, {m}", us, "XLA", xla, _of_peer(peer, "multiply", m))
         xla = best(lambda w, g: g @ w.T, [(w.whole, g) for w in some])
         f = functools.partial(_gpu.matmul_transposed, dtype=bf16, **how)
         yield row(f"g @ W.T, {m}", best(f, packed(some, g)), "XLA", xla, None)
@@ -288,6 +289,17 @@ class Peer:
             return self.best(
                 lambda: bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)
             )
+
+
+def _of_peer(peer: Peer | None, what: str, *arguments: Any) -> float | None:
+    """Its microseconds; None, and a word on why, if it cannot do it here."""
+    if peer is None:
+        return None
+    try:
+        return getattr(peer, what)(*arguments)
+    except RuntimeError as error:
+        print(f"bitsandbytes, {what}: {error}", file=sys.stderr)
+        return None
 
 
 # --- counted -------------------------------------------------------------------------

@@ -77,6 +77,9 @@ def matmul(
 ) -> Float[Array, "m n"]:
     """x @ W + plus, with W in x's dtype and sums in float32.
 
+    On Hopper and later, for at most 64 rows of bfloat16, it is the book that is rounded
+    to x's dtype instead (in `matmul_transposed` g times its scale as well).
+
     plus: added in the same pass where that spares memory.  dtype: of the result;
     default x's.
     """
