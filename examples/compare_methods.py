@@ -14,7 +14,10 @@ recipe, seed and options, and the same command continues where it was interrupte
 ``--jobs N`` runs N at a time, each in a process.  No step is timed beside another or
 beside a training, but other processes compile meanwhile, which examples/s shows; for
 exact ones use one.  None of them takes a GPU's memory in advance, unless
-XLA_PYTHON_CLIENT_PREALLOCATE is set.  ``--costs-only`` trains nothing.
+XLA_PYTHON_CLIENT_PREALLOCATE is set.  On a GPU XLA tries many kernels for every
+product, which takes longer than these short trainings: set
+XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false".
+``--costs-only`` trains nothing.
 
     trainable    parameters that the first step trains, and of those of the row "full"
     kept         what is left of them in the adapter: AdaLoRA and diff pruning choose,

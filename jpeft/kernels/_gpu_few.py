@@ -26,6 +26,7 @@ divide the sum among them, and add up in shared memory, always in one order.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -78,7 +79,8 @@ class Config:
     def of_transposed(cls, m: int, k: int) -> Config:
         if m > 16:
             return cls(rows=16, warps=8)
-        return cls(rows=32 if k >= 56 * _PROCESSORS else 16, warps=16)
+        # Larger blocks, of 64 rows of W, where nearly all processors get one.
+        return cls(rows=32 if k >= 0.9 * 64 * _PROCESSORS else 16, warps=16)
 
 
 # --- the operations ------------------------------------------------------------------
@@ -153,7 +155,7 @@ def _call(product: _Product, *operands: jax.Array, name: str) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Product:
+class _Product(abc.ABC):
     """One of the two products: of `m` rows with a W of `k` x `n`."""
 
     m: int
@@ -181,44 +183,59 @@ class _Product:
     # --- of each product
 
     @property
+    @abc.abstractmethod
     def result(self) -> int:
         """Columns of the result."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def tiles(self) -> int:
         """Tiles of 16 x 8 sums that a warp has, for each eight rows of x."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def steps(self) -> int:
         """Of a block's sums; its warps take turns."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def fetch(self, at: _At, step: Any) -> list[Any]:
         """The codes of a step, in words of four bytes."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def operands(self, at: _At, step: Any) -> Any:
         """What else it takes."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def step(
         self, at: _At, codes: Sequence[Any], operands: Any, counts: Any, sums: list[Any]
     ) -> list[Any]:
         """The sums after a step, unless not `counts`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def column(self, at: _At, tile: int, half: int) -> Any:
         """Of the result, in the block, of a thread's sums in a tile's upper (0) or
         lower eight rows."""
-        raise NotImplementedError
 
     def place(self, at: _At, column: Any) -> Any:
         """In the result, of a column of the block."""
         return _add(_mul(at.block, self.wide), column)
 
     # --- of both
+
+    def row_of_x(self, at: _At, eight: int, width: int, column: Any) -> Any:
+        """Where column `column` is of a thread's row of x (of `width` columns)."""
+        row = arith.minui(_add(_shr(at.lane, 2), 8 * eight), _c(self.m - 1))
+        return arith.addi(at.x, _far(row, 2 * width, _mul(column, 2)))
+
+    def scales_of(
+        self, at: _At, block: Any, column: Any, count: int, *, stream: bool
+    ) -> list[Any]:
+        """Of `count` columns from `column` on."""
+        start = arith.addi(at.scales, _far(block, 4 * self.n, _mul(column, 4)))
+        words = (
+            _load(_plus(start, 4 * i), 4, stream=stream) for i in range(0, count, 4)
+        )
+        return [_as_float(word) for four in words for word in four]
 
     def emit(self, refs: Sequence[Any], block: Any) -> None:
         """The kernel, by the thread.  refs: in the order of `_At`."""
@@ -329,20 +346,13 @@ class _Forward(_Product):
         """Pairs (x[8 b + i], x[32 + 8 b + i]), and the columns' scales."""
         pairs = []
         for e in range(self.eights):
-            row = arith.minui(_add(_shr(at.lane, 2), 8 * e), _c(self.m - 1))
             column = _add(_mul(step, GROUP), _mul(_and(at.lane, 3), 8))
-            start = arith.addi(at.x, _far(row, 2 * self.k, _mul(column, 2)))
+            start = self.row_of_x(at, e, self.k, column)
             low, high = (_load(_plus(start, 2 * HALF * half), 4) for half in (0, 1))
             pairs.append([_zip(low[i // 2], high[i // 2], i % 2) for i in range(8)])
         block = arith.divui(step, _c(self.block_size // GROUP))
-        column = _mul(self.first_column(at), 4)
-        start = arith.addi(at.scales, _far(block, 4 * self.n, column))
-        scales = [
-            _as_float(word)
-            for i in range(0, self.each, 4)
-            for word in _load(_plus(start, 4 * i), 4, stream=True)
-        ]
-        return pairs, scales
+        column = self.first_column(at)
+        return pairs, self.scales_of(at, block, column, self.each, stream=True)
 
     def step(
         self, at: _At, codes: Sequence[Any], operands: Any, counts: Any, sums: list[Any]
@@ -416,16 +426,10 @@ class _Backward(_Product):
         """g times the scales, in pairs of neighbours."""
         column = self.column_of(at, step)
         block = arith.divui(self.first_row(at), _c(self.block_size // 2))
-        start = arith.addi(at.scales, _far(block, 4 * self.n, _mul(column, 4)))
-        scales = [
-            _as_float(word)
-            for i in range(0, 16, 4)
-            for word in _load(_plus(start, 4 * i), 4)
-        ]
+        scales = self.scales_of(at, block, column, 16, stream=False)
         pairs = []
         for e in range(self.eights):
-            row = arith.minui(_add(_shr(at.lane, 2), 8 * e), _c(self.m - 1))
-            start = arith.addi(at.x, _far(row, 2 * self.n, _mul(column, 2)))
+            start = self.row_of_x(at, e, self.n, column)
             words = [*_load(start, 4), *_load(_plus(start, 16), 4)]
             pairs.append([])
             for i, word in enumerate(words):

@@ -62,17 +62,17 @@ _WIDE = {
         vector_dim=-1,
     ),
 }
-# For encoding, a column lies in four or eight lanes of one warp, so that the largest of
-# a block is found by two or three shuffles and without a barrier.  In tiles of 128
-# columns float32 fills too many registers.
+# For encoding, by columns: each lies in four or eight lanes of a warp, so that the
+# largest of a block is found by two or three shuffles and without a barrier.  In tiles
+# of 128 columns float32 fills too many registers.
 _TALL = {
-    2: plgpu.Layout.TILED(
+    COLUMNS: plgpu.Layout.TILED(
         plgpu.Tiling(((4, 128), (4, 32), (4,))),
         warp_dims=(-4,),
         lane_dims=(-3, -2),
         vector_dim=-1,
     ),
-    4: plgpu.Layout.TILED(
+    COLUMNS // 2: plgpu.Layout.TILED(
         plgpu.Tiling(((8, 64), (8, 16), (4,))),
         warp_dims=(-4,),
         lane_dims=(-3, -2),
@@ -96,8 +96,8 @@ def quantize(
     rows = min(max(block_size, GROUP), k)
     cells = Cells.of(format)
     tables = cells.tables(_WARPGROUP) if cells else ()
-    layout = _TALL[w.dtype.itemsize]
-    tile = {2: COLUMNS, 4: COLUMNS // 2}[w.dtype.itemsize]
+    tile = COLUMNS // 2 if w.dtype == jnp.float32 else COLUMNS
+    layout = _TALL[tile]
 
     def kernel(w_ref: Any, *refs: Any) -> None:
         *table_refs, codes_ref, scales_ref = refs
