@@ -40,6 +40,7 @@ from jpeft.tree.layout import LeafUse, layouts
 from jpeft.tree.paths import Slots, slots, suggest, weight
 from jpeft.tree.where import Where, select
 from jpeft.types import PyTree
+from jpeft.types import check_float as check_float
 
 # Every method by its name, for configurations.
 METHODS: dict[str, type[Transform]] = {}
@@ -319,17 +320,6 @@ def dtype_name(dtype: Any) -> str | None:
         return jnp.dtype(dtype).name
     except TypeError:
         return str(dtype)
-
-
-def check_float(method: str, dtype: str | None, name: str = "dtype") -> None:
-    if dtype is None:
-        return
-    try:
-        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        floating = False
-    if not floating:
-        raise ValueError(f"{method}: {name}={dtype!r}: expected a floating-point dtype")
 
 
 def check_pattern(

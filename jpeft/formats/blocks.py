@@ -212,9 +212,7 @@ def along(
             place = start // GROUP + groups
             place = place // (block_size // GROUP)
             return jnp.take(s, place, axis=axis, mode="clip")
-        per = GROUP // block_size
-        first, some = start // GROUP * per, -(-count // GROUP) * per
-        some = min(some, s.shape[axis])
+        first, some = start // block_size, -(-count // block_size)
         return jax.lax.dynamic_slice_in_dim(s, first, some, axis)
 
     def cut(start: Any, count: int) -> Blocks:

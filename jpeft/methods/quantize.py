@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jpeft.boxes import unbox
 from jpeft.leaf import AdaptedLeaf, box_of, layers
 from jpeft.quant import rules as _rules  # noqa: F401  enters its rules
-from jpeft.quant.arrays import check_block_size, check_format
+from jpeft.quant.arrays import check_block_size, check_double, check_format
 from jpeft.quant.leaf import Layout, Quantized, arrangement, boxed, quantize_array
 from jpeft.transform import LeafMethod, check_float, method, place_beside
 from jpeft.tree.layout import LeafUse
@@ -43,10 +43,9 @@ class Quantize(LeafMethod):
     def __post_init__(self) -> None:
         check_format("quantize", self.format)
         check_block_size("quantize", self.block_size)
-        if not isinstance(self.double, bool):
-            raise ValueError(
-                f"quantize: double={self.double!r}: expected True or False"
-            )
+        check_double("quantize", self.double)
+        if self.compute_dtype is None:
+            object.__setattr__(self, "compute_dtype", ACTIVATION)
         if self.compute_dtype != ACTIVATION:
             check_float("quantize", self.compute_dtype, "compute_dtype")
         object.__setattr__(self, "where", check_where(self.where))

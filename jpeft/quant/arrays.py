@@ -13,8 +13,9 @@ import numpy as np
 from jpeft import compat
 from jpeft.formats import blocks
 from jpeft.formats.blocks import BLOCK_SIZES, CHANNEL, FORMATS, TENSOR
-from jpeft.leaf import is_leaf
+from jpeft.leaf import is_leaf, unboxed
 from jpeft.quant.leaf import Layout, Quantized, as_it_is, quantize_array
+from jpeft.types import check_float
 
 
 def quantize(
@@ -46,6 +47,8 @@ def quantize(
     """
     check_format("quant.quantize", format)
     check_block_size("quant.quantize", block_size)
+    check_double("quant.quantize", double)
+    check_float("quant.quantize", compute_dtype, "compute_dtype")
     if is_leaf(x):
         raise ValueError(
             f"quant.quantize: {x!r} is an adapted leaf already; quantise the array it "
@@ -90,13 +93,13 @@ def _layout(x: jax.Array, axis: int | Sequence[int] | None) -> Layout:
 
 def dequantize(q: Quantized, dtype: Any = None) -> jax.Array:
     """The values: a product in float32, rounded once to `dtype` (default: that of the
-    array that was quantised)."""
+    array that was quantised).  q: as `quantize` returns it, or a leaf of a tree."""
     if not isinstance(q, Quantized):
         raise TypeError(
             "quant.dequantize: expected what quant.quantize returns, got "
             f"{type(q).__name__}; of an adapted tree jpeft.merge(params) makes arrays"
         )
-    return q.materialize(dtype)
+    return unboxed(q).materialize(dtype)
 
 
 def codebook(name: str) -> np.ndarray:
@@ -127,6 +130,11 @@ def check_format(name: str, format: Any) -> None:
             f"{name}: format={format!r}: did you mean {near!r}? Known: "
             f"{', '.join(FORMATS)}"
         )
+
+
+def check_double(name: str, double: Any) -> None:
+    if not isinstance(double, bool):
+        raise ValueError(f"{name}: double={double!r}: expected True or False")
 
 
 def check_block_size(name: str, block_size: Any) -> None:

@@ -22,7 +22,9 @@ import numpy as np
 
 from jpeft.formats import codebooks, double, packing
 from jpeft.formats.blocks import BLOCK_SIZES, FORMATS
+from jpeft.leaf import unboxed
 from jpeft.quant.leaf import Layout, Quantized, as_it_is, nested_order
+from jpeft.types import check_float
 
 STATE = ".quant_state.bitsandbytes__"
 TYPES = ("nf4", "fp4")
@@ -45,6 +47,7 @@ def from_bitsandbytes(
     Raises ValueError for missing keys, a type other than nf4 and fp4, sizes that do not
     fit together, or a code book that is not bitsandbytes' own.
     """
+    check_float("from_bitsandbytes", compute_dtype, "compute_dtype")
     name = _only(state) if name is None else name
     described = [k for k in state if k.startswith(name + STATE)]
     if not described:
@@ -165,6 +168,7 @@ def to_bitsandbytes(q: Quantized, name: str = "weight") -> dict[str, np.ndarray]
             f"to_bitsandbytes: expected a quantised weight, got {type(q).__name__}; "
             "merge adapters first, or save them beside it"
         )
+    q = unboxed(q)  # type: ignore[assignment]
     if q.format not in TYPES or not isinstance(q.block_size, int):
         raise ValueError(
             f"to_bitsandbytes: {q.format} with block_size={q.block_size!r}: "

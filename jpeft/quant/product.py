@@ -149,7 +149,7 @@ def _matrices(leaf: Quantized) -> Blocks:
         sides = (x.shape[k], last) if leaf.is_matrix else (first, x.shape[k] * last)
         return x.reshape(*stack, *sides)
 
-    book = None if q.book is None else q.book.reshape(*stack, -1)
+    book = None if q.book is None else q.book.reshape(*stack, q.book.shape[-1])
     return Blocks(flat(q.codes), flat(q.scales), flat(q.zeros), book)  # type: ignore[arg-type]
 
 
@@ -169,7 +169,10 @@ def _one(
     how: How, leaf: Quantized, q: Blocks, x: jax.Array, plus: jax.Array | None
 ) -> jax.Array:
     """One matrix."""
-    k, rows = shape_of(leaf)[0], _stored_rows(leaf, q)
+    k, n = shape_of(leaf)
+    if x.shape[0] == 0:  # an empty batch; the kernels would divide by its size
+        return jnp.zeros((0, k if how.transposed else n), how.outside)
+    rows = _stored_rows(leaf, q)
     # The stored rows are whole groups; the weight's may be fewer.
     fill = lambda a: jnp.pad(a, ((0, 0), (0, rows - k)))
     x = x.astype(how.inside)
@@ -205,7 +208,8 @@ def _kernel_block(leaf: Quantized) -> int | None:
     if not (leaf.is_matrix and leaf.kind.has_book) or leaf.block_size == TENSOR:
         return None
     if leaf.block_size == CHANNEL:
-        return next((b for b in BLOCK_SIZES if b >= leaf.length), None)
+        stored = -(-leaf.length // GROUP) * GROUP
+        return next((b for b in BLOCK_SIZES if b >= stored), None)
     assert isinstance(leaf.block_size, int)
     return leaf.block_size
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jpeft.leaf import innermost, is_leaf
 from jpeft.tree.lend import acting
 from jpeft.tree.paths import slots
+from jpeft.tree.split import check_merge
 from jpeft.types import PyTree
 
 
@@ -37,6 +38,7 @@ def rounding(
     Small changes vanish in a coarse format: of a delta of a thousandth of the weight,
     bfloat16 loses most and 4 bits all.  Weights without an adapter are left out.
     """
+    check_merge("quant.rounding", dtype, requantize)
     out = {}
     flat = slots(params)
     for path, leaf in zip(flat.paths, acting(flat), strict=True):

@@ -25,7 +25,7 @@ from jpeft.leaf import (
 )
 from jpeft.tree.lend import acting
 from jpeft.tree.paths import Slots, is_array, slots
-from jpeft.types import PyTree
+from jpeft.types import PyTree, check_float
 
 NOTHING_TRAINS = (
     "nothing in this tree is trainable: no leaf was adapted. Apply a transform first: "
@@ -195,11 +195,7 @@ def merge(params: PyTree, *, dtype: Any = None, requantize: bool = False) -> PyT
     in its own format again, which rounds once more: `jpeft.quant.rounding` says by how
     much, beside what the adapter changed.
     """
-    if requantize and dtype is not None:
-        raise ValueError(
-            "merge: requantize=True keeps the base's own format, and "
-            f"dtype={dtype!r} is of plain arrays: give one of the two"
-        )
+    check_merge("merge", dtype, requantize)
 
     def one(slot: Any, leaf: Any) -> Any:
         if not is_leaf(slot):
@@ -214,6 +210,15 @@ def merge(params: PyTree, *, dtype: Any = None, requantize: bool = False) -> PyT
     flat = slots(params)
     _adapted(flat, "merge")
     return flat.rebuild(map(one, flat.values, acting(flat)))
+
+
+def check_merge(name: str, dtype: Any, requantize: bool) -> None:
+    check_float(name, dtype)
+    if requantize and dtype is not None:
+        raise ValueError(
+            f"{name}: requantize=True keeps the base's own format, and "
+            f"dtype={dtype!r} is of plain arrays: give one of the two"
+        )
 
 
 def unload(params: PyTree) -> PyTree:
