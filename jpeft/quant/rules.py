@@ -320,6 +320,8 @@ def _convert(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     "name",
     "mesh_cast",
     "reshard",
+    "pvary",
+    "pcast",
     "layout_constraint",
     "copy",
     "copy_p",

@@ -559,3 +559,27 @@ class _Nameless:
         self._sharding = sharding
         self.is_fully_replicated = sharding.is_fully_replicated
         self.devices_indices_map = sharding.devices_indices_map
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_step_inside_shard_map_with_its_checks(format):
+    """JAX itself says there that a weight varies with the activation (`pvary`)."""
+    layers = jpeft.chain(jpeft.quantize(format, compute_dtype=None), jpeft.lora(rank=3))
+    w = jax.random.normal(jax.random.key(0), (64, 5))
+    params = layers(jax.random.key(1), {"kernel": w})
+    trainable, frozen = jpeft.partition(params)
+    x = jax.random.normal(jax.random.key(2), (8, 64))
+    apply = jpeft.adapt(lambda p, x: x @ p["kernel"])
+    loss = lambda t, f, x: jnp.mean(apply(jpeft.combine(t, f), x) ** 2)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    shared = lambda t, f, x: jax.lax.pmean(loss(t, f, x), "data")
+    step = jax.shard_map(
+        jax.value_and_grad(shared),
+        mesh=mesh,
+        in_specs=(P(), P(), P("data")),
+        out_specs=P(),
+    )
+    got = jax.jit(step)(trainable, frozen, x)
+    want = jax.value_and_grad(loss)(trainable, frozen, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
