@@ -34,7 +34,7 @@ from jax import lax
 from jaxtyping import Array, Float, UInt8
 
 from jpeft.formats.packing import GROUP
-from jpeft.kernels import _plain
+from jpeft.kernels import _plain, targets
 
 # Either dialect may be missing from a version of Pallas.
 try:
@@ -53,8 +53,6 @@ FEW = 32
 _HOPPER, _AMPERE = (9, 0), (8, 0)
 _WRITTEN = (jnp.bfloat16, jnp.float16, jnp.float32)
 
-_capability = jax.make_user_context(None)
-
 
 def gpu_capability(major: int, minor: int) -> contextlib.AbstractContextManager[None]:
     """The GPU that programs traced inside are for; (9, 0) is H100 and H200.
@@ -63,12 +61,12 @@ def gpu_capability(major: int, minor: int) -> contextlib.AbstractContextManager[
     ...     route()
     'mosaic'
     """
-    return _capability((major, minor))
+    return targets.capability((major, minor))
 
 
 def route() -> Route:
     """The dialect of `quantize` and `dequantize`."""
-    capability = _capability.value or _present()
+    capability = targets.capability.value or _present()
     if capability is None:
         return "triton" if _gpu_triton is not None and _compiles_for_any() else "plain"
     if capability >= _HOPPER and _gpu_mosaic is not None:

@@ -40,6 +40,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 
 from jpeft.formats import codebooks
 from jpeft.formats.packing import GROUP
+from jpeft.kernels import targets
 
 LookUp = Literal["sublane", "select"]
 LANES, SUBLANES = 128, 8
@@ -92,8 +93,6 @@ CONFIGS = {
 }
 _ELSEWHERE = CONFIGS["v5p"]
 
-_generation = jax.make_user_context(None)
-
 
 def tpu_generation(name: str) -> contextlib.AbstractContextManager[None]:
     """What is traced inside it is for that TPU: "v4", "v5e", "v5p" or "v6e".
@@ -105,13 +104,13 @@ def tpu_generation(name: str) -> contextlib.AbstractContextManager[None]:
     """
     if name not in CONFIGS:
         raise ValueError(f"TPU generation {name!r}: expected one of {sorted(CONFIGS)}")
-    return _generation(name)
+    return targets.generation(name)
 
 
 def _config(given: Config | None, look_up: LookUp | None) -> Config:
     config = given
     if config is None:
-        config = CONFIGS.get(_generation.value or _present(), _ELSEWHERE)
+        config = CONFIGS.get(targets.generation.value or _present(), _ELSEWHERE)
     return dataclasses.replace(config, look_up=look_up) if look_up else config
 
 

@@ -33,7 +33,7 @@ from jpeft import compat
 from jpeft.formats.blocks import BLOCK_SIZES
 from jpeft.formats.codebooks import CODEBOOKS
 from jpeft.formats.packing import GROUP
-from jpeft.kernels import _plain, partitioned
+from jpeft.kernels import _plain, partitioned, targets
 from jpeft.kernels.partitioned import OWN, Dim
 
 
@@ -172,8 +172,8 @@ def _everywhere(name: str) -> Callable[..., Any]:
 def _target(gpu: Any, tpu: Any) -> Callable[[], contextlib.ExitStack]:
     """The devices that are compiled for, as far as they are known now: a part for one
     device is traced when the caller's `with` is left."""
-    generation = tpu._generation.value or tpu._present()
-    capability = gpu._capability.value
+    generation = targets.generation.value or tpu._present()
+    capability = targets.capability.value
 
     def enter() -> contextlib.ExitStack:
         stack = contextlib.ExitStack()

@@ -1,5 +1,8 @@
 """Inputs of every length, and batches of none, against the dequantised weight."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,3 +112,22 @@ def test_what_is_no_floating_dtype():
 def test_config_without_compute_dtype_reads_back():
     t = jpeft.from_config({"method": "quantize", "compute_dtype": None})
     assert jpeft.from_config(t.to_config()) == t == jpeft.quantize(compute_dtype=None)
+
+
+def test_the_first_step_of_a_process_compiles_once():
+    """What is imported late must not make JAX forget what it has traced."""
+    program = """
+import jax, jax.numpy as jnp, jpeft
+k = jax.random.key(0)
+layers = jpeft.chain(jpeft.quantize("nf4"), jpeft.lora(rank=3))
+t, f = jpeft.partition(layers(k, {"kernel": jax.random.normal(k, (64, 5))}))
+apply = jpeft.adapt(lambda p, x: x @ p["kernel"])
+loss = lambda t, x: jnp.mean(apply(jpeft.combine(t, f), x) ** 2)
+step = jax.jit(lambda t, x: jax.tree.map(jnp.subtract, t, jax.grad(loss)(t, x)))
+for _ in range(3):
+    t = step(t, jnp.ones((2, 64)))
+print(step._cache_size())
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
