@@ -64,7 +64,7 @@ class LoftQ(LeafMethod):
                 "including, 1"
             )
         check_float("loftq", self.dtype)
-        self.quantizer()
+        object.__setattr__(self, "compute_dtype", self.quantizer().compute_dtype)
         object.__setattr__(self, "where", check_where(self.where))
         object.__setattr__(self, "exclude", check_where(self.exclude, "exclude"))
 

@@ -571,7 +571,7 @@ def test_a_step_inside_shard_map_with_its_checks(format):
     x = jax.random.normal(jax.random.key(2), (8, 64))
     apply = jpeft.adapt(lambda p, x: x @ p["kernel"])
     loss = lambda t, f, x: jnp.mean(apply(jpeft.combine(t, f), x) ** 2)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     shared = lambda t, f, x: jax.lax.pmean(loss(t, f, x), "data")
     step = jax.shard_map(
         jax.value_and_grad(shared),

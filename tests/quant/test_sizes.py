@@ -112,6 +112,8 @@ def test_what_is_no_floating_dtype():
 def test_config_without_compute_dtype_reads_back():
     t = jpeft.from_config({"method": "quantize", "compute_dtype": None})
     assert jpeft.from_config(t.to_config()) == t == jpeft.quantize(compute_dtype=None)
+    t = jpeft.from_config({"method": "loftq", "rank": 3, "compute_dtype": None})
+    assert jpeft.from_config(t.to_config()) == t == jpeft.loftq(3, compute_dtype=None)
 
 
 def test_the_first_step_of_a_process_compiles_once():
