@@ -178,6 +178,12 @@ class AdaptedLeaf:
         """Of a leaf that holds the weight: a box with the weight's axis names."""
         return None
 
+    @property
+    def keeps_arrays(self) -> bool:
+        """Of a leaf that holds the weight: whether the plain weight does not give its
+        arrays, so that a checkpoint must."""
+        return False
+
     def with_value(self, x: jax.Array) -> Self:
         """Of a leaf that holds the weight: the same leaf holding another value."""
         raise NotImplementedError

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ from jpeft.leaf import (
     layers,
     leaf_specs,
     roles,
+    whole_shards,
 )
-from jpeft.methods.loftq import alternate
 from jpeft.methods.quantize import ACTIVATION, Quantize
 from jpeft.quant.leaf import Layout, Quantized, boxed
 from jpeft.transform import Transform, freeze_value, is_adapted, place_beside
@@ -101,6 +101,8 @@ def load(
 
     base_params: the plain base.  Weights that were quantised for the training are
     quantised again in the same way, or may come quantised, as `unload` leaves them.
+    Codes that the plain base does not give (`loftq` with several steps) are in the
+    checkpoint; the base must be nearer to their values than zero is.
     shardings: of the adapter's arrays, one `Sharding` for all or a tree as
     `jpeft.sharding.shardings` gives; None puts each beside its base.
     check: "content" compares a digest of every base leaf, "structure" only paths,
@@ -125,13 +127,20 @@ def load(
             quantized_again(manifest["leaves"], p, x) for p, x in flat.items()
         ),
     )
-    compare_bases(folder, manifest["base"], flat, content=check == "content")
     at = dict(flat.items())
+    # What stands in for a plain weight here, codes and all.
+    kept = {
+        p: described[-1]
+        for p, described in manifest["leaves"].items()
+        if is_kept(described[-1]) and p in at and not is_leaf(at[p])
+    }
+    content = check == "content"
+    compare_bases(folder, manifest["base"], flat, content=content, kept=kept)
     wanted = dict(_shardings(shardings))
     abstract: dict[str, jax.ShapeDtypeStruct] = {}
     for leaf_path, described in manifest["leaves"].items():
         base = weight(at[leaf_path])
-        for k, layer in enumerate(adapters(described)):
+        for k, layer in enumerate(described):
             specs = _sharding_beside(layer, base)
             for field, array in layer["arrays"].items():
                 place = wanted.get(f"{leaf_path}/{field}", wanted.get(""))
@@ -142,6 +151,10 @@ def load(
                 )
     arrays = _orbax.read(folder / ARRAYS, abstract)
     check_digests(folder, manifest, arrays)
+    for p, layer in kept.items():
+        k = len(manifest["leaves"][p]) - 1
+        fields = {n: arrays[_name(p, k, n)] for n in layer["arrays"]}
+        at[p] = _kept_base(folder, p, layer, at[p], fields, content)
     made = {
         p: _rebuild(p, described, at[p], arrays)
         for p, described in manifest["leaves"].items()
@@ -176,9 +189,10 @@ def describe(
                 },
                 "arrays": {},
             }
-            if layer.holds_weight:  # the base: how it is stored, not what is stored
+            if layer.holds_weight:
                 about["holds"] = sorted(fields)
-            else:
+            # Of a base how it is stored, not what is stored, if its weight gives that.
+            if not layer.holds_weight or layer.keeps_arrays:
                 about["arrays"] = {
                     n: {"shape": list(x.shape), "dtype": str(x.dtype)}
                     for n, x in fields.items()
@@ -281,9 +295,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def compare_bases(
-    folder: Path, saved: Fingerprint, flat: Slots, *, content: bool
+    folder: Path,
+    saved: Fingerprint,
+    flat: Slots,
+    *,
+    content: bool,
+    kept: Collection[str] = (),
 ) -> None:
-    """Raises, naming the leaves, unless this is the base the adapter was trained on."""
+    """Raises, naming the leaves, unless this is the base the adapter was trained on.
+
+    kept: paths whose values are not compared.
+    """
     here = {p: unbox(x) for p, x in flat.items() if is_array(weight(x))}
     wrong = [f"{p} is missing" for p in saved if p not in here]
     wrong += [f"{p} is not in the saved base" for p in here if p not in saved]
@@ -298,7 +320,11 @@ def compare_bases(
             if saved[p][field] != value:
                 wrong.append(f"{p} has {field} {value}, saved was {saved[p][field]}")
     if not wrong and content:
-        told = {p: saved[p]["digest"] for p in here if saved[p]["digest"] is not None}
+        told = {
+            p: saved[p]["digest"]
+            for p in here
+            if saved[p]["digest"] is not None and p not in kept
+        }
         found = _digests({p: here[p] for p in told})
         wrong = [
             _other_values(p, told[p], found[p]) for p in told if told[p] != found[p]
@@ -323,6 +349,11 @@ def adapters(described: list[Any]) -> list[Any]:
     return [layer for layer in described if "holds" not in layer]
 
 
+def is_kept(layer: Mapping[str, Any]) -> bool:
+    """Whether this described layer is a quantised base whose arrays were saved."""
+    return "holds" in layer and bool(layer["arrays"])
+
+
 def quantized_again(leaves: Mapping[str, Any], path: str, slot: Any) -> Any:
     """The base in a slot as the adapter met it: quantised if it was."""
     layer = next((x for x in leaves.get(path, ()) if "holds" in x), None)
@@ -342,6 +373,8 @@ def quantized_again(leaves: Mapping[str, Any], path: str, slot: Any) -> Any:
                     "base, which load quantises as it was"
                 )
         return slot
+    if is_kept(layer):
+        return slot
     x, layout = (
         jnp.asarray(weight(slot)),
         Layout(how["order"], how["stack"], how["lead"], len(how["inner"])),
@@ -352,15 +385,30 @@ def quantized_again(leaves: Mapping[str, Any], path: str, slot: Any) -> Any:
         double="nested" in layer["holds"],
         compute_dtype=how["compute_dtype"] or ACTIVATION,
     )
-    if how["residual"] is None:
-        made = quantizer.of_array(x, layout)
-    else:
-        axes, use, rank, scale, steps = how["residual"]
-        made, *_ = alternate(
-            x, axes, use, quantizer, rank=rank, scale=scale, steps=steps, path=path
-        )
+    made = quantizer.of_array(x, layout)
     made = place_beside(made.replace(origin=how["origin"]), weight(slot))
     return boxed(slot, made)  # type: ignore[arg-type]
+
+
+def _kept_base(
+    folder: Path,
+    path: str,
+    layer: Mapping[str, Any],
+    slot: Any,
+    arrays: Mapping[str, Any],
+    content: bool,
+) -> Any:
+    """The quantised base that was saved, in place of the weight in a slot."""
+    static = {n: freeze_value(x) for n, x in layer["static"].items()}
+    leaf, w = Quantized(**arrays, **static), jnp.asarray(weight(slot), jnp.float32)
+    norm = lambda x: float(jnp.linalg.norm(x.reshape(-1)))
+    if content and not norm(leaf.materialize(jnp.float32) - w) <= norm(w):
+        raise CheckpointError(
+            f"{folder}: trained on another base: {path} is farther from the quantised "
+            "weight that was saved than zero is. Pass the base it was trained on "
+            '(check="structure" skips the comparison of values)'
+        )
+    return boxed(slot, leaf)
 
 
 def _some(items: list[str], most: int = 4) -> str:
@@ -448,10 +496,15 @@ def _sharding_beside(layer: Mapping[str, Any], base: Any) -> dict[str, Sharding]
     if not isinstance(sharding, NamedSharding):
         return {}
     kind = _kind("", layer)
-    empty: dict[str, Any] = dict.fromkeys(layer["arrays"])
-    leaf = kind(base=base, **layer["static"], **empty)
+    shapes: dict[str, Any] = {
+        n: jax.ShapeDtypeStruct(tuple(x["shape"]), jnp.dtype(x["dtype"]))
+        for n, x in layer["arrays"].items()
+    }
+    static = {n: freeze_value(x) for n, x in layer["static"].items()}
+    leaf = kind(base=None if kind.holds_weight else base, **static, **shapes)
     specs = leaf_specs(leaf, sharding.spec)
-    return {n: NamedSharding(sharding.mesh, getattr(specs, n)) for n in empty}
+    mesh, place = sharding.mesh, lambda n, x: whole_shards(getattr(specs, n), x, mesh)
+    return {n: NamedSharding(mesh, place(n, x.shape)) for n, x in shapes.items()}
 
 
 def _shardings(tree: Any) -> list[tuple[str, Sharding]]:

@@ -71,7 +71,7 @@ def factors_of(
     Raises if a matrix is zero, whose singular vectors say nothing: A and B would be
     zero, and neither would ever get a gradient.
     """
-    a, b = _factors(key, weight, axes=axes, rank=rank, scale=scale, init=init)
+    a, b = factors(key, weight, axes=axes, rank=rank, scale=scale, init=init)
     if init != OLORA and not isinstance(a, compat.Tracer):
         own = tuple(range(axes.count("s"), a.ndim))
         if not jnp.all(jnp.any(a != 0, own)):
@@ -84,9 +84,10 @@ def factors_of(
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "rank", "scale", "init"))
-def _factors(
+def factors(
     key: jax.Array, weight: jax.Array, *, axes: str, rank: int, scale: float, init: str
 ) -> tuple[jax.Array, jax.Array]:
+    """`factors_of` without its check."""
     order = [k for g in "sio" for k, c in enumerate(axes) if c == g]
     stack, ins, outs = (
         tuple(n for n, c in zip(weight.shape, axes, strict=True) if c == g)

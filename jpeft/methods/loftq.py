@@ -5,12 +5,15 @@ Li et al. 2023, arXiv:2310.08659.
     A_0 B_0 = 0, t = 1 ... steps               W' = Q + s A B, near W from the start
 
 With one step (the default, as in Hugging Face PEFT) Q is the quantised W itself, the
-same as `quantize` makes; the paper takes five.
+same as `quantize` makes; the paper takes five.  Where the decomposition has nothing to
+give (a matrix that its format holds exactly), A and B start as LoRA's do.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,20 +21,23 @@ import jax.numpy as jnp
 
 from jpeft.boxes import unbox
 from jpeft.leaf import AdaptedLeaf, box_of, boxed_like
-from jpeft.methods._init import PISSA, factors_of
+from jpeft.methods._init import PISSA, draw_a, factors
 from jpeft.methods._low_rank import LowRank, low_rank_product
 from jpeft.methods.lora import check_rank
 from jpeft.methods.quantize import Quantize, check_plain, quantize
 from jpeft.quant.leaf import Quantized, arrangement, boxed
 from jpeft.transform import (
     LeafMethod,
+    Pattern,
     check_float,
+    check_pattern,
     check_positive,
     dtype_name,
+    matched,
     method,
     place_beside,
 )
-from jpeft.tree.layout import LeafUse
+from jpeft.tree.layout import EMBEDDING, LeafUse
 from jpeft.tree.paths import weight
 from jpeft.tree.where import Where, check_where
 
@@ -43,12 +49,15 @@ class LoftQ(LeafMethod):
 
     rank: int
     alpha: float | None = None
+    rank_stabilized: bool = False
     steps: int = 1
     format: str = "nf4"
     double: bool = True
     block_size: int | str = 64
     dropout: float = 0.0
     dtype: str | None = None
+    rank_pattern: Pattern = ()
+    alpha_pattern: Pattern = ()
     where: Where = "linear"
     exclude: Where = ()
     compute_dtype: str = "bfloat16"
@@ -64,9 +73,19 @@ class LoftQ(LeafMethod):
                 "including, 1"
             )
         check_float("loftq", self.dtype)
-        object.__setattr__(self, "compute_dtype", self.quantizer().compute_dtype)
-        object.__setattr__(self, "where", check_where(self.where))
-        object.__setattr__(self, "exclude", check_where(self.exclude, "exclude"))
+        known = {
+            "compute_dtype": self.quantizer().compute_dtype,
+            "where": check_where(self.where),
+            "exclude": check_where(self.exclude, "exclude"),
+            "rank_pattern": check_pattern(
+                "loftq", "rank_pattern", self.rank_pattern, integer=True
+            ),
+            "alpha_pattern": check_pattern(
+                "loftq", "alpha_pattern", self.alpha_pattern
+            ),
+        }
+        for field, value in known.items():
+            object.__setattr__(self, field, value)
 
     def selection(self) -> tuple[Where, Where]:
         return self.where, self.exclude
@@ -86,19 +105,22 @@ class LoftQ(LeafMethod):
         self, key: jax.Array, path: str, slot: Any, use: LeafUse
     ) -> AdaptedLeaf:
         check_plain(path, slot)
-        check_rank(path, self.rank, use)
+        rank = matched(self.rank_pattern, path, self.rank)
+        check_rank(path, rank, use)
         assert use.axes is not None
         w, box = jnp.asarray(weight(slot)), box_of(slot)
-        scale = (self.rank if self.alpha is None else self.alpha) / self.rank
+        alpha = matched(self.alpha_pattern, path, self.alpha)
+        scale = rank if alpha is None else alpha
+        scale /= math.sqrt(rank) if self.rank_stabilized else rank
         q, a, b = alternate(
+            key,
             w,
             use.axes,
             use.kind,
             self.quantizer(),
-            rank=self.rank,
+            rank=rank,
             scale=float(scale),
             steps=self.steps,
-            path=path,
         )
         dtype = self.adapter_dtype(w)
         q = place_beside(q, unbox(slot)).replace(origin=self.origin())
@@ -125,16 +147,21 @@ def loftq(
     block_size: int | str = 64,
     where: Where = "linear",
     exclude: Where = (),
+    rank_stabilized: bool = False,
     dropout: float = 0.0,
     dtype: Any = None,
     compute_dtype: Any = jnp.bfloat16,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> LoftQ:
     """A transform that quantises the selected weights and starts LoRA from the error.
 
-    rank, alpha, dropout, dtype: as in `jpeft.lora`.  format, double, block_size,
-    compute_dtype: as in `jpeft.quantize`.  where, exclude: see `jpeft.tree.where`.
+    rank, alpha, rank_stabilized, dropout, dtype, rank_pattern, alpha_pattern: as in
+    `jpeft.lora`.  format, double, block_size, compute_dtype: as in `jpeft.quantize`.
+    where, exclude: see `jpeft.tree.where`.
     steps: how often quantising and the decomposition alternate, from 1; each costs an
-    exact singular value decomposition of the weight in float32.
+    exact singular value decomposition of the weight in float32.  From 2 on the codes
+    are not those of the weight, and `jpeft.save` writes them beside the adapter.
 
     Unlike LoRA the model does not start as its (quantised) base but nearer to the one
     before it was quantised.  `unload` gives the quantised weights.
@@ -150,12 +177,15 @@ def loftq(
     return LoftQ(
         rank=rank,
         alpha=alpha,
+        rank_stabilized=rank_stabilized,
         steps=steps,
         format=format,
         double=double,
         block_size=block_size,
         dropout=dropout,
         dtype=dtype_name(dtype),
+        rank_pattern=tuple((rank_pattern or {}).items()),
+        alpha_pattern=tuple((alpha_pattern or {}).items()),
         where=where,
         exclude=exclude,
         compute_dtype=of.compute_dtype,
@@ -163,6 +193,7 @@ def loftq(
 
 
 def alternate(
+    key: jax.Array,
     w: jax.Array,
     axes: str,
     kind: str,
@@ -171,21 +202,41 @@ def alternate(
     rank: int,
     scale: float,
     steps: int,
-    path: str,
 ) -> tuple[Quantized, jax.Array, jax.Array]:
-    """(Q, A, B) after `steps` rounds, in float32.  Q says how it came about, so that a
-    checkpoint can make it again from W."""
+    """(Q, A, B) after `steps` rounds, in float32.
+
+    Q depends on the last bits of each decomposition, which differ from one program and
+    machine to the next: it is marked, so that checkpoints keep it.
+    """
     exact = w.astype(jnp.float32)
     layout = arrangement(axes, kind)
     rest, q, a, b = exact, None, None, None
     for _ in range(steps):
         q = quantizer.of_array(rest.astype(w.dtype), layout)
         error = exact - q.materialize(jnp.float32)
-        a, b = factors_of(
-            jax.random.key(0), path, error, axes, rank=rank, scale=scale, init=PISSA
-        )
+        a, b = factors(key, error, axes=axes, rank=rank, scale=scale, init=PISSA)
         rest = exact - scale * low_rank_product(a, b, axes, jnp.float32)
     assert q is not None and a is not None and b is not None
     if steps > 1:  # one step is the weight itself, quantised
-        q = q.replace(residual=(axes, kind, rank, scale, steps))
-    return q, a, b
+        q = q.replace(searched=True)
+    return q, *_alive(key, a, b, axes, kind)
+
+
+def _alive(
+    key: jax.Array, a: jax.Array, b: jax.Array, axes: str, kind: str
+) -> tuple[jax.Array, jax.Array]:
+    """A, B with LoRA's start where the singular value is zero, to rounding: there both
+    would be zero and never get a gradient."""
+    n_in, n_out = axes.count("i"), axes.count("o")
+    ins, outs = (
+        math.prod(a.shape[a.ndim - 1 - n_in : -1]),
+        math.prod(b.shape[b.ndim - n_out :]),
+    )
+    squares = jnp.sum(jnp.square(b), tuple(range(b.ndim - n_out, b.ndim)))
+    rounding = max(ins, outs) * jnp.finfo(b.dtype).eps
+    dead = squares <= rounding * jnp.max(squares, -1, keepdims=True)
+    in_a = jnp.expand_dims(dead, tuple(range(-1 - n_in, -1)))
+    in_b = jnp.expand_dims(dead, tuple(range(-n_out, 0)))
+    fan_in = 1 if kind == EMBEDDING else ins
+    drawn = draw_a(key, a.shape, fan_in, "gaussian", a.dtype)
+    return jnp.where(in_a, drawn, a), jnp.where(in_b, 0, b)

@@ -73,8 +73,8 @@ class Quantized(QuantizedValue):
     book: float32 (*stack, 2^bits), a code book learned from the weight.
     order: the weight's axes in the order above; lead: how many are stack or rows.
     inner: the sizes of the blocked axes.  element: the dtype the weight has.
-    names: of the weight's axes, if it was boxed.  residual: how LoftQ came to what was
-    quantised, if that is not the weight itself.
+    names: of the weight's axes, if it was boxed.  searched: the codes are not those of
+    the weight itself but of what LoftQ came to, which only they tell.
     """
 
     base: Any = frozen(default=None)
@@ -93,7 +93,7 @@ class Quantized(QuantizedValue):
     element: str = static(default="float32")
     compute_dtype: str | None = static(default=None)
     names: tuple[Any, ...] | None = static(default=None)
-    residual: tuple[Any, ...] | None = static(default=None)
+    searched: bool = static(default=False)
 
     holds_weight: ClassVar[bool] = True
 
@@ -112,6 +112,10 @@ class Quantized(QuantizedValue):
     @property
     def compute(self) -> str | None:
         return self.compute_dtype
+
+    @property
+    def keeps_arrays(self) -> bool:
+        return self.searched
 
     @property
     def kind(self) -> Format:
