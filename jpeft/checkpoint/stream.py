@@ -51,7 +51,7 @@ def load_quantized(
 
     The result is `transform(key, params)` of the loaded parameters, bit for bit.  Above
     its own memory it needs about three times the largest weight in float32, whatever
-    the size of the model; for "dynamic8", "quantile4" and "quantile8" about nine times.
+    the size of the model.
 
     path: a safetensors file, a folder of them (or its index), or a folder that Orbax
         saved a tree in.

@@ -301,8 +301,7 @@ def _encode(unit: jax.Array, format: Format, book: Any, stack: int) -> jax.Array
         return codebooks.encode(unit, format.name)
 
     def of_matrix(x: jax.Array, b: jax.Array) -> jax.Array:
-        middle = (b[1:] + b[:-1]) * 0.5
-        return jnp.searchsorted(middle, x, side="left").astype(jnp.uint8)
+        return codebooks.place(x, (b[1:] + b[:-1]) * 0.5)
 
     for _ in range(stack):
         of_matrix = jax.vmap(of_matrix)

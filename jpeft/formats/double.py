@@ -85,6 +85,9 @@ def exact_mean(x: Float[Array, " n"]) -> Float[Array, ""]:
     that the result depends on neither the order nor the device.
     """
     n = x.shape[0]
+    # Sums of the largest numbers must not overflow.
+    big = jnp.max(jnp.abs(x)) > 2.0**64
+    x = x * jnp.where(big, np.float32(2.0**-64), np.float32(1.0))
     high = jnp.pad(x, (0, (1 << (n - 1).bit_length()) - n))
     low = jnp.zeros_like(high)
     while high.shape[0] > 1:
@@ -95,7 +98,9 @@ def exact_mean(x: Float[Array, " n"]) -> Float[Array, ""]:
         high, low = total, low[::2] + low[1::2] + error
     # Counted, since a division by a constant becomes a product with its reciprocal.
     count = jnp.sum((x >= 0) | (x < 0), dtype=jnp.float32)
-    return (high[0] + low[0]) / count
+    mean = (high[0] + low[0]) / count
+    mean = mean * jnp.where(big, np.float32(2.0**64), np.float32(1.0))
+    return jnp.minimum(mean, np.finfo(np.float32).max)
 
 
 def _in_order(x: jax.Array, axis: int, stack: int):

@@ -183,3 +183,15 @@ def test_look_up_reads_its_bits_and_no_others(bits, first):
     code = (byte >> first) & (2**bits - 1)
     got = jax.jit(lambda c: codebooks.look_up(c, list(values), first))(byte)
     np.testing.assert_array_equal(got, values[code])
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_places_in_a_table_are_those_of_a_sorted_search(bits):
+    thresholds = np.sort(np.random.default_rng(bits).normal(size=2**bits - 1))
+    thresholds = thresholds.astype(np.float32)
+    thresholds[len(thresholds) // 2 :][:2] = thresholds[len(thresholds) // 2]  # equal
+    beside = [np.nextafter(thresholds, np.float32(s)) for s in (-9, 9)]
+    x = np.concatenate([thresholds, *beside, [-np.inf, np.inf, np.nan, 0.0]])
+    found = jax.jit(codebooks.place)(x.astype(np.float32), thresholds)
+    assert found.dtype == jnp.uint8
+    np.testing.assert_array_equal(found, np.searchsorted(thresholds, x))

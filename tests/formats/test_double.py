@@ -105,3 +105,14 @@ def test_the_mean_keeps_what_float32_sums_lose():
     x = np.ones(1 << 12, np.float32)
     x[0] = 2.0**30
     assert np.asarray(jax.jit(double.exact_mean)(x)) == np.float32(2.0**18 + 1)
+
+
+def test_the_mean_of_the_largest_numbers_does_not_overflow():
+    most = np.finfo(np.float32).max
+    x = jnp.full(512, most)
+    assert double.exact_mean(x) == most
+    nested = double.quantize_scales(x[None, :, None], 1, 1)
+    np.testing.assert_array_equal(double.dequantize_scales(nested, 1, 1), most)
+    some = jnp.array([most, 1.0, most / 2])
+    want = np.asarray(some, np.float64).mean()
+    assert float(double.exact_mean(some)) == np.float32(want)

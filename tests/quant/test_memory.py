@@ -13,7 +13,8 @@ import pytest
 from speed import slow_but
 
 import jpeft
-from jpeft.quant import Quantized
+from jpeft.formats.blocks import FORMATS as NUMBERS
+from jpeft.quant import Quantized, quantize
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from _decoder import (  # noqa: E402  the scripts' own modules
@@ -184,3 +185,13 @@ def test_quantising_under_jit_gives_out_codes_and_scales(double):
     assert bits == pytest.approx(4.127 if double else 4.5, abs=0.01)
     # A float32 copy or two on the way, and no table of distances to sixteen values.
     assert memory.temp_size_in_bytes < 3 * 4 * 512 * 384
+
+
+@pytest.mark.parametrize("format", [*NUMBERS])
+def test_quantising_needs_little_more_than_the_weight(format):
+    x = jnp.zeros((512, 768))
+    double = format != "int8_asymmetric"
+    leaf = jax.jit(lambda x: quantize(x, format, double=double))
+    found = leaf.lower(x).compile().memory_analysis().temp_size_in_bytes
+    # The weight over the largest of each block, where a book is learned from it.
+    assert found <= 1.3 * x.nbytes
