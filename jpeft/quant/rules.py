@@ -294,14 +294,21 @@ def _out_of_range(
 
 def _picked(eqn: Any, leaf: Quantized, axis: int, indices: jax.Array) -> Any:
     """Matrices of a stack, by index: experts' weights stay codes."""
-    if indices.ndim > 2 or not leaf.order[0] == axis:
-        return None if indices.ndim > 2 else deferred(eqn, [leaf, indices])
-    out = leaf.along_stack(lambda x, at: _take(eqn, x, indices, at), axis)
-    if indices.ndim == 1:
+    if leaf.order[0] != axis:
+        return deferred(eqn, [leaf, indices])
+    sizes, flat = indices.shape[:-1], indices
+    if len(sizes) > 1:  # the best k experts of each token
+        flat = indices.reshape(-1, indices.shape[-1])
+    out = leaf.along_stack(lambda x, at: _take(eqn, x, flat, at), axis)
+    if not sizes:
         return out.without_stack_axis(axis)
     # The picked matrices are a stack in the place of the old one, in front.
     order = (0, *(k + (k < axis) for k in leaf.order[1:]))
-    return out.replace(order=order)
+    out = out.replace(order=order)
+    if len(sizes) == 1:
+        return out
+    split = _regrouped(out, (*sizes, *out.shape[1:]))
+    return deferred(eqn, [leaf, indices]) if split is None else split
 
 
 # --- moved ---------------------------------------------------------------------------

@@ -352,6 +352,12 @@ case(
     [n(4, 8, 6)],
     [n(5, 8), jnp.array([0, 1, 3, 3, 2])],
 )
+case(
+    "w[the best two experts]",
+    lambda w, x, i: jnp.einsum("bkd,bkdf->bkf", x, w[i]),
+    [n(4, 8, 6)],
+    [n(5, 2, 8), jnp.array([[0, 1], [3, 2], [3, 3], [1, 0], [2, 3]])],
+)
 for axes in ("oio", "sio"):
     case(
         f"w[expert_ids] labelled {axes}",

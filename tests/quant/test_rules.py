@@ -147,6 +147,16 @@ def test_groups_of_a_ragged_product_whose_sizes_are_data(program):
     check(program, c, "nf4")
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shape", [(5, 2), (5, 1), (1, 2), (5, 2, 3)])
+def test_the_experts_picked_for_each_token_stay_codes(shape, format):
+    """Several ids a token, as in a choice of the best k."""
+    ids = jax.random.randint(jax.random.key(2), shape, 0, 6)
+    fn = lambda p, x, i: jnp.einsum("...d,...df->...f", x, p["w"][i])
+    c = idioms.Case(fn, {"w": idioms.n(6, 70, 7)}, (idioms.n(*shape, 70, k=1), ids))
+    check("experts", c, format)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "program"),
