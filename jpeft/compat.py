@@ -111,6 +111,34 @@ def varying_axes(x: Any) -> list[str]:
     return sorted(kind.varying if kind is not None else getattr(aval, "vma"))  # noqa: B009
 
 
+def varying_alike(tree: Any) -> Any:
+    """A tree whose arrays all vary along the axes that some of them vary along."""
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    axes = sorted({a for x in arrays for a in varying_axes(x)})
+    if not axes:
+        return tree
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, jax.Array):
+            return x
+        has = varying_axes(x)
+        more = tuple(a for a in axes if a not in has)
+        return jax.lax.pcast(x, more, to="varying") if more else x
+
+    return jax.tree.map(one, tree)
+
+
+def abstract(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+    """An array's type, varying along the manual mesh axes that `like` varies along."""
+    if not varying_axes(like):
+        return jax.ShapeDtypeStruct(shape, dtype)
+    aval = jax.typeof(like)
+    place = jax.sharding.NamedSharding(aval.sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.ShapeDtypeStruct(
+        shape, dtype, sharding=place, manual_axis_type=aval.manual_axis_type
+    )
+
+
 def is_key_array(x: Any) -> bool:
     dtype = getattr(x, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)

@@ -183,17 +183,24 @@ def stand_in(x: Any) -> Any:
         same = tuple(base.shape) == x.shape and base.dtype == x.dtype
         if same and not is_leaf(base):
             return stand_in(base)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+        arrays = [a for a in jax.tree.leaves(x) if isinstance(a, jax.Array)]
+        if not arrays:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return compat.abstract(x.shape, x.dtype, arrays[0])
     return jax.typeof(x)
 
 
 def with_path(leaf: AdaptedLeaf, name: str) -> AdaptedLeaf:
-    """The leaf out of its boxes, knowing its path for messages and keys."""
+    """The leaf out of its boxes, knowing its path for messages and keys.
+
+    In `shard_map` its arrays vary along the same axes, as the one array does whose
+    place it takes.
+    """
 
     def down(x: Any) -> Any:
         return x.replace(path=Path(name), base=down(x.base)) if is_leaf(x) else unbox(x)
 
-    return down(unboxed(leaf))
+    return compat.varying_alike(down(unboxed(leaf)))
 
 
 def argument_path(keys: Any) -> str:

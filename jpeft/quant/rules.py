@@ -26,6 +26,7 @@ from jpeft.adapt.labels import axis_groups
 from jpeft.formats import blocks
 from jpeft.formats.blocks import TENSOR, Blocks
 from jpeft.formats.double import NESTED_BLOCK, dequantize_codes
+from jpeft.formats.packing import GROUP
 from jpeft.leaf import array_fields, is_leaf, whole_shards
 from jpeft.quant.deferred import deferred
 from jpeft.quant.leaf import Quantized, QuantizedValue
@@ -450,6 +451,45 @@ def _transpose(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     perm = eqn.params["permutation"]
     leaf = ins[0]
     return leaf.replace(order=tuple(perm.index(k) for k in leaf.order))
+
+
+@rule("all_gather", kind=Quantized)
+def _all_gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """A weight put together from its shards: codes and scales are sent."""
+    p, leaf = eqn.params, ins[0]
+    axis = p["all_gather_dimension"]
+    if not p["tiled"] or len(ins) != 1:
+        return None
+    whole = lambda x, at: lax.all_gather(
+        x,
+        p["axis_name"],
+        axis_index_groups=p["axis_index_groups"],
+        axis=at,
+        tiled=True,
+    )
+    if leaf.is_stack(axis):
+        return leaf.along_stack(whole, axis)
+    at, after = leaf.order.index(axis), leaf.lead + len(leaf.inner)
+    inner = leaf.inner
+    if leaf.lead <= at < after:
+        # As `for_shards` cuts them: between whole blocks.
+        if at > leaf.lead or not isinstance(leaf.block_size, int):
+            return None
+        if leaf.length % math.lcm(GROUP if leaf.kind.packed else 1, leaf.block_size):
+            return None
+        inner = (inner[0] * p["axis_size"], *inner[1:])
+    place = at if at < after else at - len(leaf.inner) + 1
+    leaf = leaf.with_plain_scales()
+    arrays = array_fields(leaf)
+    of_all = {"scales", "zeros", "book"} if leaf.block_size == TENSOR else {"book"}
+    of_all &= set(arrays)
+    names = p["axis_name"]
+    names = set(names if isinstance(names, tuple) else (names,))
+    varying = lambda n: names & set(compat.varying_axes(arrays[n]))
+    if of_all and (not varying("codes") or any(map(varying, of_all))):
+        return None  # a scale or a book of each shard's own, for all that is known
+    sent = {n: whole(x, place) for n, x in arrays.items() if n not in of_all}
+    return leaf.replace(**sent, inner=inner)
 
 
 # What is done to a weight before it is used, one equation after the other.

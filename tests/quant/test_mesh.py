@@ -561,10 +561,16 @@ class _Nameless:
         self.devices_indices_map = sharding.devices_indices_map
 
 
-@pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_a_step_inside_shard_map_with_its_checks(format):
-    """JAX itself says there that a weight varies with the activation (`pvary`)."""
-    layers = jpeft.chain(jpeft.quantize(format, compute_dtype=None), jpeft.lora(rank=3))
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("format", [None, "nf4", "int8", "quantile4"])
+def test_a_step_inside_shard_map_with_its_checks(format, own):
+    """JAX itself says there that a weight varies with the activation (`pvary`).
+
+    own: each device takes the gradient of its own examples, and they are averaged.
+    """
+    layers = jpeft.lora(rank=3)
+    if format is not None:
+        layers = jpeft.chain(jpeft.quantize(format, compute_dtype=None), layers)
     w = jax.random.normal(jax.random.key(0), (64, 5))
     params = layers(jax.random.key(1), {"kernel": w})
     trainable, frozen = jpeft.partition(params)
@@ -572,9 +578,15 @@ def test_a_step_inside_shard_map_with_its_checks(format):
     apply = jpeft.adapt(lambda p, x: x @ p["kernel"])
     loss = lambda t, f, x: jnp.mean(apply(jpeft.combine(t, f), x) ** 2)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-    shared = lambda t, f, x: jax.lax.pmean(loss(t, f, x), "data")
+    mean = lambda x: jax.lax.pmean(x, "data")
+    step = jax.value_and_grad(lambda t, f, x: mean(loss(t, f, x)))
+
+    def apart(t, f, x):
+        t = jax.tree.map(lambda a: jax.lax.pcast(a, "data", to="varying"), t)
+        return mean(jax.value_and_grad(loss)(t, f, x))
+
     step = jax.shard_map(
-        jax.value_and_grad(shared),
+        apart if own else step,
         mesh=mesh,
         in_specs=(P(), P(), P("data")),
         out_specs=P(),
@@ -583,3 +595,61 @@ def test_a_step_inside_shard_map_with_its_checks(format):
     want = jax.value_and_grad(loss)(trainable, frozen, x)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+# Where the weight is cut; blocks run down its rows.
+GATHERED = [
+    *itertools.product(["nf4", "int8", "int4_asymmetric", "quantile4"], [0, 1], [64]),
+    *itertools.product(["nf4", "int8"], [1], ["channel", "tensor"]),
+]
+
+
+@pytest.mark.parametrize(("format", "axis", "block_size"), GATHERED)
+def test_a_weight_gathered_for_its_use_is_sent_as_codes(format, axis, block_size):
+    """Fully sharded data parallelism, written by hand."""
+    layers = jpeft.chain(
+        jpeft.quantize(format, block_size=block_size, compute_dtype=None),
+        jpeft.lora(rank=3),
+    )
+    base = {"kernel": jax.random.normal(jax.random.key(0), (512, 8))}
+    params = layers(jax.random.key(1), base)
+    noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape)
+    trainable, frozen = jpeft.partition(params)
+    trainable = jax.tree.map(noise, trainable)
+    x = jax.random.normal(jax.random.key(2), (8, 512))
+    on = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    plain = lambda p, x: jnp.tanh(x @ p["kernel"])
+
+    def cut(p, x):
+        gather = lambda w: jax.lax.all_gather(w, "data", axis=axis, tiled=True)
+        return jax.shard_map(
+            lambda w, x: plain({"kernel": gather(w)}, x),
+            mesh=on,
+            in_specs=(P(*[None] * axis, "data"), P("data")),
+            out_specs=P("data"),
+        )(p["kernel"], x)
+
+    def gradient(fn):
+        loss = lambda t, x: jnp.mean(jpeft.adapt(fn)(jpeft.combine(t, frozen), x) ** 2)
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))
+
+    assert off(gradient(cut)(trainable, x), gradient(plain)(trainable, x)) < 1e-5
+    sent = collectives(gradient(cut), trainable, x)
+    assert {d for d, shape in sent if math.prod(shape) >= 512 * 8 // 2} <= {"u8", "s8"}
+    assert any(d in ("u8", "s8") for d, _ in sent)
+
+
+def test_shards_with_a_scale_of_their_own_are_not_put_together():
+    on = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+    def f(w, x):
+        params = jpeft.quantize("int8", block_size="tensor")(
+            jax.random.key(0), {"kernel": w}
+        )
+        gather = lambda w: jax.lax.all_gather(w, "data", axis=1, tiled=True)
+        return jpeft.adapt(lambda p, x: x @ gather(p["kernel"]))(params, x)
+
+    w, x = jnp.ones((64, 8)), jnp.ones((8, 64))
+    specs = (P(None, "data"), P("data"))
+    with pytest.raises(jpeft.DensifyError, match="kernel"):
+        jax.shard_map(f, mesh=on, in_specs=specs, out_specs=P("data"))(w, x)
