@@ -539,7 +539,7 @@ def _verdict(
     if not uses:
         return dataclasses.replace(made, kind=UNUSED)
     eaten = [u for u in uses if u.primitive in CONSUMERS and u.roles]
-    fit = [u for u in eaten if not u.blurred and _is_matrix(u.roles, shape)]
+    fit = [u for u in eaten if not u.blurred and _is_matrix(u.roles, shape, name)]
     if not fit:
         changed = [u for u in eaten if u.primitive != "gather" and _wide(u, shape)]
         if changed:
@@ -580,12 +580,16 @@ def _verdict(
     )
 
 
-def _is_matrix(roles: str, shape: tuple[int, ...]) -> bool:
-    """An input and an output axis, both wider than 1; class tokens and probes, which
-    are contracted too, are not matrices."""
+def _is_matrix(roles: str, shape: tuple[int, ...], name: LeafUse) -> bool:
+    """An input and an output axis, both wider than 1.
+
+    Class tokens and probes, which are contracted too, are not matrices; a kernel by its
+    name is one, if the layer has but one output (a reward) or input.
+    """
     if set(roles) & {"?", "x"}:
         return False
-    wide = {c for c, n in zip(roles, shape, strict=True) if n > 1}
+    named = name.kind in (LINEAR, CONV)
+    wide = {c for c, n in zip(roles, shape, strict=True) if n > 1 or named}
     return {"i", "o"} <= wide
 
 

@@ -159,6 +159,15 @@ def _nothing(
         )
     start = f"{method}: where={item!r} matches nothing. "
     if item in PRESETS:
+        if not candidates:
+            return start + (
+                f"{method} can act on no array of this tree; it has {[*others][:5]}"
+            )
+        if any(use.uses for use in candidates.values()):
+            return start + (
+                "By how the model uses them, no weight of this tree is one; write a "
+                f"pattern, such as {suggest(list(candidates), item)}"
+            )
         return start + (
             "By name no weight of this tree is one; pass "
             "uses=jpeft.find_uses(fn, params, *args), or a pattern such as "
@@ -166,11 +175,14 @@ def _nothing(
         )
     unfit = [p for p in others if _full(item, p)]
     if unfit:
-        return start + (
-            f"It matches {unfit[:3]}, which {method} cannot act on (a weight with an "
-            "input and an output axis is needed)"
+        need = (
+            " (a weight with an input and an output axis is needed)"
             if method not in ("full", "bitfit", "norm_tuning")
-            else f"It matches {unfit[:3]}, which {method} cannot act on"
+            else ""
+        )
+        return (
+            f"{method}: where={item!r} matches only {unfit[:3]}, which {method} cannot "
+            f"act on{need}"
         )
     part = [p for p in candidates if re.search(item, p)]
     if part:
@@ -178,4 +190,4 @@ def _nothing(
             f"A pattern must match the whole path: write {'.*' + item + '.*'!r} for "
             f"{part[:3]}"
         )
-    return start + f"Nearest paths: {suggest(list(candidates), item)}"
+    return start + f"Nearest paths: {suggest([*candidates, *others], item)}"

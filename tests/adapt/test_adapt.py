@@ -10,6 +10,8 @@ from flax import linen as nn
 from jax import lax
 
 import jpeft
+from jpeft.leaf import is_leaf
+from jpeft.tree.paths import slots
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (4, 7))
@@ -313,6 +315,32 @@ def test_no_linear_weight_is_passed_over_in_silence(name):
         return
     want = fn(jpeft.merge(active(params)), X)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_with_one_output_or_one_input_is_a_layer():
+    """A reward head, an embedding of time: as by name, so by use."""
+
+    class Reward(nn.Module):
+        @nn.compact
+        def __call__(self, x, time):
+            x = jnp.tanh(nn.Dense(5)(x) + nn.Dense(5)(time))
+            probe = self.param("probe", nn.initializers.ones, (1, 5))
+            return nn.Dense(1)(x) + x @ probe.T
+
+    args = X, jnp.ones((X.shape[0], 1))
+    params = Reward().init(KEY, *args)["params"]
+    fn = lambda p, *args: Reward().apply({"params": p}, *args)
+    uses = jpeft.find_uses(fn, params, *args)
+    kinds = {p: (u.kind, u.axes) for p, u in uses.items() if not p.endswith("bias")}
+    heads = {f"Dense_{k}/kernel": ("linear", "io") for k in range(3)}
+    assert kinds == {**heads, "probe": ("other", None)}
+    with pytest.raises(ValueError, match=r"Dense_1/kernel: rank 2 .* matrix 1 x 5"):
+        jpeft.lora(rank=2)(KEY, params, uses=uses)
+    one = jpeft.lora(rank=2, rank_pattern={"Dense_[12].*": 1})
+    adapted = active(one(KEY, params, uses=uses))
+    assert [p for p, x in slots(adapted).items() if is_leaf(x)] == [*heads]
+    got = jpeft.adapt(fn)(adapted, *args)
+    np.testing.assert_allclose(got, fn(jpeft.merge(adapted), *args), rtol=1e-5)
 
 
 def test_tokens_beside_the_text_are_no_weights():

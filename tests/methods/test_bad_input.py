@@ -58,6 +58,25 @@ def test_a_preset_that_matches_nothing_names_find_uses():
     )
 
 
+def test_where_nothing_can_be_adapted_the_message_says_what_there_is():
+    message = "lora can act on no array of this tree; it has ['norm/scale']"
+    norm = {"norm": {"scale": jnp.ones(5)}}
+    raises(message, lambda: jpeft.lora(rank=2)(KEY, norm))
+    raises(
+        "Nearest paths: ['norm/scale']",
+        lambda: jpeft.lora(rank=2, where="a")(KEY, norm),
+    )
+
+
+def test_a_preset_that_no_use_fits_does_not_ask_for_uses_again():
+    base = {"table": jnp.ones((7, 5))}
+    uses = jpeft.find_uses(lambda p, x: x @ p["table"], base, jnp.ones((3, 7)))
+    raises(
+        ["By how the model uses them", "['table']"],
+        lambda: jpeft.lora(rank=2, where="attention")(KEY, base, uses=uses),
+    )
+
+
 def test_every_item_of_a_list_must_match():
     raises(
         "where='.*value.*' matches nothing",
@@ -67,7 +86,7 @@ def test_every_item_of_a_list_must_match():
 
 def test_a_pattern_of_what_cannot_be_adapted_says_so():
     raises(
-        ["It matches ['layers/0/query/bias']", "cannot act on"],
+        ["matches only ['layers/0/query/bias']", "cannot act on"],
         lambda: jpeft.lora(rank=2, where=".*/bias")(KEY, tree()),
     )
 
