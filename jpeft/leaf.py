@@ -18,6 +18,7 @@ Laws, checked by the tests for every kind of leaf:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
@@ -78,7 +79,13 @@ KINDS: dict[str, type[AdaptedLeaf]] = {}
     field_specifiers=(trainable, frozen, static, transient),
 )
 def adapted_leaf(cls: type[T]) -> type[T]:
-    """Makes `cls` a frozen dataclass and a pytree node, and enters it in `KINDS`."""
+    """Makes `cls` a frozen dataclass and a pytree node, and enters it in `KINDS`.
+
+    Its `materialize` need not know of boxes (`nnx.Param`, `nn.Partitioned`): it is
+    called without them.
+    """
+    if "materialize" in vars(cls):
+        cls.materialize = _out_of_boxes(cls.materialize)  # type: ignore[attr-defined]
     cls = dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)(cls)
     roles = {f.name: f.metadata["role"] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     jax.tree_util.register_dataclass(
@@ -88,6 +95,14 @@ def adapted_leaf(cls: type[T]) -> type[T]:
     )
     KINDS[cls.__name__] = cls  # type: ignore[assignment]
     return cls
+
+
+def _out_of_boxes(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    @functools.wraps(f)
+    def materialize(self: AdaptedLeaf, dtype: Any = None) -> jax.Array:
+        return f(unboxed(self), dtype)
+
+    return materialize
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)

@@ -9,7 +9,8 @@
 A *block* is what shares a scale; a *tile* is what one step of a kernel works on.  The
 platform is chosen here and nowhere else, when a program is compiled
 (`jax.lax.platform_dependent`): Pallas for TPU and NVIDIA GPUs, plain JAX for the rest.
-`_plain` is the meaning of all of them.
+`_plain` is the meaning of all of them, and what `jax.export` gets where a size is a
+symbol: a kernel's tiles are chosen by numbers.
 
 `matmul` differentiates with respect to x only, and what it keeps for that is the codes
 and scales.
@@ -147,6 +148,8 @@ def _everywhere(name: str) -> Callable[..., Any]:
     def run(*arrays: jax.Array, **static: Any) -> Any:
         split = functools.partial(_SPLIT[name], **static)
         plain = functools.partial(getattr(_plain, name), **static)
+        if any(not isinstance(n, int) for x in arrays for n in x.shape):
+            return split(plain, arrays)  # exported with a symbolic size
         from jpeft.kernels import _gpu, _tpu  # Pallas takes a second to import
 
         def of(backend: Any) -> Callable[..., Any]:

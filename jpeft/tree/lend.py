@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jpeft.leaf import AdaptedLeaf, is_leaf, layers, named
+from jpeft.leaf import AdaptedLeaf, is_leaf, layers, named, unboxed
 from jpeft.tree.paths import Slots
 
 
@@ -19,7 +19,7 @@ def resolve(values: Sequence[Any]) -> list[Any]:
     lent: dict[str, dict[str, Any]] = {}
     for x in values:
         for leaf in layers(x):
-            given = leaf.lends()
+            given = unboxed(leaf).lends()
             if given is not None:
                 lent.setdefault(leaf.origin, {}).update(given)
     if not lent:

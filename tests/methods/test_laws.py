@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from forms import FORMS
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -20,6 +21,7 @@ from text_forms import TEXT_FORMS, WORD_FORMS, N
 
 import jpeft
 from jpeft.leaf import innermost, is_leaf
+from jpeft.tree.lend import resolve
 from jpeft.tree.paths import slots
 
 
@@ -71,6 +73,11 @@ METHODS = {
             jpeft.lora(rank=2, alpha=3),
         ),
         quantizes=True,
+    ),
+    "loftq": Method(
+        lambda: jpeft.loftq(rank=2, alpha=3, compute_dtype=None),
+        quantizes=True,
+        kept=False,
     ),
     "lora_on_lora": Method(
         lambda: jpeft.chain(jpeft.lora(rank=2, alpha=3), jpeft.lora(rank=1, alpha=1))
@@ -223,6 +230,10 @@ def base_of(method, name):
     t = METHODS[method].make()
     if not METHODS[method].quantizes:
         return form(name).params
+    if method == "loftq":
+        base = t.quantizer()(KEY, form(name).params, uses=uses(name))
+        named = lambda x: x.replace(origin=t.origin()) if is_leaf(x) else x
+        return jax.tree.map(named, base, is_leaf=is_leaf)
     first = t.transforms[0]
     return first(jax.random.fold_in(KEY, 0), form(name).params, uses=uses(name))
 
@@ -267,6 +278,23 @@ def test_merged_equals_unmerged(method, name):
     np.testing.assert_allclose(
         got, jax.jit(f.fn)(merged, *f.args), rtol=2e-5, atol=2e-5
     )
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].merges])
+def test_a_boxed_leaf_has_the_value_of_a_plain_one(method):
+    name = METHODS[method].forms + "unrolled"
+    box = lambda x: nn.Partitioned(x, (None,) * x.ndim)
+    boxed = METHODS[method].make()(
+        KEY, jax.tree.map(box, form(name).params), uses=uses(name)
+    )
+    merged = slots(jpeft.merge(attached(method, name)))
+    found = dict(zip(slots(boxed).paths, resolve(slots(boxed).values), strict=True))
+    leaves = {p: x for p, x in found.items() if is_leaf(x)}
+    assert leaves
+    for path, leaf in leaves.items():
+        value = leaf.materialize()
+        assert isinstance(value, jax.Array)
+        np.testing.assert_allclose(value, dict(merged.items())[path], rtol=1e-6)
 
 
 @in_linen

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax import export
 
 import jpeft
 from jpeft.formats.blocks import FORMATS
@@ -133,3 +134,27 @@ print(step._cache_size())
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1"]
+
+
+@pytest.mark.parametrize("format", ["nf4", "quantile4", "int4_asymmetric", "int8"])
+@pytest.mark.parametrize("platforms", [None, ("tpu",), ("cpu", "cuda")])
+def test_a_program_is_exported_for_any_number_of_tokens(format, platforms):
+    layers = jpeft.chain(jpeft.quantize(format, compute_dtype=None), jpeft.lora(rank=3))
+    base = {"kernel": jax.random.normal(jax.random.key(0), (96, 7))}
+    trainable, frozen = jpeft.partition(layers(jax.random.key(1), base))
+    apply = jpeft.adapt(lambda p, x: x @ p["kernel"])
+    loss = lambda t, x: jnp.mean(apply(jpeft.combine(t, frozen), x) ** 2)
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    tokens = export.symbolic_shape("b, 4, 96")
+    x = jax.ShapeDtypeStruct(tokens, jnp.float32)
+    made = export.export(step, platforms=platforms)(trainable, x)
+    if platforms == ("tpu",):
+        return  # it cannot be run here
+    for many in (1, 5):
+        x = jax.random.normal(jax.random.key(many), (many, 4, 96))
+        for a, b in zip(
+            jax.tree.leaves(made.call(trainable, x)),
+            jax.tree.leaves(step(trainable, x)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
