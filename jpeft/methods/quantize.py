@@ -82,7 +82,7 @@ class Quantize(LeafMethod):
 
 
 def check_plain(path: str, slot: Any) -> None:
-    """Raises if a weight is quantised or carries an adapter."""
+    """Raises if a weight is quantised, carries an adapter or has no elements."""
     for leaf in layers(slot):
         if leaf.holds_weight:
             raise ValueError(
@@ -95,6 +95,12 @@ def check_plain(path: str, slot: Any) -> None:
             "weight as it is; quantise first and adapt then, "
             "jpeft.chain(jpeft.quantize(...), jpeft.lora(...)), or merge it first, "
             "jpeft.merge(params)"
+        )
+    shape = jnp.shape(weight(slot))
+    if 0 in shape:
+        raise ValueError(
+            f"{path}: a weight of shape {shape} has nothing to quantise; "
+            f"exclude={path!r}"
         )
 
 
@@ -124,11 +130,12 @@ def quantize(
         None means the activation's own dtype.  Results keep the dtype the model asks.
 
     The leaf keeps the weight's shape and dtype and does not train.  4-bit codes are
-    stored in whole groups of 64 along the input axes, filled up with zeros.
+    stored in whole groups of 64 along the input axes, filled up with zeros.  Gradients
+    flow through it in reverse mode (`jax.grad`, `jax.vjp`); `jax.jvp` is refused by JAX.
 
     Raises ValueError for an unknown format, a block size that is none of these, a
     weight that is quantised or carries an adapter already, whose axes are in doubt,
-    that is not floating, or holds NaN or infinity.
+    that is not floating, has no elements, or holds NaN or infinity.
 
     >>> import jax, jax.numpy as jnp, jpeft
     >>> params = {"dense": {"kernel": jnp.ones((64, 128))}}

@@ -96,6 +96,10 @@ TREES = {
         ["up/kernel: quantize needs a real floating-point weight", "int8", "exclude="],
     ),
     "complex": (lambda: nf4(tree("complex64")), ["up/kernel", "complex64"]),
+    "no elements": (
+        lambda: nf4(tree(gone={"kernel": jnp.ones((0, 5))})),
+        ["gone/kernel: a weight of shape (0, 5) has nothing", "exclude='gone/kernel'"],
+    ),
     "NaN": (
         lambda: nf4(spoilt(jnp.nan)),
         ["up/kernel: the base holds NaN or infinity", "how the weights were loaded"],
