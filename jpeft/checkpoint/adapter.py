@@ -401,7 +401,7 @@ def _kept_base(
     """The quantised base that was saved, in place of the weight in a slot."""
     static = {n: freeze_value(x) for n, x in layer["static"].items()}
     leaf, w = Quantized(**arrays, **static), jnp.asarray(weight(slot), jnp.float32)
-    norm = lambda x: float(jnp.linalg.norm(x.reshape(-1)))
+    norm = lambda x: float(jnp.sum(jnp.square(x)))
     if content and not norm(leaf.materialize(jnp.float32) - w) <= norm(w):
         raise CheckpointError(
             f"{folder}: trained on another base: {path} is farther from the quantised "
@@ -493,7 +493,7 @@ def check_shapes(path: str, leaf: AdaptedLeaf, shape: tuple[int, ...]) -> None:
 
 def _sharding_beside(layer: Mapping[str, Any], base: Any) -> dict[str, Sharding]:
     sharding = getattr(base, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
+    if not isinstance(sharding, NamedSharding) or not layer["arrays"]:
         return {}
     kind = _kind("", layer)
     shapes: dict[str, Any] = {

@@ -317,7 +317,9 @@ def _linear_with_zero(
     low = jnp.minimum(view.reduce(jnp.min, blocks), 0.0)
     high = jnp.maximum(view.reduce(jnp.max, blocks), 0.0)
     # Times the inverse: XLA divides by a constant so in some programs, not in others.
-    step = (high - low) * np.float32(1.0 / top)
+    # The maximum changes nothing but that it cannot be fused with what is subtracted
+    # from the step when that is quantised in turn: the last bit would depend on it.
+    step = jnp.maximum((high - low) * np.float32(1.0 / top), 0.0)
     inverse = jnp.where(step > 0, 1.0 / jnp.where(step > 0, step, 1.0), 0.0)
     zero = jnp.clip(jnp.round(-low * inverse), 0.0, top)
     codes = jnp.clip(jnp.round(blocks * inverse) + zero, 0.0, top)
