@@ -128,10 +128,13 @@ def varying_alike(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def abstract(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
-    """An array's type, varying along the manual mesh axes that `like` varies along."""
+def abstract(shape: tuple[int, ...], dtype: Any, like: Any, place: Any) -> Any:
+    """An array's type, varying along the manual mesh axes that `like` varies along.
+
+    place: its sharding, where that is part of its type.
+    """
     if not varying_axes(like):
-        return jax.ShapeDtypeStruct(shape, dtype)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
     aval = jax.typeof(like)
     place = jax.sharding.NamedSharding(aval.sharding.mesh, jax.sharding.PartitionSpec())
     return jax.ShapeDtypeStruct(

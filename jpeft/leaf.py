@@ -199,6 +199,12 @@ class AdaptedLeaf:
         arrays, so that a checkpoint must."""
         return False
 
+    @property
+    def typed_sharding(self) -> Any:
+        """Of a leaf that holds the weight: where the weight would be, if that is part
+        of its arrays' types (on an explicit mesh); else None."""
+        return None
+
     def with_value(self, x: jax.Array) -> Self:
         """Of a leaf that holds the weight: the same leaf holding another value."""
         raise NotImplementedError

@@ -186,7 +186,8 @@ def stand_in(x: Any) -> Any:
         arrays = [a for a in jax.tree.leaves(x) if isinstance(a, jax.Array)]
         if not arrays:
             return jax.ShapeDtypeStruct(x.shape, x.dtype)
-        return compat.abstract(x.shape, x.dtype, arrays[0])
+        place = base.typed_sharding if is_leaf(base) else None
+        return compat.abstract(x.shape, x.dtype, arrays[0], place)
     return jax.typeof(x)
 
 

@@ -54,8 +54,19 @@ def _odd(index: UInt32[Array, "..."], seed: int) -> UInt32[Array, "..."]:
 
 
 def digests(arrays: Mapping[str, Any]) -> dict[str, str]:
-    """{name: 16 hexadecimal digits}."""
-    found = jax.device_get({n: digest(jnp.asarray(x)) for n, x in arrays.items()})
+    """{name: 16 hexadecimal digits}.
+
+    Arrays in the host's memory (`optim.offload`) are fetched one after the other.
+    """
+    found: dict[str, Any] = {}
+    for n, x in arrays.items():
+        x = jnp.asarray(x)
+        if jax.typeof(x).memory_space == jax.memory.Space.Host:
+            here = digest(jax.device_put(x, jax.memory.Space.Device))
+            found[n] = jax.block_until_ready(here)
+        else:
+            found[n] = digest(x)
+    found = jax.device_get(found)
     return {
         n: "".join(f"{int(w):08x}" for w in np.asarray(d)) for n, d in found.items()
     }

@@ -131,7 +131,7 @@ def quantize(
 
     The leaf keeps the weight's shape and dtype and does not train.  4-bit codes are
     stored in whole groups of 64 along the input axes, filled up with zeros.  Gradients
-    flow through it in reverse mode (`jax.grad`, `jax.vjp`); `jax.jvp` is refused by JAX.
+    flow through it in reverse mode (`jax.grad`, `jax.vjp`); JAX refuses `jax.jvp`.
 
     Raises ValueError for an unknown format, a block size that is none of these, a
     weight that is quantised or carries an adapter already, whose axes are in doubt,

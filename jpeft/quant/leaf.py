@@ -149,6 +149,16 @@ class Quantized(QuantizedValue):
         named = PartitionSpec(*(at.get(k) for k in range(self.ndim)))
         return NamedSharding(found.mesh, named)
 
+    @property
+    def typed_sharding(self) -> Any:
+        place = compat.typed_sharding(unbox(self.codes))
+        if place is None:
+            return None
+        names = dict(zip(self._axes_of_codes(), place.spec, strict=True))
+        spec = PartitionSpec(*map(names.get, range(self.ndim)))
+        spec = whole_shards(spec, self.shape, place.mesh)
+        return NamedSharding(place.mesh, spec)
+
     def _axes_of_codes(self) -> tuple[int, ...]:
         """The weight's axis behind each axis of the codes; K stands for its first."""
         after = self.lead + len(self.inner)
@@ -179,11 +189,20 @@ class Quantized(QuantizedValue):
     # -- its values -------------------------------------------------------------------
 
     def plain_scales(self) -> jax.Array:
-        """The scales in float32."""
+        """The scales in float32.
+
+        Where shardings are part of types, that of the codes they come from: JAX could
+        not tell, since groups of them run across the matrix.
+        """
         if self.nested is None:
             return self.scales
-        nested = double.Nested(self.scales, self.nested, self.offset)
-        return double.dequantize_scales(nested, self.lead, self.stack)
+        of = lambda *a: double.dequantize_scales(
+            double.Nested(*a), self.lead, self.stack
+        )
+        types = compat.typed_sharding(self.scales)
+        if types is not None:
+            of = jax.sharding.auto_axes(of, out_sharding=types)
+        return of(self.scales, self.nested, self.offset)
 
     def with_plain_scales(self) -> Self:
         """The same weight with scales that are not quantised themselves."""
@@ -196,17 +215,13 @@ class Quantized(QuantizedValue):
 
     def value(self, dtype: Any) -> jax.Array:
         """The whole weight: products in float32, rounded once."""
-        place = compat.typed_sharding(self.codes)
+        place = self.typed_sharding
         if place is None:
             return self._value(dtype)
         # As for `quantize_array`.
-        names = dict(zip(self._axes_of_codes(), place.spec, strict=True))
-        spec = PartitionSpec(*map(names.get, range(self.ndim)))
-        spec = whole_shards(spec, self.shape, place.mesh)
         arrays = array_fields(self)
         run: Any = jax.sharding.auto_axes(
-            lambda arrays: self.replace(**arrays)._value(dtype),
-            out_sharding=NamedSharding(place.mesh, spec),
+            lambda arrays: self.replace(**arrays)._value(dtype), out_sharding=place
         )
         return run(arrays)
 

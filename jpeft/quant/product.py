@@ -136,7 +136,7 @@ def _whereabouts(leaf: Quantized) -> contextlib.AbstractContextManager[None]:
 
 def _matrices(leaf: Quantized) -> Blocks:
     """The arrays with two axes each, and one before them for the stack."""
-    q = leaf.replace(scales=_plain_scales(leaf), nested=None).blocks()
+    q = leaf.with_plain_scales().blocks()
     q = blocks.filled(q, leaf.kind, leaf.block_size, leaf.lead)
     stack = (-1,) if leaf.stack else ()
     k = leaf.lead
@@ -151,18 +151,6 @@ def _matrices(leaf: Quantized) -> Blocks:
 
     book = None if q.book is None else q.book.reshape(*stack, q.book.shape[-1])
     return Blocks(flat(q.codes), flat(q.scales), flat(q.zeros), book)  # type: ignore[arg-type]
-
-
-def _plain_scales(leaf: Quantized) -> jax.Array:
-    """Where shardings are part of types, that of the scales is their codes': JAX could
-    not tell, since groups of them run across the matrix."""
-    types = compat.typed_sharding(leaf.scales)
-    if leaf.nested is None or types is None:
-        return leaf.plain_scales()
-    names = ("scales", "nested", "offset")
-    of = lambda *a: leaf.replace(**dict(zip(names, a, strict=True))).plain_scales()
-    run: Any = jax.sharding.auto_axes(of, out_sharding=types)
-    return run(leaf.scales, leaf.nested, leaf.offset)
 
 
 def _one(

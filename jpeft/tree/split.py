@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpeft.boxes import same_box, unbox
 from jpeft.compat import Tracer
@@ -280,7 +281,8 @@ def select(params: PyTree, ids: Any) -> PyTree:
             "jpeft.prefix(length, tasks=n)"
         )
     if not isinstance(ids, Tracer) and ids.size:
-        low, high = int(ids.min()), int(ids.max())
+        known = np.asarray(ids)  # under jit a number of `ids` would be traced
+        low, high = int(known.min()), int(known.max())
         if low < 0 or high >= min(held):
             raise ValueError(
                 f"select: ids from {low} to {high}, but there are {min(held)} "

@@ -239,3 +239,46 @@ def test_a_run_is_restored_whole(tmp_path):
     (tmp_path / "run" / "00000010" / "state" / "manifest.ocdbt").unlink()
     refused(["cannot be read"], lambda: manager.restore(base(), fresh))
     manager.restore(base(), fresh, step=2)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("format", ["nf4", "int4_asymmetric"])
+def test_a_quantised_base_is_found_again_on_and_off_a_mesh(format, kind, tmp_path):
+    """Its codes and scales have the same bits wherever they were made."""
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    types = (getattr(AxisType, kind),)
+    mesh = jax.make_mesh((4,), ("x",), types, devices=jax.devices()[:4])
+    place = NamedSharding(mesh, PartitionSpec(None, "x"))
+    plain = {"kernel": 0.2 * jax.random.normal(jax.random.key(1), (1024, 768))}
+    spread = jax.device_put(plain, place)
+    t = jpeft.chain(jpeft.quantize(format), jpeft.lora(rank=2))
+    made = {"plain": t(KEY, plain), "spread": t(KEY, spread)}
+    for name, params in made.items():
+        jpeft.save(tmp_path / name, params, t)
+        for base in (plain, spread, jpeft.unload(made["spread"])):
+            again = jpeft.load(tmp_path / name, base)
+            assert jax.tree.structure(again) == jax.tree.structure(params)
+            for a, b in zip(*map(jax.tree.leaves, (again, params)), strict=True):
+                np.testing.assert_array_equal(a, b)
+    codes = again["kernel"].base.codes
+    assert codes.sharding.spec == place.spec
+
+
+def test_optimiser_state_on_the_host_is_saved_and_comes_back_there(tmp_path):
+    t = peft()
+    params = t(KEY, base())
+    trainable, _ = jpeft.partition(params)
+    tx = jpeft.optim.offload(optax.adam(1e-3), min_size=1)
+    state = jax.tree.map(lambda x: x + 1, tx.init(trainable))
+    state = jax.tree.map(
+        lambda x, like: jax.device_put(x, like.sharding), state, tx.init(trainable)
+    )
+    manager = jpeft.CheckpointManager(tmp_path / "run", t)
+    manager.save(1, params, state=state)
+    _, restored, _ = manager.restore(base(), tx.init(trainable))
+    kinds = lambda s: [x.sharding.memory_kind for x in jax.tree.leaves(s)]
+    assert kinds(restored) == kinds(state)
+    assert "pinned_host" in kinds(state)
+    for a, b in zip(*map(jax.tree.leaves, (restored, state)), strict=True):
+        np.testing.assert_array_equal(a, b)

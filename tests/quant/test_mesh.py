@@ -653,3 +653,38 @@ def test_shards_with_a_scale_of_their_own_are_not_put_together():
     specs = (P(None, "data"), P("data"))
     with pytest.raises(jpeft.DensifyError, match="kernel"):
         jax.shard_map(f, mesh=on, in_specs=specs, out_specs=P("data"))(w, x)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_model_that_reads_its_types_sees_those_of_the_weight(lora):
+    """On an explicit mesh: in a scan's carry, in a branch, at `shard_map`'s door."""
+    on = mesh(2, 2, "Explicit")
+    put = lambda x, *names: jax.device_put(x, NamedSharding(on, P(*names)))
+    draw = lambda k, *shape: 0.2 * jax.random.normal(jax.random.key(k), shape)
+    base = {
+        "stack": put(draw(1, 3, 64, 64), None, None, "model"),
+        "up": put(draw(2, 64, 256), None, "model"),
+        "down": put(draw(3, 256, 64), "model", None),
+    }
+    x = put(draw(4, 8, 64), "data", "model")
+
+    def one(p, a, x):
+        return jax.lax.psum(jnp.tanh(x @ p) @ a, "model")
+
+    def fn(p, x):
+        rows = lambda x: jax.sharding.reshard(x, P("data", None))
+        step = lambda c, w: (jnp.tanh(rows(c) @ w), None)
+        x = jax.lax.scan(step, x, p["stack"])[0]
+        x = jax.lax.cond(x.sum() > 0, lambda x: rows(x) @ p["stack"][0], lambda x: x, x)
+        specs = (P(None, "model"), P("model", None), P("data", None))
+        run = jax.shard_map(one, in_specs=specs, out_specs=P("data", None))
+        return run(p["up"], p["down"], rows(x))
+
+    with jax.set_mesh(on):
+        uses = jpeft.find_uses(fn, base, x)
+        transform = jpeft.quantize("nf4", compute_dtype=None)
+        if lora:
+            transform = jpeft.chain(transform, jpeft.lora(rank=3))
+        params = transform(jax.random.key(0), base, uses=uses)
+        got = jax.jit(jpeft.adapt(fn))(params, x)
+        assert off(got, jax.jit(fn)(jpeft.merge(params), x)) < 1e-5
