@@ -255,8 +255,13 @@ def _scan(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
 
 
 def _with_rows(it: Interpreter, eqn: Any, x: Any) -> Any:
-    why = "as a stack of layers, but its first axis does not count layers"
-    return it.densify(x, eqn, why) if is_leaf(x) and x.unstack() is None else x
+    if not is_leaf(x) or x.unstack() is not None:
+        return x
+    why = (
+        "as a stack of layers, but its first axis does not count layers, or the stack "
+        "was changed before (scan over the weight itself, and change each layer's row)"
+    )
+    return it.densify(x, eqn, why)
 
 
 def _first(scanned: Any, constant: Any) -> Any:

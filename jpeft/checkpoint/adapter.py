@@ -109,7 +109,7 @@ def load(
     shapes and dtypes.
 
     Raises CheckpointError, naming the leaf, for another base, a missing, misshapen or
-    damaged array, a truncated folder.
+    damaged array, a truncated folder; ValueError for shardings of other arrays.
     """
     if check not in ("content", "structure"):
         raise ValueError(f'load: check={check!r}: expected "content" or "structure"')
@@ -149,6 +149,18 @@ def load(
                     jnp.dtype(array["dtype"]),
                     sharding=place or specs.get(field) or _one_device(),
                 )
+    own = [
+        f"{p}/{field}"
+        for p, described in manifest["leaves"].items()
+        for layer in described
+        for field in layer["arrays"]
+    ]
+    if wanted and not set(own) & set(wanted) and "" not in wanted:
+        raise ValueError(
+            f"load: shardings= has {list(wanted)[:2]} and none of the adapter's "
+            f"arrays, such as {own[0]}; pass one Sharding, or the tree that "
+            "jpeft.sharding.shardings(params, base_shardings) gives"
+        )
     arrays = _orbax.read(folder / ARRAYS, abstract)
     check_digests(folder, manifest, arrays)
     for p, layer in kept.items():

@@ -121,7 +121,7 @@ class CheckpointManager:
         if step is None or step not in self.steps():
             raise CheckpointError(
                 f"{self.directory}: no checkpoint"
-                + (f" of step {step}; there are {self.steps()}" if step else "")
+                + ("" if step is None else f" of step {step}; there are {self.steps()}")
             )
         folder = self._folder(step)
         params = load(folder / "adapter", base_params)

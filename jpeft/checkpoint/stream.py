@@ -166,7 +166,12 @@ def _formats(transform: Any) -> list[Quantize]:
     if isinstance(transform, Chain):
         return [x for t in transform.transforms for x in _formats(t)]
     if not isinstance(transform, Quantize):
-        name = getattr(transform, "name", repr(transform))
+        name = getattr(transform, "name", None)
+        if name is None:
+            raise ValueError(
+                f"load_quantized: {transform!r} is no transform; pass "
+                "jpeft.quantize(...), with the format as its first argument"
+            )
         raise ValueError(
             f"load_quantized: {name} is not quantize; apply it to what was loaded: "
             "params = jpeft.load_quantized(path, jpeft.quantize(...), like), then "

@@ -20,6 +20,9 @@ What is special (as bitsandbytes on a CPU unless said):
                        in quantile* of the whole matrix, whose book it spoils
     subnormal numbers  zero, as XLA flushes them
     NaN                its block is NaN; `jpeft.quant.quantize` raises outside jit
+
+Double quantisation subtracts the mean of all scales: there an infinity or NaN makes the
+whole matrix NaN.
 """
 
 from __future__ import annotations

@@ -39,82 +39,184 @@ from jpeft.kernels.partitioned import OWN, Dim
 
 
 def quantize(
-    w: Float[Array, "k n"], *, format: str = "nf4", block_size: int = 64
-) -> tuple[UInt8[Array, "half n"], Float[Array, "blocks n"]]:
-    """(codes, scales) of a matrix, in blocks down its columns.
+    w: Float[Array, "*stack k n"], *, format: str = "nf4", block_size: int = 64
+) -> tuple[UInt8[Array, "*stack half n"], Float[Array, "*stack blocks n"]]:
+    """(codes, scales) of matrices, in blocks down their columns.
 
-    format: "nf4", "fp4" or "int4".  Raises ValueError unless K is a multiple of 64.
+    format: "nf4", "fp4" or "int4".  Rows are stored in whole groups of 64, filled up
+    with zeros.  Raises ValueError for what is no matrix of real numbers.
     """
     if format not in CODEBOOKS:
         raise ValueError(f"format={format!r}: expected one of {sorted(CODEBOOKS)}")
+    _check_floating("w", w)
+    if w.ndim > 2:
+        return jax.vmap(
+            functools.partial(quantize, format=format, block_size=block_size)
+        )(w)
+    if w.ndim == 2 and 0 not in w.shape:
+        w = jnp.pad(w, ((0, -w.shape[0] % GROUP), (0, 0)))
     _check(w.shape, block_size)
     return _quantize(w, format=format, block_size=block_size)
 
 
 def dequantize(
-    codes: UInt8[Array, "half n"],
-    scales: Float[Array, "blocks n"],
+    codes: UInt8[Array, "*stack half n"],
+    scales: Float[Array, "*stack blocks n"],
     book: Float[Array, " 16"],
     *,
     block_size: int = 64,
     dtype: Any = jnp.bfloat16,
-) -> Float[Array, "k n"]:
-    """W: the product in float32, rounded once to `dtype`."""
+    rows: int | None = None,
+) -> Float[Array, "*stack k n"]:
+    """W: the product in float32, rounded once to `dtype`.
+
+    rows: K, where it is not all that is stored.
+    """
+    if codes.ndim > 2:
+        one = functools.partial(
+            dequantize, block_size=block_size, dtype=dtype, rows=rows
+        )
+        return jax.vmap(one, (0, 0, _of_book(book)))(codes, scales, book)
     _check((2 * codes.shape[0], codes.shape[1]), block_size, scales)
-    return _dequantize(
+    w = _dequantize(
         codes, scales, jnp.asarray(book), block_size=block_size, dtype=jnp.dtype(dtype)
     )
+    return w if rows is None else w[: _checked_rows(rows, codes)]
 
 
 def matmul(
-    x: Float[Array, "m k"],
-    codes: UInt8[Array, "half n"],
-    scales: Float[Array, "blocks n"],
+    x: Float[Array, "*batch k"],
+    codes: UInt8[Array, "*stack half n"],
+    scales: Float[Array, "*stack blocks n"],
     book: Float[Array, " 16"],
     *,
-    plus: Float[Array, "m n"] | None = None,
+    plus: Float[Array, "*batch n"] | None = None,
     block_size: int = 64,
     dtype: Any = None,
-) -> Float[Array, "m n"]:
+) -> Float[Array, "*batch n"]:
     """x @ W + plus, with W in x's dtype and sums in float32.
 
     On Hopper and later, for at most 64 rows of bfloat16, it is the book that is rounded
     to x's dtype instead (in `matmul_transposed` g times its scale as well).
 
     plus: added in the same pass where that spares memory.  dtype: of the result;
-    default x's.
+    default x's.  Of a stack of matrices each takes its row of x, (*stack, ..., k).
     """
+    if codes.ndim > 2:
+        one = lambda *a: matmul(*a[:4], plus=a[4], block_size=block_size, dtype=dtype)
+        return _over_stack(one, x, codes, scales, book, plus)
+    _check_floating("x", x)
     k, n = 2 * codes.shape[0], codes.shape[1]
     _check((k, n), block_size, scales)
-    if x.ndim != 2 or x.shape[1] != k:
-        raise ValueError(f"x has shape {x.shape}, expected (m, {k})")
+    if x.ndim == 0 or not k - GROUP < x.shape[-1] <= k:
+        raise ValueError(
+            f"x has shape {x.shape}, expected (..., {k})"
+            + (f", or from {k - GROUP + 1} on without the padding" if x.ndim else "")
+        )
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
-    how = _How(block_size, False, jnp.dtype(x.dtype), dtype)
-    # Before the gradient rule, so that it is JAX that adds up over shards.
-    x, plus, *_ = partitioned.alike(x, plus, codes, scales)
-    return _product(how, (codes, scales, jnp.asarray(book)), x, plus)
+    batch = x.shape[:-1]
+    if 0 in batch:
+        return jnp.zeros((*batch, n), dtype)
+    if x.shape[-1] < k:
+        x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, k - x.shape[-1])])
+    return _product_of_rows(False, x, codes, scales, book, plus, n, block_size, dtype)
 
 
 def matmul_transposed(
-    g: Float[Array, "m n"],
-    codes: UInt8[Array, "half n"],
-    scales: Float[Array, "blocks n"],
+    g: Float[Array, "*batch n"],
+    codes: UInt8[Array, "*stack half n"],
+    scales: Float[Array, "*stack blocks n"],
     book: Float[Array, " 16"],
     *,
-    plus: Float[Array, "m k"] | None = None,
+    plus: Float[Array, "*batch k"] | None = None,
     block_size: int = 64,
     dtype: Any = None,
-) -> Float[Array, "m k"]:
-    """g @ W.T + plus, from the same codes.  Everything as in `matmul`."""
+    rows: int | None = None,
+) -> Float[Array, "*batch k"]:
+    """g @ W.T + plus, from the same codes.  Everything as in `matmul`.
+
+    rows: K, where it is not all that is stored.
+    """
+    if codes.ndim > 2:
+        one = lambda *a: matmul_transposed(
+            *a[:4], plus=a[4], block_size=block_size, dtype=dtype, rows=rows
+        )
+        return _over_stack(one, g, codes, scales, book, plus)
+    _check_floating("g", g)
     k, n = 2 * codes.shape[0], codes.shape[1]
     _check((k, n), block_size, scales)
-    if g.ndim != 2 or g.shape[1] != n:
-        raise ValueError(f"g has shape {g.shape}, expected (m, {n})")
+    if g.ndim == 0 or g.shape[-1] != n:
+        raise ValueError(f"g has shape {g.shape}, expected (..., {n})")
     dtype = jnp.dtype(g.dtype if dtype is None else dtype)
-    how = _How(block_size, True, jnp.dtype(g.dtype), dtype)
+    batch, kept = g.shape[:-1], k if rows is None else _checked_rows(rows, codes)
+    if 0 in batch:
+        return jnp.zeros((*batch, kept), dtype)
+    if plus is not None and kept < k:
+        plus = jnp.pad(plus, [(0, 0)] * len(batch) + [(0, k - kept)])
+    y = _product_of_rows(True, g, codes, scales, book, plus, k, block_size, dtype)
+    return y if kept == k else y[..., :kept]
+
+
+def _product_of_rows(
+    transposed: bool,
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    book: jax.Array,
+    plus: jax.Array | None,
+    out: int,
+    block_size: int,
+    dtype: Any,
+) -> jax.Array:
+    """The batch's axes as one."""
+    batch = x.shape[:-1]
+    if plus is not None and plus.shape != (*batch, out):
+        raise ValueError(f"plus has shape {plus.shape}, expected {(*batch, out)}")
+    if len(batch) != 1:
+        x = x.reshape(-1, x.shape[-1])
+        plus = None if plus is None else plus.reshape(-1, out)
+    how = _How(block_size, transposed, jnp.dtype(x.dtype), dtype)
     # Before the gradient rule, so that it is JAX that adds up over shards.
-    g, plus, *_ = partitioned.alike(g, plus, codes, scales)
-    return _product(how, (codes, scales, jnp.asarray(book)), g, plus)
+    x, plus, *_ = partitioned.alike(x, plus, codes, scales)
+    y: Any = _product(how, (codes, scales, jnp.asarray(book)), x, plus)
+    return y if len(batch) == 1 else y.reshape(*batch, out)
+
+
+def _over_stack(
+    one: Callable[..., jax.Array],
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    book: jax.Array,
+    plus: jax.Array | None,
+) -> jax.Array:
+    if x.ndim < 2 or x.shape[0] != codes.shape[0]:
+        raise ValueError(
+            f"x has shape {x.shape} for a stack of {codes.shape[0]} matrices; expected "
+            f"({codes.shape[0]}, ..., features)"
+        )
+    axes = (0, 0, 0, _of_book(book), None if plus is None else 0)
+    return jax.vmap(one, axes)(x, codes, scales, book, plus)
+
+
+def _of_book(book: Any) -> int | None:
+    """The axis of a book a matrix, if there is more than one."""
+    return 0 if jnp.ndim(book) > 1 else None
+
+
+def _check_floating(name: str, x: Any) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} is {x.dtype}, expected real floating-point numbers")
+
+
+def _checked_rows(rows: int, codes: jax.Array) -> int:
+    stored = 2 * codes.shape[0]
+    if not stored - GROUP < rows <= stored:
+        raise ValueError(
+            f"rows={rows}: expected {stored - GROUP + 1} to {stored}, as many as "
+            f"codes of shape {codes.shape} were made of"
+        )
+    return rows
 
 
 def _check(
@@ -122,8 +224,8 @@ def _check(
 ) -> None:
     if len(shape) != 2 or shape[0] % GROUP or 0 in shape:
         raise ValueError(
-            f"shape {shape}: expected (k, n) with k a multiple of {GROUP}; pad with "
-            "zeros, or use jpeft.quant.quantize, which does"
+            f"shape {shape}: expected (k, n), none of them 0, and codes of whole "
+            f"groups of {GROUP} rows, as kernels.quantize makes them"
         )
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size={block_size!r}: expected one of {BLOCK_SIZES}")

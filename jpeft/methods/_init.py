@@ -38,7 +38,9 @@ def iterations(init: str) -> int | None:
 
 
 def check_init(method: str, init: str) -> None:
-    known = init in (*DRAWN, PISSA, OLORA) or iterations(init) is not None
+    known = isinstance(init, str) and (
+        init in (*DRAWN, PISSA, OLORA) or iterations(init) is not None
+    )
     if not known:
         raise ValueError(f"{method}: init={init!r}: expected one of {INITS}")
 

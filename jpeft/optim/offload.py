@@ -26,7 +26,7 @@ Env = dict[Any, Any]  # the values of a program's variables
 
 
 def offload(
-    tx: optax.GradientTransformation, *, min_size: int = 1024
+    tx: optax.GradientTransformation, *, min_size: int = 1
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` with its state in host memory.
 
@@ -35,8 +35,8 @@ def offload(
     so the device holds the moments of a few weights, not of all.  Under `jax.jit` the
     updates are those of `tx`, bit for bit.
 
-    min_size: arrays of fewer elements stay on the device (biases, tables of
-        coefficients), as scalars do: a transfer would cost more than it saves.
+    min_size: arrays of fewer elements stay on the device, as scalars do.  For 1024
+        (biases, tables of coefficients) a transfer costs more than it saves.
 
     What it costs: the state crosses the bus twice a step, one weight after the other,
     whether memory is short or not.  What it gives: the memory of the state.  For LoRA

@@ -32,13 +32,16 @@ def quantize(
     format, block_size, double: see `jpeft.quantize`.
     axis: blocks run along these axes.  None: through the array in its memory order, as
         bitsandbytes cuts any tensor.  For a kernel (in, out) that is a torch weight
-        (out, in), axis=0 makes the same blocks.
+        (out, in), axis=0 makes the same blocks.  With block_size="channel" None means
+        all axes but the last: a scale for each output of a kernel.
     compute_dtype: of products, if the result is put into a parameter tree.
 
     A block of zeros comes back as zeros, and so does zero anywhere (in "dynamic8" as
     2e-5 of the block's largest value).  An infinity spoils its block, see
     `jpeft.formats.blocks`.  Raises ValueError for NaN, outside jit; inside, its block
-    becomes NaN.  Raises TypeError for what is not a real floating-point array.
+    becomes NaN.  With double=True both spoil the whole matrix, whose scales have one
+    mean, as in bitsandbytes.  Raises TypeError for what is not a real floating-point
+    array.
 
     >>> import jax.numpy as jnp, jpeft
     >>> q = jpeft.quant.quantize(jnp.linspace(-1.0, 1.0, 128), "nf4", double=False)
@@ -68,7 +71,7 @@ def quantize(
         )
     return quantize_array(
         x,
-        _layout(x, axis),
+        _layout(x, axis, block_size),
         format=format,
         block_size=block_size,
         double_scales=double,
@@ -76,9 +79,13 @@ def quantize(
     )
 
 
-def _layout(x: jax.Array, axis: int | Sequence[int] | None) -> Layout:
+def _layout(
+    x: jax.Array, axis: int | Sequence[int] | None, block_size: int | str
+) -> Layout:
     if axis is None:
-        return as_it_is(x.ndim)
+        if block_size != CHANNEL or x.ndim < 2:
+            return as_it_is(x.ndim)
+        axis = tuple(range(x.ndim - 1))  # as a kernel's inputs: a scale an output
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     if not all(-x.ndim <= k < x.ndim for k in axes):
         raise ValueError(f"quant.quantize: axis={axis!r} for an array of {x.ndim} axes")
@@ -99,6 +106,7 @@ def dequantize(q: Quantized, dtype: Any = None) -> jax.Array:
             "quant.dequantize: expected what quant.quantize returns, got "
             f"{type(q).__name__}; of an adapted tree jpeft.merge(params) makes arrays"
         )
+    check_float("quant.dequantize", dtype)
     return unboxed(q).materialize(dtype)
 
 

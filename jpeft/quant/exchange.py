@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -56,7 +57,7 @@ def from_bitsandbytes(
             f"from_bitsandbytes: {name + STATE + 'nf4'!r} is missing: {name!r} is no "
             f"4-bit weight of bitsandbytes; nearest keys: {near}"
         )
-    info = json.loads(bytes(np.asarray(state[described[0]]).astype(np.uint8).tolist()))
+    info = _info(described[0], state[described[0]])
     nested = "nested_blocksize" in info or name + ".nested_absmax" in state
     wanted = [name, name + ".absmax", name + ".quant_map"]
     wanted += [f"{name}.nested_{k}" for k in ("absmax", "quant_map") if nested]
@@ -69,17 +70,49 @@ def from_bitsandbytes(
             f"from_bitsandbytes: the state of {name!r} lacks {', '.join(missing)}; it "
             "must hold everything that QuantState.as_dict(packed=True) gives"
         )
-    return _read(
-        name, {k: np.asarray(state[k]) for k in wanted}, info, transpose, compute_dtype
-    )
+    told = described[0][len(name + STATE) :]
+    if told != info["quant_type"] and info["quant_type"] in TYPES:
+        raise ValueError(
+            f"from_bitsandbytes: {described[0]!r} describes a weight in "
+            f"{info['quant_type']!r}; the state is put together from two"
+        )
+    arrays = {k: np.asarray(state[k]) for k in wanted[1:]}
+    arrays[name] = _bytes_of(state[name])
+    return _read(name, arrays, info, transpose, compute_dtype)
+
+
+def _info(key: str, text: Any) -> dict[str, Any]:
+    """What is written beside the arrays."""
+    try:
+        info = json.loads(np.asarray(text).astype(np.uint8).tobytes())
+        assert isinstance(info, dict)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(
+            f"from_bitsandbytes: {key!r} is damaged: it is not the JSON object that "
+            f"bitsandbytes writes ({error})"
+        ) from error
+    return info
+
+
+def _bytes_of(x: Any) -> np.ndarray:
+    """Codes, which bitsandbytes may keep as numbers of any kind (`quant_storage`)."""
+    if "bfloat16" in str(x.dtype) and not isinstance(x, (np.ndarray, jax.Array)):
+        x = jnp.from_dlpack(x)  # a tensor of numbers that numpy does not have
+    return np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.uint8)
 
 
 def _only(state: Mapping[str, Any]) -> str:
     names = sorted({k[: k.index(STATE)] for k in state if STATE in k})
+    if not names:
+        raise ValueError(
+            f"from_bitsandbytes: no key of the state ends in {STATE + 'nf4'!r} or "
+            f"{STATE + 'fp4'!r}, which says what a 4-bit weight is; there are "
+            f"{list(state)[:4]}"
+        )
     if len(names) != 1:
         raise ValueError(
             f"from_bitsandbytes: the state holds {len(names)} 4-bit weights"
-            + (f" ({', '.join(names[:3])}, ...): say which, name=" if names else "")
+            f" ({', '.join(names[:3])}, ...): say which, name="
         )
     return names[0]
 
@@ -129,9 +162,28 @@ def _read(
                 f"{info['nested_blocksize']}, expected {double.NESTED_BLOCK}"
             )
         _same_book(name, arrays[name + ".nested_quant_map"], codebooks.dynamic_map())
-        more["nested"] = jnp.asarray(arrays[name + ".nested_absmax"], jnp.float32)
+        groups = arrays[name + ".nested_absmax"].reshape(-1)
+        if groups.shape[0] != -(-count // double.NESTED_BLOCK):
+            raise ValueError(
+                f"from_bitsandbytes: {name!r} has {count} scales in groups of "
+                f"{double.NESTED_BLOCK}, for which {groups.shape[0]} scales of their "
+                "own were found; the state is truncated"
+            )
+        more["nested"] = jnp.asarray(groups, jnp.float32)
         more["offset"] = jnp.asarray(info["nested_offset"], jnp.float32)
-    scales = jnp.asarray(absmax, jnp.uint8 if more else jnp.float32)
+        if not all(np.all(np.isfinite(x)) for x in more.values()):
+            raise ValueError(
+                f"from_bitsandbytes: what the scales of {name!r} were quantised by "
+                "holds NaN or infinity, so that nothing of the weight is left"
+            )
+    expected = np.dtype(np.uint8 if more else np.float32)
+    if absmax.dtype != expected:
+        raise ValueError(
+            f"from_bitsandbytes: {name + '.absmax'!r} is {absmax.dtype}, expected "
+            f"{expected}, for scales that are{'' if more else ' not'} quantised "
+            "themselves"
+        )
+    scales = jnp.asarray(absmax)
     return Quantized(
         codes=packing.pack(jnp.pad(codes, pads, constant_values=FORMATS[kind].zero), 0),
         scales=fit(scales),

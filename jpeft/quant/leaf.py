@@ -196,7 +196,7 @@ class Quantized(QuantizedValue):
         """
         if self.nested is None:
             return self.scales
-        of = lambda *a: double.dequantize_scales(
+        of: Any = lambda *a: double.dequantize_scales(
             double.Nested(*a), self.lead, self.stack
         )
         types = compat.typed_sharding(self.scales)

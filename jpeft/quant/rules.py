@@ -381,6 +381,45 @@ def _dynamic_slice(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     return leaf
 
 
+@rule("rev", kind=Quantized)
+def _rev(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    leaf, turned = ins[0], eqn.params["dimensions"]
+    if not all(leaf.is_stack(k) for k in turned):
+        return deferred(eqn, ins)
+    for k in turned:
+        leaf = leaf.along_stack(lambda x, at: lax.rev(x, (at,)), k)
+    return leaf
+
+
+@rule("concatenate", "stack", kind=Quantized)
+def _joined(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """Matrices of one kind become a stack, or a longer one; else it waits."""
+    p, first = eqn.params, ins[0]
+    alike = (
+        all(isinstance(x, Quantized) for x in ins)
+        and len({jax.tree.structure(x.replace(origin="")) for x in ins}) == 1
+    )
+    if eqn.primitive.name == "concatenate":
+        axis = p["dimension"]
+        if not alike or not first.is_stack(axis):
+            return deferred(eqn, ins)
+        at, join = first.order.index(axis), lax.concatenate
+        new = first
+    else:
+        axis = p.get("axis", p.get("dimension"))
+        if not alike or axis is None:
+            return deferred(eqn, ins)
+        at, join = 0, lambda xs, at: jnp.stack(xs, at)
+        new = first.replace(
+            order=(axis, *(k + (k >= axis) for k in first.order)),
+            stack=first.stack + 1,
+            lead=first.lead + 1,
+        )
+    arrays = [array_fields(x) for x in ins]
+    made = {n: join([a[n] for a in arrays], at) for n in arrays[0]}
+    return new.replace(**made)
+
+
 @rule("squeeze", "reshape", "expand_dims", kind=Quantized)
 def _reshape(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":

@@ -282,3 +282,10 @@ def test_optimiser_state_on_the_host_is_saved_and_comes_back_there(tmp_path):
     assert "pinned_host" in kinds(state)
     for a, b in zip(*map(jax.tree.leaves, (restored, state)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_shardings_of_other_arrays_are_refused(saved):
+    path, plain = saved[0], base()
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(ValueError, match=r"has \['zzz'\] and none of the adapter's"):
+        jpeft.load(path, plain, shardings={"zzz": place})

@@ -208,10 +208,7 @@ CODES, SCALES, BOOK = jnp.zeros((96, 5), jnp.uint8), jnp.ones((3, 5)), jnp.zeros
             lambda: four_bit.quantize(jnp.ones((64, 3)), format="int8"),
             ["format='int8'", "['fp4', 'int4', 'nf4']"],
         ),
-        (
-            lambda: four_bit.quantize(jnp.ones((65, 3))),
-            ["shape (65, 3)", "k a multiple of 64", "pad with zeros"],
-        ),
+        (lambda: four_bit.quantize(jnp.ones((64, 3), int)), ["w is int32, expected"]),
         (lambda: four_bit.quantize(jnp.ones(64)), ["shape (64,)", "expected (k, n)"]),
         (lambda: four_bit.quantize(jnp.ones((64, 0))), ["shape (64, 0)"]),
         (
@@ -224,15 +221,35 @@ CODES, SCALES, BOOK = jnp.zeros((96, 5), jnp.uint8), jnp.ones((3, 5)), jnp.zeros
         ),
         (
             lambda: four_bit.matmul(jnp.ones((2, 96)), CODES, SCALES, BOOK),
-            ["x has shape (2, 96)", "expected (m, 192)"],
+            ["x has shape (2, 96)", "expected (..., 192), or from 129 on"],
         ),
         (
-            lambda: four_bit.matmul(jnp.ones(192), CODES, SCALES, BOOK),
-            ["x has shape (192,)"],
+            lambda: four_bit.matmul(jnp.float32(2), CODES, SCALES, BOOK),
+            ["x has shape (), expected (..., 192)"],
+        ),
+        (
+            lambda: four_bit.matmul(jnp.ones((2, 192), int), CODES, SCALES, BOOK),
+            ["x is int32, expected real floating-point numbers"],
+        ),
+        (
+            lambda: four_bit.matmul(
+                jnp.ones((2, 192)), CODES, SCALES, BOOK, plus=jnp.ones((3, 5))
+            ),
+            ["plus has shape (3, 5), expected (2, 5)"],
+        ),
+        (
+            lambda: four_bit.matmul(
+                jnp.ones((2, 192)), CODES[None], SCALES[None], BOOK
+            ),
+            ["x has shape (2, 192) for a stack of 1 matrices", "(1, ..., features)"],
+        ),
+        (
+            lambda: four_bit.dequantize(CODES, SCALES, BOOK, rows=128),
+            ["rows=128: expected 129 to 192"],
         ),
         (
             lambda: four_bit.matmul_transposed(jnp.ones((2, 7)), CODES, SCALES, BOOK),
-            ["g has shape (2, 7)", "expected (m, 5)"],
+            ["g has shape (2, 7)", "expected (..., 5)"],
         ),
     ],
 )
@@ -241,3 +258,29 @@ def test_a_wrong_shape_is_answered_with_the_right_one(call, parts):
         call()
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("k", [7, 100])
+@pytest.mark.parametrize("stack", [(), (2, 3)])
+@pytest.mark.parametrize("batch", [(), (2, 3), (4, 0)])
+def test_matrices_of_any_size_in_stacks_and_batches_of_any_shape(k, stack, batch):
+    if stack and not batch:
+        batch = (1,)  # a row of x for each matrix
+    n = 5
+    w = jax.random.normal(jax.random.key(0), (*stack, k, n))
+    x = jax.random.normal(jax.random.key(1), (*stack, *batch, k))
+    plus = jax.random.normal(jax.random.key(2), (*stack, *batch, n))
+    codes, scales = four_bit.quantize(w, block_size=32)
+    arrays = codes, scales, CODEBOOKS["nf4"]
+    of = {"block_size": 32, "dtype": jnp.float32}
+    value = four_bit.dequantize(*arrays, rows=k, **of)
+    assert value.shape == w.shape and float(jnp.max(jnp.abs(value - w))) < 0.5
+    assert four_bit.dequantize(*arrays, **of).shape == (*stack, -(-k // 64) * 64, n)
+    y = four_bit.matmul(x, *arrays, plus=plus, **of)
+    rows = x.reshape(*stack, -1, k)
+    want = (rows @ value).reshape(plus.shape) + plus
+    assert y.shape == want.shape
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+    dx = four_bit.matmul_transposed(y, *arrays, plus=x, rows=k, **of)
+    back = y.reshape(*stack, -1, n) @ jnp.swapaxes(value, -1, -2)
+    np.testing.assert_allclose(dx, back.reshape(x.shape) + x, rtol=1e-4, atol=1e-4)

@@ -226,3 +226,22 @@ def test_a_wrong_call_is_answered_with_the_right_one(what):
         call()
     for part in parts:
         assert part in str(error.value)
+
+
+def test_a_scale_a_channel_is_one_for_each_output():
+    w = jax.random.normal(jax.random.key(0), (96, 5))
+    for format in ("nf4", "int8", "int4_asymmetric"):
+        q = jpeft.quant.quantize(w, format, block_size="channel")
+        kernel = jpeft.quantize(format, block_size="channel")(
+            jax.random.key(0), {"kernel": w}
+        )["kernel"]
+        np.testing.assert_array_equal(q.scales, kernel.scales)
+        np.testing.assert_array_equal(q.codes, kernel.codes)
+    whole = jpeft.quant.quantize(w[:, 0], "int8", block_size="channel")
+    assert whole.scales.size == 1
+
+
+def test_values_are_floating_point():
+    q = jpeft.quant.quantize(jnp.ones(64), "int8")
+    with pytest.raises(ValueError, match="dtype=.*int8.*expected a floating-point"):
+        jpeft.quant.dequantize(q, jnp.int8)

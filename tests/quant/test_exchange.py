@@ -276,6 +276,16 @@ def test_a_serialised_weight_has_the_values_bitsandbytes_gives_it(name):
     check_values(name, jpeft.quant.dequantize(q))
 
 
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32", "int8"])
+def test_codes_may_be_kept_as_numbers_of_any_kind(storage):
+    """bitsandbytes' `quant_storage`, by which FSDP cuts them."""
+    state = serialized("normal_24x128-nf4-64-nested")
+    want = from_bitsandbytes(state)
+    codes = state["weight"].reshape(-1).view(jnp.dtype(storage))
+    got = from_bitsandbytes(state | {"weight": codes.reshape(-1, 1)})
+    np.testing.assert_array_equal(got.codes, want.codes)
+
+
 @pytest.mark.parametrize("name", SERIALIZED + REBUILT)
 def test_writing_gives_back_what_was_read(name):
     state = serialized(name)
@@ -366,7 +376,42 @@ def nothing(state):
 
 
 READING = {
-    "no state at all": (lambda: {}, {}, ["holds 0 4-bit weights"]),
+    "no state at all": (lambda: {}, {}, ["no key of the state ends in"]),
+    "nothing that says what it is": (
+        edited(drop(STATE + "nf4")),
+        {},
+        ["ends in '.quant_state.bitsandbytes__nf4'", "there are ['weight'"],
+    ),
+    "damaged JSON": (
+        edited(lambda s: s.update({STATE + "nf4": s[STATE + "nf4"][:-9]})),
+        {},
+        ["'weight.quant_state.bitsandbytes__nf4' is damaged"],
+    ),
+    "no text": (
+        edited(lambda s: s.update({STATE + "nf4": np.full(9, 200, np.uint8)})),
+        {},
+        ["'weight.quant_state.bitsandbytes__nf4' is damaged"],
+    ),
+    "two types": (
+        edited(lambda s: s.update({STATE + "fp4": s.pop(STATE + "nf4")})),
+        {},
+        ["'weight.quant_state.bitsandbytes__fp4' describes a weight in 'nf4'"],
+    ),
+    "scales that are not nested": (
+        edited(lambda s: s.update({"weight.absmax": np.ones(48, np.float32)})),
+        {},
+        ["'weight.absmax' is float32, expected uint8"],
+    ),
+    "a truncated nest": (
+        edited(lambda s: s.update({"weight.nested_absmax": np.ones(0, np.float32)})),
+        {},
+        ["has 48 scales in groups of 256", "0 scales of their own"],
+    ),
+    "a nest of NaN": (
+        edited(lambda s: s.update({"weight.nested_absmax": np.full(1, np.nan, "f4")})),
+        {},
+        ["holds NaN or infinity"],
+    ),
     "two weights and no name": (
         lambda: {"a" + STATE[6:] + "nf4": 0, "b" + STATE[6:] + "nf4": 0},
         {},

@@ -157,6 +157,54 @@ def test_the_experts_picked_for_each_token_stay_codes(shape, format):
     check("experts", c, format)
 
 
+def layer(x, w):
+    return jnp.tanh(x @ w), None
+
+
+PUT_TOGETHER = {
+    "stacked": lambda p, x: jax.lax.scan(layer, x, jnp.stack([p["a"], p["b"]]))[0],
+    "stacked last": lambda p, x: jnp.einsum(
+        "bd,dfk->bfk", x, jnp.stack([p["a"], p["b"]], 2)
+    ),
+    "longer": lambda p, x: jax.lax.scan(
+        layer, x, jnp.concatenate([p["stack"], p["stack"][:2]])
+    )[0],
+    "turned": lambda p, x: jax.lax.scan(layer, x, p["stack"][::-1])[0],
+    "beside a larger one": lambda p, x: x @ jnp.concatenate([p["a"], p["wide"]], 1),
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", PUT_TOGETHER)
+def test_weights_put_together_before_they_are_used(name, format):
+    fn = PUT_TOGETHER[name]
+    weights = {
+        "a": idioms.n(64, 64),
+        "b": idioms.n(64, 64, k=1),
+        "stack": idioms.n(3, 64, 64, k=2),
+        "wide": idioms.n(64, 200, k=3),
+    }
+    x = idioms.n(5, 64, k=4)
+    uses = jpeft.find_uses(fn, weights, x)
+    used = {p: w for p, w in weights.items() if uses[p].is_weight}
+    params = FORMATS[format](
+        jax.random.key(0),
+        used,
+        uses=uses,
+    )
+    if "wide" in used:  # larger, and not quantised
+        params["wide"] = weights["wide"]
+    params = jpeft.lora(rank=2)(jax.random.key(1), params, uses=uses)
+    trainable, frozen = jpeft.partition(params)
+    trainable = jax.tree.map(lambda x: x + 0.1, trainable)
+    params = jpeft.combine(trainable, frozen)
+    total = lambda f: lambda p, x: jnp.sum(jnp.sin(f(p, x)))
+    got = jax.value_and_grad(total(jpeft.adapt(fn)), 1)(params, x)
+    want = jax.value_and_grad(total(fn), 1)(jpeft.merge(params), x)
+    for a, b in zip(got, want, strict=True):
+        assert jnp.linalg.norm(a - b) < 4e-5 * jnp.linalg.norm(b)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "program"),
