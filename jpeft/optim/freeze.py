@@ -31,6 +31,9 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     the structure of the parameters (from `jax.grad`) or None where it is frozen (from
     `jpeft.value_and_grad`); the updates have the structure of the parameters, so that
     `optax.apply_updates(params, updates)` leaves frozen leaves bit for bit alone.
+
+    It goes outermost: `freeze(optax.MultiSteps(tx, 4))`, not the other way round, so
+    that nothing meets what is frozen.
     """
     inner = optax.with_extra_args_support(
         optax.partition({True: tx, False: _hold_still()}, trainable_mask)
