@@ -19,6 +19,12 @@ from jpeft import compat
 from jpeft.leaf import adapted_leaf, frozen, is_leaf, static
 from jpeft.quant.leaf import QuantizedValue
 
+# What does the same to each row of its operands.
+_BY_ELEMENT = frozenset(
+    "abs add convert_element_type div integer_pow max min mul neg reduce_precision "
+    "rsqrt select_n sqrt square sub".split()
+)
+
 
 @adapted_leaf
 class Deferred(QuantizedValue):
@@ -96,6 +102,30 @@ class Deferred(QuantizedValue):
 
     def disable(self) -> Self:
         return self
+
+    def unstack(self) -> tuple[Any, Any, Callable[[Any, Any], Any]] | None:
+        if self.primitive.name not in _BY_ELEMENT:
+            return None
+        rows = []
+        for x in self.base:
+            if is_leaf(x):
+                rows.append(x.unstack())
+            elif not jnp.ndim(x):
+                rows.append((None, x, lambda _, kept: kept))
+            elif x.shape[0] == self.sizes[0]:
+                rows.append((x, None, lambda row, _: row))
+            else:  # of one row, for all of them
+                rows.append((None, x[0], lambda _, kept: kept))
+        if any(r is None for r in rows):
+            return None
+        joins = [join for _, _, join in rows]
+        template = self.replace(base=None, sizes=self.sizes[1:])
+
+        def join(row: Any, kept: Any) -> Any:
+            parts = zip(joins, row, kept, strict=True)
+            return template.replace(base=tuple(f(r, k) for f, r, k in parts))
+
+        return tuple(r[0] for r in rows), tuple(r[1] for r in rows), join
 
     def fold_key(self, of: int, n: Any) -> Self:
         return self

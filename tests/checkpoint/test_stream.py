@@ -389,7 +389,13 @@ def test_only_quantize_is_taken(model):
         qlora,
         like,
     )
-    refused(ValueError, ["'nf4' is not quantize"], file, "nf4", like)
+    refused(
+        ValueError,
+        ["'nf4' is no transform; pass jpeft.quantize(...)"],
+        file,
+        "nf4",
+        like,
+    )
     refused(
         ValueError,
         ["head/kernel: int8 and nf4 both select it; exclude='head/kernel'"],

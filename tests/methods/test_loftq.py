@@ -80,8 +80,7 @@ def test_codes_that_were_saved_are_placed_as_the_weight_is(tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize(("steps", "jit"), [(1, False), (3, True)])
 def test_a_weight_that_its_format_holds_exactly_starts_as_lora_does(steps, jit):
     exact = jpeft.merge(jpeft.quantize("nf4", double=False)(KEY, {"w": W}))["w"]
     low = exact.at[:, 5:].set(0.0)

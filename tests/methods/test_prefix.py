@@ -302,8 +302,9 @@ def test_select_says_what_is_wrong():
         apply(tasks)
     with pytest.raises(ValueError, match="ids from 0 to 3, but there are 3 adapters"):
         jpeft.select(tasks, jnp.array([0, 3]))
+    ids = jnp.array([0, 3])
     with pytest.raises(ValueError, match="from 0 to 3"):  # a constant of a program
-        jax.eval_shape(lambda: jpeft.select(tasks, jnp.array([0, 3])))
+        jax.eval_shape(lambda: jpeft.select(tasks, ids))
     with pytest.raises(ValueError, match="expected integers of shape"):
         jpeft.select(tasks, jnp.array([0.5]))
     with pytest.raises(ValueError, match="no leaf of this tree holds several"):

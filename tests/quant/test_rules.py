@@ -170,6 +170,13 @@ PUT_TOGETHER = {
         layer, x, jnp.concatenate([p["stack"], p["stack"][:2]])
     )[0],
     "turned": lambda p, x: jax.lax.scan(layer, x, p["stack"][::-1])[0],
+    "halved": lambda p, x: jax.lax.scan(layer, x, 0.5 * p["stack"])[0],
+    "each scaled": lambda p, x: jax.lax.scan(
+        layer, x, p["stack"] * jnp.arange(1.0, 4.0)[:, None, None]
+    )[0],
+    "all scaled": lambda p, x: jax.lax.scan(
+        layer, x, p["stack"] * jnp.linspace(1.0, 2.0, 64)[None, None]
+    )[0],
     "beside a larger one": lambda p, x: x @ jnp.concatenate([p["a"], p["wide"]], 1),
 }
 
