@@ -604,7 +604,7 @@ GATHERED = [
 ]
 
 
-@pytest.mark.parametrize(("format", "axis", "block_size"), GATHERED)
+@pytest.mark.parametrize(("format", "axis", "block_size"), every_nth(2, GATHERED))
 def test_a_weight_gathered_for_its_use_is_sent_as_codes(format, axis, block_size):
     """Fully sharded data parallelism, written by hand."""
     layers = jpeft.chain(

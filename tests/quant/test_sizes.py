@@ -1,5 +1,6 @@
 """Inputs of every length, and batches of none, against the dequantised weight."""
 
+import itertools
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax import export
+from speed import every_nth
 
 import jpeft
 from jpeft.formats.blocks import FORMATS
@@ -22,13 +24,15 @@ def close(got, want):
     np.testing.assert_allclose(got, want, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("block_size", [32, "channel"])
+@pytest.mark.parametrize(
+    ("format", "block_size"),
+    every_nth(2, itertools.product(FORMATS, [32, "channel"])),
+)
 def test_product_and_gradient(format, block_size):
     quantize = jpeft.quantize(format, block_size=block_size, compute_dtype=None)
     f = lambda p, x: x @ p["dense"]["kernel"]
     both = lambda f: jax.value_and_grad(lambda x, p: jnp.sum(f(p, x) ** 2))
-    for k in LENGTHS:
+    for k in LENGTHS if block_size == 32 else (7, 130):
         w = jax.random.normal(jax.random.key(k), (k, 3))
         q = quantize(jax.random.key(0), {"dense": {"kernel": w}})
         x = jax.random.normal(jax.random.key(1), (2, k))
@@ -45,7 +49,7 @@ def test_table_read_forwards(format):
         format, block_size=32, where="embedding", compute_dtype=None
     )
     f = lambda p, x: x @ p["embedding"]
-    for k in LENGTHS:
+    for k in (7, 65, 130):
         w = jax.random.normal(jax.random.key(k), (7, k))
         q = quantize(jax.random.key(0), {"embedding": w})
         x = jax.random.normal(jax.random.key(1), (2, 7))
