@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer as Tracer
 from jax.extend import source_info_util
 from jax.sharding import AxisType
@@ -112,14 +113,16 @@ def varying_axes(x: Any) -> list[str]:
 
 
 def varying_alike(tree: Any) -> Any:
-    """A tree whose arrays all vary along the axes that some of them vary along."""
-    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    """A tree whose arrays all vary along the axes that some of them vary along, so that
+    inside `shard_map` they may meet in one equation or loop."""
+    kinds = (jax.Array, np.ndarray)
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, kinds)]
     axes = sorted({a for x in arrays for a in varying_axes(x)})
     if not axes:
         return tree
 
     def one(x: Any) -> Any:
-        if not isinstance(x, jax.Array):
+        if not isinstance(x, kinds):
             return x
         has = varying_axes(x)
         more = tuple(a for a in axes if a not in has)

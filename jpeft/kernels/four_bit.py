@@ -53,7 +53,7 @@ def quantize(
         return jax.vmap(
             functools.partial(quantize, format=format, block_size=block_size)
         )(w)
-    if w.ndim == 2 and 0 not in w.shape:
+    if w.ndim == 2 and 0 not in w.shape and w.shape[0] % GROUP:
         w = jnp.pad(w, ((0, -w.shape[0] % GROUP), (0, 0)))
     _check(w.shape, block_size)
     return _quantize(w, format=format, block_size=block_size)
@@ -177,7 +177,7 @@ def _product_of_rows(
         plus = None if plus is None else plus.reshape(-1, out)
     how = _How(block_size, transposed, jnp.dtype(x.dtype), dtype)
     # Before the gradient rule, so that it is JAX that adds up over shards.
-    x, plus, *_ = partitioned.alike(x, plus, codes, scales)
+    x, plus, *_ = compat.varying_alike((x, plus, codes, scales))
     y: Any = _product(how, (codes, scales, jnp.asarray(book)), x, plus)
     return y if len(batch) == 1 else y.reshape(*batch, out)
 
@@ -252,7 +252,7 @@ def _everywhere(name: str) -> Callable[..., Any]:
         plain = functools.partial(getattr(_plain, name), **static)
         if any(not isinstance(n, int) for x in arrays for n in x.shape):
             return split(plain, arrays)  # exported with a symbolic size
-        from jpeft.kernels import _gpu, _tpu  # Pallas takes a second to import
+        from jpeft.kernels import _gpu, _tpu  # half a second: when they are needed
 
         def of(backend: Any) -> Callable[..., Any]:
             kernel = functools.partial(getattr(backend, name), **static)

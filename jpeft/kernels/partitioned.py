@@ -44,6 +44,8 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jpeft import compat
+
 # The mesh axes that cut one axis of an array; of an array, of an operation's letters.
 Axes = tuple[str, ...]
 Spec = tuple[Axes, ...]
@@ -236,7 +238,7 @@ def _on_devices(
     mesh, known = _mesh_of(operands), _known.value
     kinds = set() if mesh.empty else set(mesh.axis_types)
     if kinds == {AxisType.Manual}:
-        return forms.part(*alike(*operands))
+        return forms.part(*compat.varying_alike(operands))
     if AxisType.Explicit in kinds:
         if kinds != {AxisType.Explicit}:
             raise ValueError(
@@ -262,19 +264,6 @@ def _on_devices(
         tpu=forms.whole if several else forms.part,
         default=_automatic(forms.part, operation),
     )
-
-
-def alike(*operands: Any) -> tuple[Any, ...]:
-    """Inside `shard_map`: all varying over the axes that any of them varies over, so
-    that a loop over parts of one can fill what was made of another.  None stays."""
-    varying = lambda x: frozenset(jax.typeof(x).manual_axis_type.varying)
-    axes = frozenset().union(*(varying(x) for x in operands if x is not None))
-
-    def cast(x: Any) -> Any:
-        more = () if x is None else tuple(sorted(axes - varying(x)))
-        return lax.pcast(x, more, to="varying") if more else x
-
-    return tuple(map(cast, operands))
 
 
 def _mesh_of(operands: Sequence[jax.Array]) -> Any:

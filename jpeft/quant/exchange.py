@@ -85,8 +85,9 @@ def _info(key: str, text: Any) -> dict[str, Any]:
     """What is written beside the arrays."""
     try:
         info = json.loads(np.asarray(text).astype(np.uint8).tobytes())
-        assert isinstance(info, dict)
-    except (ValueError, AssertionError) as error:
+        if not isinstance(info, dict):
+            raise ValueError(f"it says {info!r}")
+    except ValueError as error:
         raise ValueError(
             f"from_bitsandbytes: {key!r} is damaged: it is not the JSON object that "
             f"bitsandbytes writes ({error})"
@@ -96,7 +97,9 @@ def _info(key: str, text: Any) -> dict[str, Any]:
 
 def _bytes_of(x: Any) -> np.ndarray:
     """Codes, which bitsandbytes may keep as numbers of any kind (`quant_storage`)."""
-    if "bfloat16" in str(x.dtype) and not isinstance(x, (np.ndarray, jax.Array)):
+    if "bfloat16" in str(getattr(x, "dtype", "")) and not isinstance(
+        x, (np.ndarray, jax.Array)
+    ):
         x = jnp.from_dlpack(x)  # a tensor of numbers that numpy does not have
     return np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.uint8)
 

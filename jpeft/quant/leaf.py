@@ -144,20 +144,22 @@ class Quantized(QuantizedValue):
         found = getattr(codes, "sharding", None)
         if not isinstance(found, NamedSharding):
             return found
-        spec = tuple(found.spec) + (None,) * (codes.ndim - len(found.spec))
-        at = {k: n for k, n in zip(self._axes_of_codes(), spec, strict=True)}
-        named = PartitionSpec(*(at.get(k) for k in range(self.ndim)))
-        return NamedSharding(found.mesh, named)
+        return NamedSharding(found.mesh, self._spec(found.spec))
 
     @property
     def typed_sharding(self) -> Any:
         place = compat.typed_sharding(unbox(self.codes))
         if place is None:
             return None
-        names = dict(zip(self._axes_of_codes(), place.spec, strict=True))
-        spec = PartitionSpec(*map(names.get, range(self.ndim)))
-        spec = whole_shards(spec, self.shape, place.mesh)
+        spec = whole_shards(self._spec(place.spec), self.shape, place.mesh)
         return NamedSharding(place.mesh, spec)
+
+    def _spec(self, of_codes: PartitionSpec) -> PartitionSpec:
+        """The weight's, from that of its codes."""
+        axes = self._axes_of_codes()
+        full = (*of_codes, *[None] * (len(axes) - len(of_codes)))
+        at = dict(zip(axes, full, strict=True))
+        return PartitionSpec(*map(at.get, range(self.ndim)))
 
     def _axes_of_codes(self) -> tuple[int, ...]:
         """The weight's axis behind each axis of the codes; K stands for its first."""

@@ -56,7 +56,7 @@ def product(
     product needs no room of its own.
     """
     # Before the gradient rule, so that it is JAX that adds up over shards.
-    x, plus, *_ = partitioned.alike(x, plus, leaf.codes, leaf.scales)
+    x, plus, *_ = compat.varying_alike((x, plus, leaf.codes, leaf.scales))
     return _product(how, leaf, x, plus)
 
 

@@ -406,9 +406,9 @@ def _joined(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         at, join = first.order.index(axis), lax.concatenate
         new = first
     else:
-        axis = p.get("axis", p.get("dimension"))
-        if not alike or axis is None:
+        if not alike:
             return deferred(eqn, ins)
+        axis = p["axis"]
         at, join = 0, lambda xs, at: jnp.stack(xs, at)
         new = first.replace(
             order=(axis, *(k + (k >= axis) for k in first.order)),
