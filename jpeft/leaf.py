@@ -17,6 +17,7 @@ Laws, checked by the tests for every kind of leaf:
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import math
@@ -25,6 +26,7 @@ from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.sharding import PartitionSpec
 
 from jpeft.boxes import is_box, rebox, unbox
@@ -88,13 +90,50 @@ def adapted_leaf(cls: type[T]) -> type[T]:
         cls.materialize = _out_of_boxes(cls.materialize)  # type: ignore[attr-defined]
     cls = dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)(cls)
     roles = {f.name: f.metadata["role"] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    statics = [n for n, r in roles.items() if r == STATIC]
     jax.tree_util.register_dataclass(
         cls,
         data_fields=[n for n, r in roles.items() if r != STATIC],
-        meta_fields=[n for n, r in roles.items() if r == STATIC],
+        meta_fields=statics,
     )
+    if cls.__name__ not in KINDS:  # defined again, in a notebook: the first is known
+        _let_export(cls, statics)
     KINDS[cls.__name__] = cls  # type: ignore[assignment]
     return cls
+
+
+def _let_export(cls: type, statics: list[str]) -> None:
+    """Lets `jax.export` write programs whose arguments hold leaves of this kind."""
+
+    def write(values: tuple[Any, ...]) -> bytes:
+        # A `Path` equals every other one, so it must not come back as a string.
+        is_path = [isinstance(x, Path) for x in values]
+        plain = [str(x) if p else x for p, x in zip(is_path, values, strict=True)]
+        tagged = list(zip(is_path, plain, strict=True))
+        text = repr(tagged)
+        try:
+            same = ast.literal_eval(text) == tagged
+        except (ValueError, SyntaxError):
+            same = False
+        if not same:
+            raise TypeError(
+                f"jax.export cannot write a {cls.__name__}: its static fields "
+                f"{dict(zip(statics, values, strict=True))} are not all numbers, "
+                "strings and tuples of such; export a function of the arrays, "
+                "jax.tree.leaves(params)"
+            )
+        return text.encode()
+
+    def read(text: bytes | bytearray) -> tuple[Any, ...]:
+        tagged = ast.literal_eval(text.decode())
+        return tuple(Path(x) if is_path else x for is_path, x in tagged)
+
+    export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"jpeft.{cls.__name__}",
+        serialize_auxdata=write,
+        deserialize_auxdata=read,
+    )
 
 
 def _out_of_boxes(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

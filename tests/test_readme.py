@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from flax import nnx
@@ -13,7 +14,7 @@ from flax.training.train_state import TrainState
 import jpeft
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-LINEN, NNX, STATE, QUANTIZED = re.findall(r"```python\n(.*?)```", README, re.S)
+LINEN, NNX, STATE, EXPORT, QUANTIZED = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 class Model(nn.Module):
@@ -88,6 +89,17 @@ def test_the_train_state_lines():
     for a, b in zip(jax.tree.leaves(before[1]), jax.tree.leaves(after[1]), strict=True):
         assert a.tobytes() == b.tobytes()
     assert int(names["state"].step) == 1
+
+
+def test_the_export_lines():
+    model, tokens = Model(), BATCH["tokens"]
+    base = model.init(jax.random.key(0), tokens)["params"]
+    params = jpeft.quantize("nf4")(jax.random.key(0), base)
+    params = jpeft.lora(rank=8)(jax.random.key(1), params)
+    names = {"jax": jax, "jpeft": jpeft, "model": model}
+    exec(EXPORT, names | {"params": params, "tokens": tokens} | (made := {}), made)
+    want = jpeft.adapt(model.apply)({"params": params}, tokens)
+    np.testing.assert_allclose(made["y"], want, rtol=1e-2, atol=1e-2)  # bfloat16
 
 
 def test_the_quantised_lines(tmp_path, monkeypatch, capsys):

@@ -50,6 +50,10 @@ def offload(
 
         places = jax.tree.map(lambda x: x.sharding, (params, state))
         step = jax.jit(step, donate_argnums=(0, 1), out_shardings=places)
+        params, state = jax.device_put((params, state), places)
+
+    The last line commits all arrays to where they are.  Without it the second step
+    compiles once more: JAX lets fresh arrays go anywhere, those on a host not.
 
     Any Optax transformation will do in which the state of one weight does not touch the
     update of another.  (Clipping gradients by their global norm before Adam is one:

@@ -15,6 +15,7 @@ import optax
 import pytest
 from flax import linen as nn
 from forms import FORMS
+from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from text_forms import TEXT_FORMS, WORD_FORMS, N
@@ -295,6 +296,22 @@ def test_a_boxed_leaf_has_the_value_of_a_plain_one(method):
         value = leaf.materialize()
         assert isinstance(value, jax.Array)
         np.testing.assert_allclose(value, dict(merged.items())[path], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        m if m in ("qlora", "unipelt") else pytest.param(m, marks=pytest.mark.slow)
+        for m in METHODS
+    ],
+)
+def test_an_exported_program_is_read_back_with_its_adapters(method):
+    f = form(METHODS[method].forms + "unrolled")
+    params = moved(attached(method, METHODS[method].forms + "unrolled"))
+    run = jax.jit(jpeft.adapt(f.fn))
+    file = export.export(run)(params, *f.args).serialize()
+    got = export.deserialize(file).call(params, *f.args)
+    assert np.asarray(got).tobytes() == np.asarray(run(params, *f.args)).tobytes()
 
 
 @in_linen

@@ -88,9 +88,12 @@ def train(tx, params, of=loss, steps=5, **options):
     if options.pop("places", False):
         where = jax.tree.map(lambda x: x.sharding, (params, state))
         options["out_shardings"] = where
+        params, state = jax.device_put((params, state), where)
     step = jax.jit(step, **options)
     for k in range(steps):
         params, state = step(params, state, batch(k))
+    if "out_shardings" in options:
+        assert step._cache_size() == 1
     return params, state
 
 
