@@ -150,6 +150,13 @@ def is_key_array(x: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
+def on_device(x: Any) -> Any:
+    """A weight that waits in its host's memory, brought to where it computes."""
+    if isinstance(x, jax.Array) and jax.typeof(x).memory_space == jax.memory.Space.Host:
+        return jax.device_put(x, jax.memory.Space.Device)
+    return x
+
+
 def typed_sharding(x: Any) -> Any:
     """Where an array is, if that is part of its type (on an explicit mesh), or None."""
     sharding = jax.typeof(x).sharding

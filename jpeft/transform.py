@@ -293,7 +293,7 @@ def check_finite(targets: Mapping[str, Any], name: str) -> None:
         if isinstance(x, compat.Tracer) or not isinstance(x, (jax.Array, np.ndarray)):
             continue
         if jnp.issubdtype(x.dtype, jnp.floating):
-            found[path] = jnp.all(jnp.isfinite(x))
+            found[path] = jnp.all(jnp.isfinite(compat.on_device(x)))
     bad = [p for p, ok in jax.device_get(found).items() if not ok]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""

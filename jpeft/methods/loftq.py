@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpeft import compat
 from jpeft.boxes import unbox
 from jpeft.leaf import AdaptedLeaf, box_of, boxed_like
 from jpeft.methods._init import PISSA, draw_a, factors
@@ -74,6 +75,7 @@ class LoftQ(LeafMethod):
             )
         check_float("loftq", self.dtype)
         known = {
+            "block_size": self.quantizer().block_size,
             "compute_dtype": self.quantizer().compute_dtype,
             "where": check_where(self.where),
             "exclude": check_where(self.exclude, "exclude"),
@@ -108,7 +110,7 @@ class LoftQ(LeafMethod):
         rank = matched(self.rank_pattern, path, self.rank)
         check_rank(path, rank, use)
         assert use.axes is not None
-        w, box = jnp.asarray(weight(slot)), box_of(slot)
+        w, box = compat.on_device(jnp.asarray(weight(slot))), box_of(slot)
         alpha = matched(self.alpha_pattern, path, self.alpha)
         scale = rank if alpha is None else alpha
         scale /= math.sqrt(rank) if self.rank_stabilized else rank

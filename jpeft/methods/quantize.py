@@ -42,7 +42,8 @@ class Quantize(LeafMethod):
 
     def __post_init__(self) -> None:
         check_format("quantize", self.format)
-        check_block_size("quantize", self.block_size)
+        size = check_block_size("quantize", self.block_size)
+        object.__setattr__(self, "block_size", size)
         check_double("quantize", self.double)
         if self.compute_dtype is None:
             object.__setattr__(self, "compute_dtype", ACTIVATION)

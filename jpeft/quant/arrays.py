@@ -49,7 +49,7 @@ def quantize(
     ((64,), (2,), 1.0)
     """
     check_format("quant.quantize", format)
-    check_block_size("quant.quantize", block_size)
+    block_size = check_block_size("quant.quantize", block_size)
     check_double("quant.quantize", double)
     check_float("quant.quantize", compute_dtype, "compute_dtype")
     if is_leaf(x):
@@ -57,7 +57,7 @@ def quantize(
             f"quant.quantize: {x!r} is an adapted leaf already; quantise the array it "
             "stands for, jpeft.merge(params) makes it"
         )
-    x = jnp.asarray(x)
+    x = compat.on_device(jnp.asarray(x))
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"quant.quantize: expected a real floating-point array, got {x.dtype}"
@@ -145,12 +145,14 @@ def check_double(name: str, double: Any) -> None:
         raise ValueError(f"{name}: double={double!r}: expected True or False")
 
 
-def check_block_size(name: str, block_size: Any) -> None:
-    if block_size in (CHANNEL, TENSOR):
-        return
-    whole = isinstance(block_size, int) and not isinstance(block_size, bool)
-    if not whole or block_size not in BLOCK_SIZES:
+def check_block_size(name: str, block_size: Any) -> int | str:
+    """As a Python number or a word; raises ValueError for what is no block size."""
+    if isinstance(block_size, str) and block_size in (CHANNEL, TENSOR):
+        return block_size
+    whole = isinstance(block_size, (int, np.integer))
+    if not whole or isinstance(block_size, bool) or block_size not in BLOCK_SIZES:
         raise ValueError(
             f"{name}: block_size={block_size!r} does not fit: expected one of "
             f"{', '.join(map(str, BLOCK_SIZES))}, {CHANNEL!r} or {TENSOR!r}"
         )
+    return int(block_size)

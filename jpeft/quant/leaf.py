@@ -375,6 +375,7 @@ def quantize_array(
     compute_dtype: str | None = None,
 ) -> Quantized:
     """x as a leaf.  The arithmetic is one jitted program a shape."""
+    x = compat.on_device(x)
     order, stack, lead, blocked = layout
     make = functools.partial(
         _arrays,

@@ -138,6 +138,22 @@ def test_it_stands_in_a_tree_as_the_transform_would_put_it():
     np.testing.assert_allclose(got, x @ dequantize(alone), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("make", [jpeft.quantize, lambda: jpeft.loftq(rank=2)])
+def test_a_weight_that_waits_on_the_host_is_quantised_on_the_device(make):
+    key, w = jax.random.key(0), normal(77, 5)
+    host = jax.device_put(w, jax.memory.Space.Host)
+    same(make()(key, {"w": host}), make()(key, {"w": w}))
+    made = jax.tree.leaves((make()(key, {"w": host}), quantize(host)))
+    assert {x.sharding.memory_kind for x in made} == {"device"}
+
+
+def test_a_block_size_may_be_a_number_of_numpys():
+    size, x = np.int64(32), normal(101)
+    for t in (jpeft.quantize(block_size=size), jpeft.loftq(2, block_size=size)):
+        assert type(t.block_size) is int
+    same(quantize(x, block_size=size), quantize(x, block_size=32))
+
+
 def test_its_repr_is_short():
     text = repr(quantize(normal(77, 5), axis=0))
     assert "codes=uint8[64,5]" in text and len(text) < 200
