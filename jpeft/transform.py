@@ -286,14 +286,16 @@ def check_target(
 
 
 def check_finite(targets: Mapping[str, Any], name: str) -> None:
-    """Raises if a weight holds NaN or infinity (skipped while JAX traces)."""
+    """Raises if a weight holds NaN or infinity (skipped for weights JAX traces)."""
     found = {}
     for path, slot in targets.items():
         x = unbox(innermost(slot))
         if isinstance(x, compat.Tracer) or not isinstance(x, (jax.Array, np.ndarray)):
             continue
         if jnp.issubdtype(x.dtype, jnp.floating):
-            found[path] = jnp.all(jnp.isfinite(compat.on_device(x)))
+            # Also of arrays that a program which JAX traces closes over.
+            with jax.ensure_compile_time_eval():
+                found[path] = jnp.all(jnp.isfinite(compat.on_device(x)))
     bad = [p for p, ok in jax.device_get(found).items() if not ok]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -310,6 +312,14 @@ def check_positive(
     if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
         kind = "an integer of at least 1" if integer else "a number above 0"
         raise ValueError(f"{method}: {name}={value!r}: expected {kind}")
+
+
+def check_dropout(method: str, rate: Any) -> None:
+    if isinstance(rate, bool) or not 0.0 <= rate < 1.0:
+        raise ValueError(
+            f"{method}: dropout={rate!r}: expected a rate from 0 up to, not including, "
+            "1"
+        )
 
 
 def dtype_name(dtype: Any) -> str | None:

@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from jpeft import compat
 from jpeft.adapt.channel import Channel, Ledger, Rows
@@ -28,6 +31,10 @@ _CONTROL: dict[str, Rule] = {}
 _ADDS: set[Any] = set()
 _CARRIES: set[Any] = set()
 _JOINS: set[Any] = set()
+# Linear in what meets the weight.
+_PRODUCTS = frozenset(
+    {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"}
+)
 # What a dropout key folds in: the number of a use, or of a call that holds uses (a
 # loop's step folds `control._STEP`).
 _USE, _CALL = 1, 3
@@ -193,6 +200,8 @@ class Interpreter:
         leaves = list(filter(is_leaf, ins))
         if name in _CONTROL:
             out = _CONTROL[name](self, eqn, ins)
+        elif leaves and name in _PRODUCTS and any(map(_is_complex, ins)):
+            out = self._real_and_imaginary(eqn, list(map(settled, ins)))
         elif leaves:
             first, *others = dict.fromkeys(find_rule(name, x) for x in leaves)
             if first not in _CARRIES:
@@ -204,6 +213,24 @@ class Interpreter:
         else:
             out = self._carry(eqn, ins)
         return self.native(eqn)(*self.plain(eqn, ins)) if out is None else out
+
+    def _real_and_imaginary(self, eqn: Any, ins: list[Any]) -> Any:
+        """A product of a weight, which is real, with something complex: two of real
+        things, so that no rule needs to know."""
+        real = {
+            n: jnp.finfo(v).dtype if _is_complex_dtype(v) else v
+            for n, v in eqn.params.items()
+        }
+        avals = [
+            v.aval if is_leaf(x) else jax.typeof(jnp.real(x))
+            for v, x in zip(eqn.invars, ins, strict=True)
+        ]
+        program = jax.make_jaxpr(lambda *a: eqn.primitive.bind(*a, **real))(*avals)
+        parts = []
+        for part in (jnp.real, jnp.imag):
+            of = [part(x) if _is_complex(x) else x for x in ins]
+            parts += self.run(program.jaxpr, program.consts, of)
+        return lax.complex(*map(settled, parts))
 
     def _carry(self, eqn: Any, ins: list[Any]) -> Any:
         """What the first carried operand that knows the equation makes of it."""
@@ -330,6 +357,14 @@ class Interpreter:
             ours.update(v for v, x in zip(e.outvars, outs, strict=True) if is_node(x))
         flush(end)
         return [v.val if is_literal(v) else env[v] for v in jaxpr.outvars]
+
+
+def _is_complex(x: Any) -> bool:
+    return not is_node(x) and _is_complex_dtype(jnp.result_type(x))
+
+
+def _is_complex_dtype(x: Any) -> bool:
+    return isinstance(x, np.dtype) and jnp.issubdtype(x, jnp.complexfloating)
 
 
 def settled(x: Any) -> Any:

@@ -38,20 +38,12 @@ from jpeft.adapt.labels import Label, R
 from jpeft.boxes import same_box, unbox
 from jpeft.leaf import adapted_leaf, is_leaf, layers, static, trainable
 from jpeft.methods._low_rank import ActsAsLowRank, LowRank
+from jpeft.methods._ranked import Ranked
 from jpeft.methods.lora import check_rank, factor_shapes
-from jpeft.transform import (
-    LeafMethod,
-    Pattern,
-    check_float,
-    check_pattern,
-    check_positive,
-    dtype_name,
-    matched,
-    method,
-)
+from jpeft.transform import check_dropout, check_positive, dtype_name, method
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.paths import slots
-from jpeft.tree.where import Where, check_where
+from jpeft.tree.where import Where
 from jpeft.types import PyTree
 
 STD = 0.02
@@ -128,53 +120,20 @@ def triplets(tree: PyTree) -> list[Triplets]:
 
 @method("adalora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaLoRA(LeafMethod):
+class AdaLoRA(Ranked):
     """See `adalora`."""
 
-    rank: int
-    alpha: float | None = None
     dropout: float = 0.0
     std: float = STD
-    dtype: str | None = None
-    rank_pattern: Pattern = ()
-    alpha_pattern: Pattern = ()
-    where: Where = "linear"
-    exclude: Where = ()
 
     def __post_init__(self) -> None:
-        check_positive("adalora", "rank", self.rank, integer=True)
+        super().__post_init__()
         check_positive("adalora", "std", self.std)
-        if self.alpha is not None:
-            check_positive("adalora", "alpha", self.alpha)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(
-                f"adalora: dropout={self.dropout!r}: expected a rate from 0 up to, not "
-                "including, 1"
-            )
-        check_float("adalora", self.dtype)
-        values = {
-            "rank_pattern": check_pattern(
-                "adalora", "rank_pattern", self.rank_pattern, integer=True
-            ),
-            "alpha_pattern": check_pattern(
-                "adalora", "alpha_pattern", self.alpha_pattern
-            ),
-            "where": check_where(self.where),
-            "exclude": check_where(self.exclude, "exclude"),
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
-    def selection(self) -> tuple[Where, Where]:
-        return self.where, self.exclude
-
-    def accepts(self, use: LeafUse) -> bool:
-        return use.is_weight
+        check_dropout("adalora", self.dropout)
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Triplets:
-        rank = matched(self.rank_pattern, path, self.rank)
+        rank, alpha = self.rank_of(path), self.alpha_of(path)
         check_rank(path, rank, use)
-        alpha = matched(self.alpha_pattern, path, self.alpha)
         dtype = self.adapter_dtype(base)
         assert use.axes is not None
         shapes = factor_shapes(use.shape, use.axes, rank)

@@ -24,76 +24,31 @@ from jpeft.boxes import unbox
 from jpeft.leaf import AdaptedLeaf, box_of, boxed_like
 from jpeft.methods._init import PISSA, draw_a, factors
 from jpeft.methods._low_rank import LowRank, low_rank_product
-from jpeft.methods.lora import check_rank
+from jpeft.methods.lora import LowRankMethod, check_rank
 from jpeft.methods.quantize import Quantize, check_plain, quantize
 from jpeft.quant.leaf import Quantized, arrangement, boxed
-from jpeft.transform import (
-    LeafMethod,
-    Pattern,
-    check_float,
-    check_pattern,
-    check_positive,
-    dtype_name,
-    matched,
-    method,
-    place_beside,
-)
+from jpeft.transform import check_positive, dtype_name, method, place_beside
 from jpeft.tree.layout import EMBEDDING, LeafUse
 from jpeft.tree.paths import weight
-from jpeft.tree.where import Where, check_where
+from jpeft.tree.where import Where
 
 
 @method("loftq")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoftQ(LeafMethod):
+class LoftQ(LowRankMethod):
     """See `loftq`."""
 
-    rank: int
-    alpha: float | None = None
-    rank_stabilized: bool = False
     steps: int = 1
     format: str = "nf4"
     double: bool = True
     block_size: int | str = 64
-    dropout: float = 0.0
-    dtype: str | None = None
-    rank_pattern: Pattern = ()
-    alpha_pattern: Pattern = ()
-    where: Where = "linear"
-    exclude: Where = ()
     compute_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        check_positive("loftq", "rank", self.rank, integer=True)
+        super().__post_init__()
         check_positive("loftq", "steps", self.steps, integer=True)
-        if self.alpha is not None:
-            check_positive("loftq", "alpha", self.alpha)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(
-                f"loftq: dropout={self.dropout!r}: expected a rate from 0 up to, not "
-                "including, 1"
-            )
-        check_float("loftq", self.dtype)
-        known = {
-            "block_size": self.quantizer().block_size,
-            "compute_dtype": self.quantizer().compute_dtype,
-            "where": check_where(self.where),
-            "exclude": check_where(self.exclude, "exclude"),
-            "rank_pattern": check_pattern(
-                "loftq", "rank_pattern", self.rank_pattern, integer=True
-            ),
-            "alpha_pattern": check_pattern(
-                "loftq", "alpha_pattern", self.alpha_pattern
-            ),
-        }
-        for field, value in known.items():
-            object.__setattr__(self, field, value)
-
-    def selection(self) -> tuple[Where, Where]:
-        return self.where, self.exclude
-
-    def accepts(self, use: LeafUse) -> bool:
-        return use.is_weight
+        of = self.quantizer()
+        self._set(block_size=of.block_size, compute_dtype=of.compute_dtype)
 
     def quantizer(self) -> Quantize:
         return Quantize(
@@ -107,13 +62,10 @@ class LoftQ(LeafMethod):
         self, key: jax.Array, path: str, slot: Any, use: LeafUse
     ) -> AdaptedLeaf:
         check_plain(path, slot)
-        rank = matched(self.rank_pattern, path, self.rank)
+        rank, scale = self.rank_of(path), self.scale_of(path)
         check_rank(path, rank, use)
         assert use.axes is not None
         w, box = compat.on_device(jnp.asarray(weight(slot))), box_of(slot)
-        alpha = matched(self.alpha_pattern, path, self.alpha)
-        scale = rank if alpha is None else alpha
-        scale /= math.sqrt(rank) if self.rank_stabilized else rank
         q, a, b = alternate(
             key,
             w,
@@ -121,7 +73,7 @@ class LoftQ(LeafMethod):
             use.kind,
             self.quantizer(),
             rank=rank,
-            scale=float(scale),
+            scale=scale,
             steps=self.steps,
         )
         dtype = self.adapter_dtype(w)
@@ -131,7 +83,7 @@ class LoftQ(LeafMethod):
             axes=use.axes,
             a=a.astype(dtype),
             b=b.astype(dtype),
-            scale=float(scale),
+            scale=scale,
             dropout=float(self.dropout),
             origin=self.origin(),
         )

@@ -39,19 +39,11 @@ from jpeft.adapt.labels import Label, R, align, contract, operand_labels
 from jpeft.leaf import adapted_leaf, is_leaf, static, trainable, wide_dtype
 from jpeft.methods import _init
 from jpeft.methods._low_rank import ActsAsLowRank, LowRank, low_rank_product, through
+from jpeft.methods._ranked import Ranked
 from jpeft.methods.lora import check_rank, factor_shapes
-from jpeft.transform import (
-    LeafMethod,
-    Pattern,
-    check_float,
-    check_pattern,
-    check_positive,
-    dtype_name,
-    matched,
-    method,
-)
+from jpeft.transform import dtype_name, method
 from jpeft.tree.layout import CONV, LINEAR, MATRIX, LeafUse
-from jpeft.tree.where import Where, check_where
+from jpeft.tree.where import Where
 
 FACTORS = ("a1", "b1", "a2", "b2")
 LYCORIS, PEFT = INITS = ("lycoris", "peft")
@@ -219,46 +211,21 @@ def draw(
 
 @method("loha")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoHa(LeafMethod):
+class LoHa(Ranked):
     """See `loha`."""
 
-    rank: int
-    alpha: float | None = None
     init: str = LYCORIS
-    dtype: str | None = None
-    rank_pattern: Pattern = ()
-    alpha_pattern: Pattern = ()
-    where: Where = "linear"
-    exclude: Where = ()
 
     def __post_init__(self) -> None:
-        name = self.name
-        check_positive(name, "rank", self.rank, integer=True)
-        if self.alpha is not None:
-            check_positive(name, "alpha", self.alpha)
+        super().__post_init__()
         if self.init not in INITS:
-            raise ValueError(f"{name}: init={self.init!r}: expected one of {INITS}")
-        check_float(name, self.dtype)
-        checked = {
-            "rank_pattern": check_pattern(
-                name, "rank_pattern", self.rank_pattern, integer=True
-            ),
-            "alpha_pattern": check_pattern(name, "alpha_pattern", self.alpha_pattern),
-            "where": check_where(self.where),
-            "exclude": check_where(self.exclude, "exclude"),
-        }
-        for field, value in checked.items():
-            object.__setattr__(self, field, value)
-
-    def selection(self) -> tuple[Where, Where]:
-        return self.where, self.exclude
+            raise ValueError(f"loha: init={self.init!r}: expected one of {INITS}")
 
     def accepts(self, use: LeafUse) -> bool:
         return use.kind in (LINEAR, MATRIX, CONV)
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Hadamard:
-        rank = matched(self.rank_pattern, path, self.rank)
-        alpha = matched(self.alpha_pattern, path, self.alpha)
+        rank, alpha = self.rank_of(path), self.alpha_of(path)
         check_rank(path, rank, use)
         assert use.axes is not None
         of = factor_shapes(use.shape, use.axes, rank)

@@ -47,19 +47,11 @@ from jpeft.adapt.labels import (
 )
 from jpeft.leaf import adapted_leaf, is_leaf, static, trainable, wide_dtype
 from jpeft.methods import _init
+from jpeft.methods._ranked import Ranked
 from jpeft.methods._scaled import ScaledInput, ScaledOutput
-from jpeft.transform import (
-    LeafMethod,
-    Pattern,
-    check_float,
-    check_pattern,
-    check_positive,
-    dtype_name,
-    matched,
-    method,
-)
+from jpeft.transform import check_positive, dtype_name, method
 from jpeft.tree.layout import LINEAR, MATRIX, LeafUse
-from jpeft.tree.where import Where, check_where
+from jpeft.tree.where import Where
 
 LYCORIS, PEFT = INITS = ("lycoris", "peft")
 # The axes of the two factors, and of what they are products of.
@@ -382,43 +374,19 @@ def draw(
 
 @method("lokr")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoKr(LeafMethod):
+class LoKr(Ranked):
     """See `lokr`."""
 
-    rank: int
-    alpha: float | None = None
     factor: int = -1
     decompose_both: bool = False
     init: str = LYCORIS
-    dtype: str | None = None
-    rank_pattern: Pattern = ()
-    alpha_pattern: Pattern = ()
-    where: Where = "linear"
-    exclude: Where = ()
 
     def __post_init__(self) -> None:
-        name = self.name
-        check_positive(name, "rank", self.rank, integer=True)
-        if self.alpha is not None:
-            check_positive(name, "alpha", self.alpha)
+        super().__post_init__()
         if self.factor != -1:
-            check_positive(name, "factor", self.factor, integer=True)
+            check_positive("lokr", "factor", self.factor, integer=True)
         if self.init not in INITS:
-            raise ValueError(f"{name}: init={self.init!r}: expected one of {INITS}")
-        check_float(name, self.dtype)
-        checked = {
-            "rank_pattern": check_pattern(
-                name, "rank_pattern", self.rank_pattern, integer=True
-            ),
-            "alpha_pattern": check_pattern(name, "alpha_pattern", self.alpha_pattern),
-            "where": check_where(self.where),
-            "exclude": check_where(self.exclude, "exclude"),
-        }
-        for field, value in checked.items():
-            object.__setattr__(self, field, value)
-
-    def selection(self) -> tuple[Where, Where]:
-        return self.where, self.exclude
+            raise ValueError(f"lokr: init={self.init!r}: expected one of {INITS}")
 
     def accepts(self, use: LeafUse) -> bool:
         return use.kind in (LINEAR, MATRIX)
@@ -438,8 +406,7 @@ class LoKr(LeafMethod):
         return out
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Kronecker:
-        rank = matched(self.rank_pattern, path, self.rank)
-        alpha = matched(self.alpha_pattern, path, self.alpha)
+        rank, alpha = self.rank_of(path), self.alpha_of(path)
         assert use.axes is not None
         drawn = draw(key, self.shapes(use, rank), self.init)
         dtype = self.adapter_dtype(base)

@@ -37,18 +37,10 @@ from jpeft.adapt.labels import Label, R
 from jpeft.leaf import adapted_leaf, frozen, is_leaf, static, trainable
 from jpeft.methods import _init
 from jpeft.methods._low_rank import ActsAsLowRank, LowRank
-from jpeft.transform import (
-    LeafMethod,
-    Pattern,
-    check_float,
-    check_pattern,
-    check_positive,
-    dtype_name,
-    matched,
-    method,
-)
+from jpeft.methods._ranked import Ranked
+from jpeft.transform import check_dropout, dtype_name, method
 from jpeft.tree.layout import CONV, EMBEDDING, LeafUse
-from jpeft.tree.where import Where, check_where
+from jpeft.tree.where import Where
 
 # --- the leaf of a delta that does not start at zero ---------------------------------
 
@@ -105,61 +97,33 @@ class ShiftedLowRank(ActsAsLowRank):
 # --- the method ----------------------------------------------------------------------
 
 
-@method("lora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRA(LeafMethod):
-    """See `lora`."""
+class LowRankMethod(Ranked):
+    """A method whose delta is s A B; see `lora` for the fields."""
 
-    rank: int
-    alpha: float | None = None
     rank_stabilized: bool = False
     dropout: float = 0.0
-    init: str = "gaussian"
-    dtype: str | None = None
-    rank_pattern: Pattern = ()
-    alpha_pattern: Pattern = ()
-    where: Where = "linear"
-    exclude: Where = ()
 
     def __post_init__(self) -> None:
-        name = self.name
-        check_positive(name, "rank", self.rank, integer=True)
-        if self.alpha is not None:
-            check_positive(name, "alpha", self.alpha)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(
-                f"{name}: dropout={self.dropout!r}: expected a rate from 0 up to, not "
-                "including, 1"
-            )
-        _init.check_init(name, self.init)
-        check_float(name, self.dtype)
-        patterns = {
-            "rank_pattern": check_pattern(
-                name, "rank_pattern", self.rank_pattern, integer=True
-            ),
-            "alpha_pattern": check_pattern(name, "alpha_pattern", self.alpha_pattern),
-        }
-        selection = {
-            "where": check_where(self.where),
-            "exclude": check_where(self.exclude, "exclude"),
-        }
-        for field, value in {**patterns, **selection}.items():
-            object.__setattr__(self, field, value)
-
-    def selection(self) -> tuple[Where, Where]:
-        return self.where, self.exclude
-
-    def accepts(self, use: LeafUse) -> bool:
-        return use.is_weight
-
-    def rank_of(self, path: str) -> int:
-        return matched(self.rank_pattern, path, self.rank)
+        super().__post_init__()
+        check_dropout(self.name, self.dropout)
 
     def scale_of(self, path: str) -> float:
-        rank = self.rank_of(path)
-        alpha = matched(self.alpha_pattern, path, self.alpha)
-        alpha = self.rank if alpha is None else alpha
+        rank, alpha = self.rank_of(path), self.alpha_of(path)
+        alpha = rank if alpha is None else alpha
         return float(alpha / (math.sqrt(rank) if self.rank_stabilized else rank))
+
+
+@method("lora")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRA(LowRankMethod):
+    """See `lora`."""
+
+    init: str = "gaussian"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _init.check_init(self.name, self.init)
 
     def attach(
         self, key: jax.Array, path: str, base: Any, use: LeafUse
@@ -219,7 +183,8 @@ def lora(
     Hu et al. 2021, arXiv:2106.09685; rank-stabilised: arXiv:2312.03732.
 
     rank: of the delta; from 1 to the smaller side of the matrix.
-    alpha: numerator of the scale; None means `rank`, that is a scale of 1.
+    alpha: numerator of the scale; None means the weight's rank, that is a scale of 1
+        (rank_stabilized: of sqrt(rank)).
     where, exclude: which weights; see `jpeft.tree.where`.
     dropout: rate on the activations that enter A, drawn where `adapt` is given a key.
     init: "gaussian": A ~ N(0, 1/in) (N(0, 1) for embeddings, whose input is one row),

@@ -45,6 +45,7 @@ from jpeft.methods._scaled import ScaledOutput, spread, times
 from jpeft.transform import (
     LeafMethod,
     Transform,
+    check_dropout,
     check_float,
     check_positive,
     dtype_name,
@@ -245,11 +246,7 @@ class VeRA(Transform):
     def __post_init__(self) -> None:
         check_positive("vera", "rank", self.rank, integer=True)
         check_positive("vera", "d_initial", self.d_initial)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(
-                f"vera: dropout={self.dropout!r}: expected a rate from 0 up to, not "
-                "including, 1"
-            )
+        check_dropout("vera", self.dropout)
         check_float("vera", self.dtype)
         object.__setattr__(self, "where", check_where(self.where))
         object.__setattr__(self, "exclude", check_where(self.exclude, "exclude"))

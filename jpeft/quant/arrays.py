@@ -64,7 +64,7 @@ def quantize(
         )
     if x.size == 0:
         raise ValueError(f"quant.quantize: the array of shape {x.shape} is empty")
-    if not isinstance(x, compat.Tracer) and bool(jnp.any(jnp.isnan(x))):
+    if _holds_nan(x):
         raise ValueError(
             f"quant.quantize: the array of shape {x.shape} holds NaN, which no code "
             "stands for; check how it was made"
@@ -77,6 +77,13 @@ def quantize(
         double_scales=double,
         compute_dtype=None if compute_dtype is None else jnp.dtype(compute_dtype).name,
     )
+
+
+def _holds_nan(x: jax.Array) -> bool:
+    if isinstance(x, compat.Tracer):
+        return False
+    with jax.ensure_compile_time_eval():
+        return bool(jnp.any(jnp.isnan(x)))
 
 
 def _layout(

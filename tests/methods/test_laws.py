@@ -221,6 +221,11 @@ def cases(names, *more):
     return out
 
 
+def mostly_slow(methods, quick=("lora", "qlora", "dora", "unipelt")):
+    slow = [pytest.mark.slow]
+    return [m if m in quick else pytest.param(m, marks=slow) for m in methods]
+
+
 every = pytest.mark.parametrize(("method", "name"), cases(FORMS))
 LINEN = ("unrolled", "scan_remat")
 in_linen = pytest.mark.parametrize(("method", "name"), cases(LINEN))
@@ -298,13 +303,37 @@ def test_a_boxed_leaf_has_the_value_of_a_plain_one(method):
         np.testing.assert_allclose(value, dict(merged.items())[path], rtol=1e-6)
 
 
+def waves(params, x):
+    layer = params["layer_0"]
+    x = jnp.fft.fft(x, axis=0) @ layer["up"]["kernel"] @ layer["down"]["kernel"]
+    return jnp.abs(x @ params["head"]["kernel"])
+
+
 @pytest.mark.parametrize(
-    "method",
-    [
-        m if m in ("qlora", "unipelt") else pytest.param(m, marks=pytest.mark.slow)
-        for m in METHODS
-    ],
+    "method", mostly_slow([m for m in METHODS if METHODS[m].merges and m != "bitfit"])
 )
+def test_activations_may_be_complex(method):
+    params, x = moved(attached(method, "unrolled")), form("unrolled").args[0]
+    with jax.numpy_dtype_promotion("standard"):
+        got = jax.jit(jpeft.adapt(waves))(params, x)
+        want = waves(jpeft.merge(params), x)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", mostly_slow(METHODS))
+def test_a_base_may_be_closed_over_by_what_jax_traces(method):
+    name = METHODS[method].forms + "unrolled"
+    t, base = METHODS[method].make(), form(name).params
+    shapes = jax.eval_shape(lambda key: t(key, base, uses=uses(name)), KEY)
+    want = attached(method, name)
+    chex.assert_trees_all_equal_structs(shapes, want)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, want)
+    spoiled = jax.tree.map(lambda x: x * jnp.nan, base)
+    with pytest.raises(ValueError, match="the base holds NaN"):
+        jax.eval_shape(lambda key: t(key, spoiled, uses=uses(name)), KEY)
+
+
+@pytest.mark.parametrize("method", mostly_slow(METHODS))
 def test_an_exported_program_is_read_back_with_its_adapters(method):
     f = form(METHODS[method].forms + "unrolled")
     params = moved(attached(method, METHODS[method].forms + "unrolled"))
