@@ -430,6 +430,20 @@ def transients(leaf: AdaptedLeaf) -> dict[str, Any]:
     return {n: x for n, x in fields.items() if x is not None}
 
 
+def check_whole(x: Any, path: str, caller: str) -> None:
+    """Raises for a leaf without its arrays, as half of a partitioned tree holds it."""
+    for leaf in layers(x):
+        for f in dataclasses.fields(leaf):
+            needed = f.default is f.default_factory is dataclasses.MISSING
+            role = f.metadata["role"]
+            if needed and role != STATIC and getattr(leaf, f.name) is None:
+                raise ValueError(
+                    f"{path}: {caller} needs the whole tree, and here the "
+                    f"{type(leaf).__name__} has no {f.name!r}: this is one half of "
+                    "jpeft.partition(params); pass jpeft.combine(trainable, frozen)"
+                )
+
+
 def map_fields(f: Callable[[Any], Any], leaf: AdaptedLeaf) -> AdaptedLeaf:
     """`f` on every array of the leaf and of the leaves below it."""
     below = leaf.base

@@ -175,6 +175,8 @@ class LeafMethod(Transform):
         *,
         uses: Mapping[str, LeafUse] | None = None,
     ) -> PyTree:
+        if compat.is_key_array(params):
+            raise ValueError(f"{self.name}: the key comes first, then the parameters")
         flat = slots(params)
         chosen = self.targets(flat, uses)
         at = dict(flat.items())
@@ -223,7 +225,17 @@ class LeafMethod(Transform):
 
 def path_key(key: jax.Array, path: str) -> jax.Array:
     """A leaf's key.  crc32, never `hash`: that one differs from run to run."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+    return folded(key, zlib.crc32(path.encode()))
+
+
+def folded(key: Any, n: int) -> jax.Array:
+    try:
+        return jax.random.fold_in(key, n)
+    except TypeError:
+        raise ValueError(
+            "a transform is called with a key and a tree, transform(jax.random.key(0), "
+            f"params); as the key came a {type(key).__name__}"
+        ) from None
 
 
 def place_beside(leaf: AdaptedLeaf, base: Any) -> AdaptedLeaf:
@@ -407,7 +419,7 @@ class Chain(Transform):
         uses: Mapping[str, LeafUse] | None = None,
     ) -> PyTree:
         for k, transform in enumerate(self.transforms):
-            params = transform(jax.random.fold_in(key, k), params, uses=uses)
+            params = transform(folded(key, k), params, uses=uses)
         return params
 
     def origins(self) -> frozenset[str]:

@@ -14,7 +14,15 @@ from jpeft import compat
 from jpeft.adapt import control as _control  # noqa: F401  enters its rules
 from jpeft.adapt.interpreter import Interpreter, settled
 from jpeft.boxes import is_box, same_box, unbox
-from jpeft.leaf import AdaptedLeaf, Path, box_of, innermost, is_leaf, unboxed
+from jpeft.leaf import (
+    AdaptedLeaf,
+    Path,
+    box_of,
+    check_whole,
+    innermost,
+    is_leaf,
+    unboxed,
+)
 from jpeft.tree.lend import resolve
 from jpeft.tree.paths import is_array, segment
 from jpeft.types import DensifyWarning
@@ -108,6 +116,8 @@ class Program:
             (args, kwargs), is_leaf=is_leaf
         )
         values = [x for _, x in flat]
+        for keys, x in flat:
+            check_whole(x, argument_path(keys), "adapt")
         self.traced = [k for k, x in enumerate(values) if is_array(x)]
         self.given = [values[k] for k in self.traced]
         self.names = [argument_path(flat[k][0]) for k in self.traced]

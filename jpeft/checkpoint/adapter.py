@@ -35,6 +35,7 @@ from jpeft.leaf import (
     array_fields,
     box_of,
     boxed_like,
+    check_whole,
     innermost,
     is_leaf,
     layers,
@@ -44,7 +45,7 @@ from jpeft.leaf import (
 )
 from jpeft.methods.quantize import ACTIVATION, Quantize
 from jpeft.quant.leaf import Layout, Quantized, boxed
-from jpeft.transform import Transform, freeze_value, is_adapted, place_beside
+from jpeft.transform import Chain, Transform, freeze_value, is_adapted, place_beside
 from jpeft.tree.paths import Slots, is_array, segment, slots, suggest, weight
 from jpeft.tree.split import NOTHING_TRAINS
 from jpeft.types import CheckpointError, PyTree, __version__
@@ -183,6 +184,8 @@ def describe(
     """(manifest, {name: array}) of an adapted tree."""
     flat = slots(params)
     adapted = {p: x for p, x in flat.items() if is_leaf(x)}
+    for path, x in adapted.items():
+        check_whole(x, path, "save")
     if not is_adapted(params):
         raise ValueError("save: " + NOTHING_TRAINS)
     _check_origin(adapted, transform)
@@ -268,6 +271,21 @@ def _check_origin(adapted: Mapping[str, AdaptedLeaf], transform: Transform) -> N
                     f"transform given ({', '.join(sorted(known))}); pass the transform "
                     "that made this tree"
                 )
+    stored = [x for leaf in adapted.values() for x in layers(leaf) if x.holds_weight]
+    for t in _quantizers(transform):
+        how = t.format, t.block_size
+        if how not in [(x.format, x.block_size) for x in stored]:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"save: the transform given quantises to {how[0]} with block_size="
+                f"{how[1]!r}, and no weight of this tree is stored so; pass the "
+                "transform that made this tree"
+            )
+
+
+def _quantizers(transform: Transform) -> list[Quantize]:
+    if isinstance(transform, Chain):
+        return [x for t in transform.transforms for x in _quantizers(t)]
+    return [transform] if isinstance(transform, Quantize) else []
 
 
 def _name(path: str, layer: int, field: str) -> str:
@@ -376,15 +394,20 @@ def quantized_again(leaves: Mapping[str, Any], path: str, slot: Any) -> Any:
             f"{path}: a base of kind {layer['kind']!r}: upgrade jpeft"
         )
     how = {k: freeze_value(v) for k, v in layer["static"].items()}
+    double = "nested" in layer["holds"]
     if is_leaf(slot):
-        for field in ("format", "block_size", "order"):
-            if getattr(slot, field) != how[field]:
+        pairs = {
+            n: (getattr(slot, n), how[n]) for n in ("format", "block_size", "order")
+        }
+        pairs["double"] = slot.nested is not None, double
+        for field, (here, saved) in pairs.items():
+            if here != saved:
                 raise CheckpointError(
-                    f"{path}: quantised with {field}={getattr(slot, field)!r}, the "
-                    f"adapter was trained on {field}={how[field]!r}; pass the plain "
-                    "base, which load quantises as it was"
+                    f"{path}: quantised with {field}={here!r}, the adapter was trained "
+                    f"on {field}={saved!r}; pass the plain base, which load quantises "
+                    "as it was"
                 )
-        return slot
+        return slot.replace(compute_dtype=how["compute_dtype"])
     if is_kept(layer):
         return slot
     x, layout = (
@@ -394,7 +417,7 @@ def quantized_again(leaves: Mapping[str, Any], path: str, slot: Any) -> Any:
     quantizer = Quantize(
         format=how["format"],
         block_size=how["block_size"],
-        double="nested" in layer["holds"],
+        double=double,
         compute_dtype=how["compute_dtype"] or ACTIVATION,
     )
     made = quantizer.of_array(x, layout)

@@ -125,6 +125,14 @@ class LoRA(LowRankMethod):
         super().__post_init__()
         _init.check_init(self.name, self.init)
 
+    def _instead(self, base: Any) -> str:
+        if is_leaf(base) and base.holds_weight:
+            return (
+                "over a quantised weight init='gaussian', or jpeft.loftq, which "
+                "quantises and starts A and B from the error"
+            )
+        return "apply it to the plain array first, or use init='gaussian'"
+
     def attach(
         self, key: jax.Array, path: str, base: Any, use: LeafUse
     ) -> LowRank | ShiftedLowRank:
@@ -146,8 +154,8 @@ class LoRA(LowRankMethod):
         if is_leaf(base) or isinstance(base, jax.ShapeDtypeStruct):
             raise ValueError(
                 f"{path}: init={self.init!r} takes A and B from the weight itself, and "
-                f"here stands a {type(base).__name__}; apply it to the plain array "
-                f"first, or use init='gaussian', or exclude={path!r}"
+                f"here stands a {type(base).__name__}; {self._instead(base)}, or "
+                f"exclude={path!r}"
             )
         a, b = _init.factors_of(
             key,

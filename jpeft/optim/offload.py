@@ -66,6 +66,11 @@ def offload(
     >>> state[0].mu["kernel"].sharding.memory_kind
     'pinned_host'
     """
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ValueError(
+            f"offload: expected an Optax transformation, such as optax.adam(1e-3), got "
+            f"{tx!r}"
+        )
     inner = optax.with_extra_args_support(tx)
 
     def moves(x: Any) -> bool:

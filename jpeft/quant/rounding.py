@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jpeft.leaf import innermost, is_leaf
+from jpeft.leaf import check_whole, innermost, is_leaf
 from jpeft.tree.lend import acting
 from jpeft.tree.paths import slots
 from jpeft.tree.split import check_merge
@@ -41,6 +41,8 @@ def rounding(
     check_merge("quant.rounding", dtype, requantize)
     out = {}
     flat = slots(params)
+    for path, x in flat.items():
+        check_whole(x, path, "quant.rounding")
     for path, leaf in zip(flat.paths, acting(flat), strict=True):
         if not is_leaf(leaf) or leaf.holds_weight:
             continue

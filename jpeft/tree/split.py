@@ -18,6 +18,7 @@ from jpeft.leaf import (
     array_fields,
     box_of,
     boxed_like,
+    check_whole,
     innermost,
     is_leaf,
     layers,
@@ -150,6 +151,7 @@ def summary(params: PyTree) -> str:
     """A table: path, shape, method, trainable and frozen parameters, bytes; totals."""
     rows, sums = [], [0, 0, 0]
     for path, slot in slots(params).items():
+        check_whole(slot, path, "summary")
         arrays = _arrays(slot)
         trains = sum(n for r, n, _ in arrays if r == TRAINABLE)
         still = sum(n for r, n, _ in arrays if r == FROZEN)
@@ -183,6 +185,8 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 def _adapted(flat: Slots, verb: str) -> None:
     if not any(is_leaf(x) for x in flat.values):
         raise ValueError(f"{verb}: no leaf of this tree is adapted")
+    for path, x in flat.items():
+        check_whole(x, path, verb)
 
 
 def merge(params: PyTree, *, dtype: Any = None, requantize: bool = False) -> PyTree:

@@ -241,6 +241,26 @@ def test_a_run_is_restored_whole(tmp_path):
     manager.restore(base(), fresh, step=2)
 
 
+def test_a_base_that_comes_quantised_is_as_the_adapter_met_it(tmp_path):
+    plain = {"kernel": jax.random.normal(KEY, (64, 256))}
+    t = jpeft.chain(jpeft.quantize(compute_dtype="float32"), jpeft.lora(rank=2))
+    jpeft.save(tmp_path / "a", t(KEY, plain), t)
+    load = lambda **how: jpeft.load(tmp_path / "a", jpeft.quantize(**how)(KEY, plain))
+    assert load()["kernel"].base.compute_dtype == "float32"
+    refused(["double=False", "trained on double=True"], lambda: load(double=False))
+    refused(["block_size=128", "on block_size=64"], lambda: load(block_size=128))
+
+
+def test_a_transform_that_quantises_to_another_format_is_refused(tmp_path):
+    plain, lora = {"kernel": jax.random.normal(KEY, (64, 5))}, jpeft.lora(rank=2)
+    params = jpeft.chain(jpeft.quantize("nf4"), lora)(KEY, plain)
+    with pytest.raises(
+        ValueError, match="quantises to int8 with block_size=64"
+    ):
+        jpeft.save(tmp_path / "a", params, jpeft.chain(jpeft.quantize("int8"), lora))
+    jpeft.save(tmp_path / "a", params, lora)  # on a base that came quantised
+
+
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("format", ["nf4", "int4_asymmetric"])
 def test_a_quantised_base_is_found_again_on_and_off_a_mesh(format, kind, tmp_path):

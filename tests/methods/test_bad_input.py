@@ -150,6 +150,18 @@ def test_rank_and_alpha_patterns():
     assert layer["mlp"]["up"]["kernel"].scale == 4.0
 
 
+@pytest.mark.parametrize("name", ["lora", "dora", "adalora", "loha", "lokr", "loftq"])
+def test_without_alpha_the_scale_is_one_whatever_the_rank(name):
+    t = getattr(jpeft, name)(rank=2, rank_pattern={".*query.*": 3})
+    layer = t(KEY, tree())["layers"]["0"]
+    assert layer["query"]["kernel"].scale == layer["mlp"]["up"]["kernel"].scale == 1.0
+
+
+def test_singular_vectors_of_a_quantised_weight():
+    t = jpeft.chain(jpeft.quantize("nf4"), jpeft.lora(rank=2, init="pissa"))
+    raises(["stands a Quantized", "jpeft.loftq"], lambda: t(KEY, tree()))
+
+
 def test_rank_stabilised_scale():
     t = jpeft.lora(rank=4, alpha=8, rank_stabilized=True)
     assert t(KEY, tree())["layers"]["0"]["query"]["kernel"].scale == 4.0
@@ -307,6 +319,43 @@ def test_combining_trees_that_do_not_belong_together():
     trainable, _ = jpeft.partition(jpeft.lora(rank=2)(KEY, tree()))
     raises("both trees hold an array", lambda: jpeft.combine(trainable, trainable))
     raises("differ in structure", lambda: jpeft.combine(trainable, {"a": None}))
+
+
+def test_half_of_a_partitioned_tree(tmp_path):
+    t = jpeft.chain(jpeft.quantize("nf4"), jpeft.lora(rank=2))
+    params = t(KEY, tree())
+    halves = dict(zip(("Quantized", "LowRank"), jpeft.partition(params), strict=True))
+    run = jpeft.adapt(lambda p, x: x @ p["embed"]["embedding"])
+    for lacking, half in halves.items():
+        for name, f in {
+            "adapt": lambda x: run(x, jnp.ones((3, 11))),
+            "merge": jpeft.merge,
+            "unload": jpeft.unload,
+            "disable": jpeft.disable,
+            "finalize": jpeft.finalize,
+            "summary": jpeft.summary,
+            "quant.rounding": jpeft.quant.rounding,
+            "save": lambda x: jpeft.save(tmp_path / "a", x, t),
+        }.items():
+            raises(
+                [f"{name} needs the whole tree", f"the {lacking} has no", "combine("],
+                lambda f=f, half=half: f(half),
+            )
+
+
+def test_a_key_that_is_none():
+    lora, chain = jpeft.lora(rank=2), jpeft.chain(jpeft.quantize())
+    for t in (lora, chain, jpeft.vera(rank=2)):
+        raises(["jax.random.key(0)", "came a int"], lambda t=t: t(0, tree()))
+    raises("lora: the key comes first", lambda: lora(tree(), KEY))
+    assert lora(jax.random.PRNGKey(0), tree())  # the older kind of key
+
+
+def test_offload_of_a_name():
+    raises(
+        ["expected an Optax transformation", "got 'adam'"],
+        lambda: jpeft.optim.offload("adam"),
+    )
 
 
 FACTORIES = {
