@@ -168,6 +168,11 @@ class AdaptedLeaf:
     __array_priority__ = 100
 
     @property
+    def title(self) -> str:
+        """For a message: what stands here."""
+        return type(self).__name__
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return tuple(jnp.shape(unbox(self.base)))
 

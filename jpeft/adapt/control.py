@@ -169,8 +169,8 @@ def _custom(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         name = compat.CALLS[eqn.primitive.name]
         return it.run(*compat.open_jaxpr(eqn.params[name]), ins)
     why = (
-        "whose own gradient rule receives the weight, so the delta cannot stay "
-        "low-rank without losing that rule"
+        "whose own gradient rule receives the weight, so that only a plain one keeps "
+        "that rule"
     )
     return it.bind(eqn, it.plain(eqn, ins, why))
 

@@ -119,7 +119,7 @@ class Interpreter:
         site = self.site(eqn)
         name = str.__str__(x.path) or "a leaf"
         if not self.allow:
-            kind = type(x).__name__
+            kind = x.title
             raise DensifyError(
                 f"{name}: {kind} {x.shape} reaches `{eqn.primitive.name}` at {site}, "
                 f"{why or f'where {kind} has no cheap form'}. Leave it out "

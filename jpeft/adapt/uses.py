@@ -547,6 +547,7 @@ def _verdict(
             return dataclasses.replace(
                 made,
                 kind=CONSUMERS[u.primitive],
+                changed_axes=u.roles if _is_matrix(u.roles, shape, name) else None,
                 doubt=f"the model changes it before `{u.primitive}` at "
                 f"{u.site or 'a library line'}",
             )

@@ -9,6 +9,7 @@ A quantised weight is frozen.  What trains goes over it, by nesting:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jpeft.quant.arrays import check_block_size, check_double, check_format
 from jpeft.quant.leaf import Layout, Quantized, arrangement, boxed, quantize_array
 from jpeft.transform import LeafMethod, check_float, method, place_beside
 from jpeft.tree.layout import LeafUse
-from jpeft.tree.paths import weight
+from jpeft.tree.paths import Slots, weight
 from jpeft.tree.where import Where, check_where
 
 # In a configuration: products in the activation's own dtype.
@@ -57,6 +58,19 @@ class Quantize(LeafMethod):
 
     def accepts(self, use: LeafUse) -> bool:
         return use.is_weight
+
+    def targets(
+        self, flat: Slots, uses: Mapping[str, LeafUse] | None
+    ) -> dict[str, LeafUse]:
+        """Also weights that the model changes first: it changes what they stand for."""
+        if uses is not None:
+            uses = {
+                p: dataclasses.replace(u, axes=u.changed_axes, doubt="")
+                if u.changed_axes
+                else u
+                for p, u in uses.items()
+            }
+        return super().targets(flat, uses)
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Quantized:
         assert use.axes is not None

@@ -45,6 +45,10 @@ class Deferred(QuantizedValue):
     compute_dtype: str | None = static(default=None)
 
     @property
+    def title(self) -> str:
+        return "changed Quantized"
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.sizes
 

@@ -47,6 +47,8 @@ class LeafUse:
     "matrix" (two axes, meaning unknown), "other", "unused".
     axes: a label for each axis, or None where there is a doubt; `doubt` then says why.
     tied: consumed in both directions (an embedding table that is also the head).
+    changed_axes: the labels of a weight that the model changes first, element by
+        element (its norm divided out, a mask), which is a doubt for what acts on axes.
     """
 
     path: str
@@ -57,6 +59,7 @@ class LeafUse:
     doubt: str = ""
     conflict: str = ""
     uses: tuple[Use, ...] = ()
+    changed_axes: str | None = None
 
     @property
     def is_weight(self) -> bool:

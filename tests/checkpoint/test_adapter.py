@@ -254,9 +254,7 @@ def test_a_base_that_comes_quantised_is_as_the_adapter_met_it(tmp_path):
 def test_a_transform_that_quantises_to_another_format_is_refused(tmp_path):
     plain, lora = {"kernel": jax.random.normal(KEY, (64, 5))}, jpeft.lora(rank=2)
     params = jpeft.chain(jpeft.quantize("nf4"), lora)(KEY, plain)
-    with pytest.raises(
-        ValueError, match="quantises to int8 with block_size=64"
-    ):
+    with pytest.raises(ValueError, match="quantises to int8 with block_size=64"):
         jpeft.save(tmp_path / "a", params, jpeft.chain(jpeft.quantize("int8"), lora))
     jpeft.save(tmp_path / "a", params, lora)  # on a base that came quantised
 

@@ -279,6 +279,36 @@ def test_a_changed_weight_is_named_at_attach():
     )
 
 
+CHANGED = {
+    "normalised": lambda w: w / jnp.linalg.norm(w, axis=0, keepdims=True),
+    "masked": lambda w: jnp.where(jnp.arange(70)[:, None] % 2 == 0, w, 0.0),
+    "centred": lambda w: w - jnp.mean(w, 0, keepdims=True),
+}
+
+
+@pytest.mark.parametrize("how", CHANGED)
+def test_a_changed_weight_may_be_quantised(how):
+    params = {"w": jax.random.normal(KEY, (70, 5))}
+    fn = lambda p, x: x @ CHANGED[how](p["w"])
+    x = jax.random.normal(KEY, (3, 70))
+    uses = jpeft.find_uses(fn, params, x)
+    made = jpeft.quantize(compute_dtype=None)(KEY, params, uses=uses)
+    want = fn(jpeft.merge(made), x)
+    np.testing.assert_allclose(jpeft.adapt(fn)(made, x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_change_of_a_quantised_weight_that_needs_its_value():
+    params = {"w": jnp.ones((70, 5))}
+    fn = lambda p, x: x @ jnp.exp(2 * p["w"])
+    uses = jpeft.find_uses(fn, params, jnp.ones((3, 70)))
+    made = jpeft.quantize()(KEY, params, uses=uses)
+    raises(
+        ["w: changed Quantized (70, 5) reaches `exp`", 'materialize="allow"'],
+        lambda: jpeft.adapt(fn)(made, jnp.ones((3, 70))),
+        jpeft.DensifyError,
+    )
+
+
 def test_using_an_adapted_leaf_without_adapt():
     params = jpeft.lora(rank=2)(KEY, {"w": {"kernel": jnp.ones((7, 5))}})
     parts = ["was used as an array", "jpeft.adapt(fn)"]
