@@ -6,6 +6,7 @@ Checked on jax 0.10.2 and 0.12.0.  Nothing here imports `jax._src`.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,10 +107,27 @@ def varying_axes(x: Any) -> list[str]:
     Empty outside `shard_map`, and inside one made with `check_vma=False`, which keeps
     no account of it.
     """
-    aval = jax.typeof(x)
-    kind = getattr(aval, "manual_axis_type", None)
-    # Before `manual_axis_type` the set stood on the type itself.
-    return sorted(kind.varying if kind is not None else getattr(aval, "vma"))  # noqa: B009
+    return sorted(jax.typeof(x).manual_axis_type.varying)
+
+
+def output_like(shape: tuple[int, ...], dtype: Any, *operands: Any) -> Any:
+    """The type of a kernel's result, which varies, under `shard_map`, along the axes
+    that its operands do."""
+    varying = frozenset(a for x in operands for a in varying_axes(x))
+    kind = jax.sharding.ManualAxisType(varying=varying)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+
+
+def load_at(load: Any, ref: Any, at: Any, **how: Any) -> Any:
+    """Mosaic GPU's `load` of a part of an array."""
+    if "idx" in inspect.signature(load).parameters:  # jax 0.10
+        return load(ref, at, **how)
+    return load(ref.at[at], **how)
+
+
+def triton_asks_for_a_gpu() -> bool:
+    """Since jax 0.11 Pallas' Triton compiles only where there is a GPU."""
+    return jax.__version_info__ >= (0, 11)
 
 
 def varying_alike(tree: Any) -> Any:

@@ -438,14 +438,7 @@ def _read(w: _Weight, source: Source) -> np.ndarray:
     if w.origin.function is None:
         (made,) = arrays
     else:
-        try:
-            made = np.asarray(w.origin.function(*arrays))
-        except Exception as error:
-            shapes = ", ".join(str(x.shape) for x in arrays)
-            raise ValueError(
-                f"{w.path}: the function in names= failed on {w.at(source)} of shape "
-                f"{shapes}: {error}"
-            ) from error
+        made = _applied(w, arrays, source)
         _check_shape(w, made.shape, source)
         _check_kind(w, made.dtype, source)
     if jnp.issubdtype(w.dtype, jnp.integer) and made.dtype != w.dtype:
@@ -454,6 +447,19 @@ def _read(w: _Weight, source: Source) -> np.ndarray:
                 f"{w.path}: {w.at(source)} holds numbers that {w.dtype} does not"
             )
     return made
+
+
+def _applied(w: _Weight, arrays: Sequence[np.ndarray], source: Source) -> np.ndarray:
+    """What the function in names= makes of the stored arrays."""
+    assert w.origin.function is not None
+    try:
+        return np.asarray(w.origin.function(*arrays))
+    except Exception as error:
+        shapes = ", ".join(str(x.shape) for x in arrays)
+        raise ValueError(
+            f"{w.path}: the function in names= failed on {w.at(source)} of shape "
+            f"{shapes}: {error}"
+        ) from error
 
 
 def _put(w: _Weight, array: np.ndarray) -> jax.Array:
@@ -499,7 +505,7 @@ def _taken_over(w: _Weight, source: Source) -> Quantized:
     (name,), (transform, _) = w.origin.names, w.chosen
     own = [n for n in source.stored if n == name or n.startswith(name + ".")]
     state = {n: np.array(source.read(n)) for n in own}
-    compute = transform.compute_dtype
+    compute = transform.inside
     leaf = from_bitsandbytes(state, name, compute_dtype=compute)
     if _transposes(w, leaf.shape, source):
         leaf = from_bitsandbytes(state, name, transpose=True, compute_dtype=compute)
@@ -528,7 +534,7 @@ def _transposes(w: _Weight, shape: tuple[int, ...], source: Source) -> bool:
     # Arrays that tell their own places along each axis: views, of no size.
     places = [np.arange(n, dtype=np.int32) for n in shape]
     probes = np.meshgrid(*places, indexing="ij", copy=False)
-    made = [np.asarray(w.origin.function(x)) for x in probes]
+    made = [_applied(w, [x], source) for x in probes]
     for turned in (False, True):
         expected = [x.T if turned else x for x in probes]
         if all(map(np.array_equal, made, expected)):

@@ -51,13 +51,12 @@ _SAMPLE = 1 << 20
 class Format:
     """A number format.
 
-    bits: of a code.  zero: an element of the padding gets this code.
+    bits: of a code.
     learned: the code book comes from the data.  zero_point: blocks have one each.
     """
 
     name: str
     bits: int
-    zero: int
     learned: bool = False
     zero_point: bool = False
 
@@ -74,15 +73,15 @@ class Format:
 FORMATS = {
     f.name: f
     for f in (
-        Format("nf4", 4, 7),
-        Format("fp4", 4, 0),
-        Format("int4", 4, 8),
-        Format("int4_asymmetric", 4, 0, zero_point=True),
-        Format("quantile4", 4, 0, learned=True),
-        Format("int8", 8, 0),
-        Format("int8_asymmetric", 8, 0, zero_point=True),
-        Format("dynamic8", 8, 127),
-        Format("quantile8", 8, 0, learned=True),
+        Format("nf4", 4),
+        Format("fp4", 4),
+        Format("int4", 4),
+        Format("int4_asymmetric", 4, zero_point=True),
+        Format("quantile4", 4, learned=True),
+        Format("int8", 8),
+        Format("int8_asymmetric", 8, zero_point=True),
+        Format("dynamic8", 8),
+        Format("quantile8", 8, learned=True),
     )
 }
 

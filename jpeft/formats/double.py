@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from jpeft.formats.blocks import scaled
 from jpeft.formats.codebooks import dynamic_map, encode_dynamic
 
 NESTED_BLOCK = 256
@@ -47,8 +48,7 @@ def quantize_scales(scales: Float[Array, "*shape"], axis: int, stack: int) -> Ne
     padded = jnp.pad(centred, ((0, 0), (0, groups * NESTED_BLOCK - n)))
     padded = padded.reshape(-1, groups, NESTED_BLOCK)
     absmax = jnp.max(jnp.abs(padded), -1)
-    inverse = 1.0 / jnp.maximum(absmax, float(np.finfo(np.float32).tiny))
-    codes = encode_dynamic(jnp.clip(padded * inverse[..., None], -1.0, 1.0))
+    codes = encode_dynamic(scaled(padded, absmax[..., None]))
     codes = jnp.where(absmax[..., None] > 0, codes, jnp.uint8(0))
     codes = restore(codes.reshape(flat.shape[0], -1)[:, :n])
     return Nested(codes, absmax.reshape(*lead, groups), offset.reshape(lead))

@@ -10,7 +10,7 @@ is traced:
 
     Mosaic GPU   Hopper and later; few tokens are `_gpu_few.MOST`, in bfloat16 and with
                  blocks of 64 or more
-    Triton       before Hopper, and for few tokens (`FEW`) in float16 or with blocks of
+    Triton       Ampere and Ada, and for few tokens (`FEW`) in float16 or with blocks of
                  32, as long as Pallas has it (deprecated since jax 0.11)
     neither      plain JAX, fused by XLA as it sees fit
 
@@ -33,18 +33,23 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 
+from jpeft import compat
 from jpeft.formats.packing import GROUP
 from jpeft.kernels import _plain, targets
 
 # Either dialect may be missing from a version of Pallas.
 try:
-    from jpeft.kernels import _gpu_few, _gpu_mosaic
+    import jax.experimental.pallas.mosaic_gpu
 except ImportError:
     _gpu_few = _gpu_mosaic = None
+else:
+    from jpeft.kernels import _gpu_few, _gpu_mosaic
 try:
-    from jpeft.kernels import _gpu_triton
+    import jax.experimental.pallas.triton
 except ImportError:
     _gpu_triton = None
+else:
+    from jpeft.kernels import _gpu_triton
 
 Route = Literal["mosaic", "triton", "plain"]
 # Tokens up to which a product is one kernel of Triton's: on an H200 that is faster than
@@ -68,7 +73,7 @@ def route() -> Route:
     """The dialect of `quantize` and `dequantize`."""
     capability = targets.capability.value or _present()
     if capability is None:
-        return "triton" if _gpu_triton is not None and _compiles_for_any() else "plain"
+        return "triton" if _triton_compiles() else "plain"
     if capability >= _HOPPER and _gpu_mosaic is not None:
         return "mosaic"
     if capability >= _AMPERE and _triton_compiles():
@@ -78,11 +83,9 @@ def route() -> Route:
 
 def _triton_compiles() -> bool:
     """Since jax 0.11 it asks JAX which GPU is there, and fails if there is none."""
-    return _gpu_triton is not None and (_compiles_for_any() or _present() is not None)
-
-
-def _compiles_for_any() -> bool:
-    return jax.__version_info__ < (0, 11)
+    if _gpu_triton is None:
+        return False
+    return not compat.triton_asks_for_a_gpu() or _present() is not None
 
 
 @functools.cache
@@ -202,6 +205,6 @@ def _backend(how: Route) -> Any:
 def _varying_as(out: jax.Array, *operands: jax.Array) -> jax.Array:
     """Under shard_map: varying over the axes that the operands vary over.  A Mosaic GPU
     kernel does not say that of its results."""
-    varying = lambda x: frozenset(jax.typeof(x).manual_axis_type.varying)
-    axes = frozenset().union(*map(varying, operands)) - varying(out)
-    return lax.pcast(out, tuple(sorted(axes)), to="varying") if axes else out
+    has = compat.varying_axes(out)
+    axes = sorted({a for x in operands for a in compat.varying_axes(x)} - {*has})
+    return lax.pcast(out, tuple(axes), to="varying") if axes else out

@@ -29,9 +29,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32, UInt8
 
+from jpeft import compat
 from jpeft.formats import codebooks
 from jpeft.formats.packing import GROUP
-from jpeft.kernels._gpu_mosaic import Cells, round_to_bits
+from jpeft.kernels._cells import Cells, round_to_bits
 
 LookUp = Literal["gather", "select"]
 HALF = GROUP // 2
@@ -94,8 +95,8 @@ def quantize(
             pl.BlockSpec((scales, columns), lambda j, i: (i, j)),
         ],
         out_shape=[
-            _like((k // 2, n), jnp.uint8, w),
-            _like((pl.cdiv(k, block_size), n), jnp.float32, w),
+            compat.output_like((k // 2, n), jnp.uint8, w),
+            compat.output_like((pl.cdiv(k, block_size), n), jnp.float32, w),
         ],
         compiler_params=plt.CompilerParams(num_warps=config.warps),
         interpret=interpret,
@@ -137,7 +138,7 @@ def dequantize(
             pl.BlockSpec((16,), lambda j, i: (0,)),
         ],
         out_specs=pl.BlockSpec((GROUP, columns), lambda j, i: (i, j)),
-        out_shape=_like((k, n), dtype, codes, scales, book),
+        out_shape=compat.output_like((k, n), dtype, codes, scales, book),
         compiler_params=plt.CompilerParams(num_warps=config.warps),
         interpret=interpret,
         name="dequantize_4bit",
@@ -204,7 +205,7 @@ def matmul(
             pl.BlockSpec((16,), lambda j, s: (0,)),
         ],
         out_specs=pl.BlockSpec((None, tokens, columns), lambda j, s: (s, 0, j)),
-        out_shape=_like((parts, m, n), written, x, codes, scales, book),
+        out_shape=compat.output_like((parts, m, n), written, x, codes, scales, book),
         compiler_params=plt.CompilerParams(
             num_warps=config.product_warps, num_stages=config.stages
         ),
@@ -277,7 +278,7 @@ def matmul_transposed(
             pl.BlockSpec((16,), lambda i, s: (0,)),
         ],
         out_specs=pl.BlockSpec((None, tokens, GROUP), lambda i, s: (s, 0, i)),
-        out_shape=_like((parts, m, k), written, g, codes, scales, book),
+        out_shape=compat.output_like((parts, m, k), written, g, codes, scales, book),
         compiler_params=plt.CompilerParams(
             num_warps=config.product_warps, num_stages=config.stages
         ),
@@ -442,11 +443,3 @@ def _tokens(m: int) -> int:
 def _divide(a: Any, b: int) -> Any:
     """a // b for a >= 0, without the sign tests that a traced // has."""
     return a // b if isinstance(a, int) else lax.div(a, jnp.int32(b))
-
-
-def _like(shape: tuple[int, ...], dtype: Any, *operands: jax.Array) -> Any:
-    """An output that varies, under shard_map, over the axes that its operands do."""
-    kinds = [jax.typeof(x).manual_axis_type for x in operands]
-    varying = frozenset().union(*(kind.varying for kind in kinds))
-    kind = jax.sharding.ManualAxisType(varying=varying)
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)

@@ -38,6 +38,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, UInt8
 
+from jpeft import compat
 from jpeft.formats import codebooks
 from jpeft.formats.packing import GROUP
 from jpeft.kernels import targets
@@ -162,8 +163,8 @@ def quantize(
             pl.BlockSpec((count, columns), lambda j, i: (0, j)),
         ],
         out_shape=[
-            _like((k // 2, w.shape[1]), jnp.uint8, w),
-            _like((count, w.shape[1]), jnp.float32, w),
+            compat.output_like((k // 2, w.shape[1]), jnp.uint8, w),
+            compat.output_like((count, w.shape[1]), jnp.float32, w),
         ],
         compiler_params=_compiler_params(interpret, vmem(), "parallel", "arbitrary"),
         interpret=interpret,
@@ -199,7 +200,7 @@ def dequantize(
         grid=(pl.cdiv(k, rows), pl.cdiv(codes.shape[1], columns)),
         in_specs=[_BOOK, *tile.specs(lambda i, j: (i, j))],
         out_specs=pl.BlockSpec((rows, columns), lambda i, j: (i, j)),
-        out_shape=_like((k, codes.shape[1]), written, codes, scales, book),
+        out_shape=compat.output_like((k, codes.shape[1]), written, codes, scales, book),
         compiler_params=_compiler_params(
             interpret,
             tile.vmem_bytes + 2 * rows * columns * written.itemsize,
@@ -656,7 +657,7 @@ def _product(
             *plan.tile.specs(place),
         ],
         out_specs=pl.BlockSpec((plan.tokens, plan.outputs), lambda o, t, s: (t, o)),
-        out_shape=_like(
+        out_shape=compat.output_like(
             (x.shape[0], _up(out_size, LANES)), written, x, codes, scales, book
         ),
         scratch_shapes=[
@@ -787,14 +788,6 @@ def _native(dtype: Any) -> np.dtype:
     """What a kernel writes: the dtype itself, or float32 for XLA to round."""
     dtype = jnp.dtype(dtype)
     return dtype if dtype in (jnp.bfloat16, jnp.float32) else jnp.dtype(jnp.float32)
-
-
-def _like(shape: tuple[int, ...], dtype: Any, *operands: jax.Array) -> Any:
-    """An output that varies, under shard_map, over the axes that its operands do."""
-    kinds = [jax.typeof(x).manual_axis_type for x in operands]
-    varying = frozenset().union(*(kind.varying for kind in kinds))
-    kind = jax.sharding.ManualAxisType(varying=varying)
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
 
 def _compiler_params(

@@ -76,15 +76,19 @@ class Quantize(LeafMethod):
         assert use.axes is not None
         return self.of_array(jnp.asarray(base), arrangement(use.axes, use.kind))
 
+    @property
+    def inside(self) -> str | None:
+        """The dtype of products; None: the activation's."""
+        return None if self.compute_dtype == ACTIVATION else self.compute_dtype
+
     def of_array(self, x: jax.Array, layout: Layout) -> Quantized:
-        as_it_comes = self.compute_dtype == ACTIVATION
         return quantize_array(
             x,
             layout,
             format=self.format,
             block_size=self.block_size,
             double_scales=self.double,
-            compute_dtype=None if as_it_comes else self.compute_dtype,
+            compute_dtype=self.inside,
         )
 
     def adapted(
@@ -141,11 +145,14 @@ def quantize(
         "channel" for one scale an output, "tensor" for one a matrix.
     where, exclude: which weights; see `jpeft.tree.where`.  Formats mix in one chain:
         `chain(quantize("int8", where=".*/down/.*"), quantize("nf4", where=".*/up/.*"))`
-    compute_dtype: what products with these weights are computed in, summed in float32;
-        None means the activation's own dtype.  Results keep the dtype the model asks.
+    compute_dtype: what matrix products with these weights are computed in, summed in
+        float32; None means the activation's own dtype, or the weight's if that is
+        wider.  Results keep the dtype the model asks.  Convolutions and ragged products
+        are computed in the dtype that the model gives them.
 
     The leaf keeps the weight's shape and dtype and does not train.  4-bit codes are
-    stored in whole groups of 64 along the input axes, filled up with zeros.  Gradients
+    stored in whole groups of 64 along the input axes, filled up with zeros: a weight
+    of up to 16 inputs takes more room than in bfloat16.  Gradients
     flow through it in reverse mode (`jax.grad`, `jax.vjp`); JAX refuses `jax.jvp`.
 
     Raises ValueError for an unknown format, a block size that is none of these, a

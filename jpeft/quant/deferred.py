@@ -131,12 +131,6 @@ class Deferred(QuantizedValue):
 
         return tuple(r[0] for r in rows), tuple(r[1] for r in rows), join
 
-    def fold_key(self, of: int, n: Any) -> Self:
-        return self
-
-    def has_key(self) -> bool:
-        return False
-
 
 def deferred(eqn: Any, ins: list[Any]) -> Any:
     """The equation, waiting.  None where it must not: a leaf of another kind is among

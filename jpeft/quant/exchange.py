@@ -22,13 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.formats import codebooks, double, packing
-from jpeft.formats.blocks import BLOCK_SIZES, FORMATS
+from jpeft.formats.blocks import BLOCK_SIZES
 from jpeft.leaf import unboxed
 from jpeft.quant.leaf import Layout, Quantized, as_it_is, nested_order
 from jpeft.types import check_float
 
 STATE = ".quant_state.bitsandbytes__"
 TYPES = ("nf4", "fp4")
+# The code of zero, which fills up what has no element.
+ZERO = {"nf4": 7, "fp4": 0}
 
 
 def from_bitsandbytes(
@@ -188,7 +190,7 @@ def _read(
         )
     scales = jnp.asarray(absmax)
     return Quantized(
-        codes=packing.pack(jnp.pad(codes, pads, constant_values=FORMATS[kind].zero), 0),
+        codes=packing.pack(jnp.pad(codes, pads, constant_values=ZERO[kind]), 0),
         scales=fit(scales),
         format=kind,
         block_size=size,
@@ -259,7 +261,7 @@ def to_bitsandbytes(q: Quantized, name: str = "weight") -> dict[str, np.ndarray]
         "shape": list(shape),
     }
     out = {
-        name: packing.pairs(codes.reshape(-1), q.kind.zero).reshape(-1, 1),
+        name: packing.pairs(codes.reshape(-1), ZERO[q.format]).reshape(-1, 1),
         f"{name}.absmax": absmax,
         f"{name}.quant_map": codebooks.CODEBOOKS[q.format],
     }

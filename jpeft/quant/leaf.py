@@ -39,9 +39,6 @@ from jpeft.leaf import (
 )
 from jpeft.tree.layout import EMBEDDING
 
-# Its arrays, each with the stack's axes first.
-ARRAYS = ("codes", "scales", "zeros", "book", "nested", "offset")
-
 
 class QuantizedValue(AdaptedLeaf):
     """What the rules of consumption need: a weight that is made when it is used."""

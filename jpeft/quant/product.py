@@ -136,7 +136,7 @@ def _whereabouts(leaf: Quantized) -> contextlib.AbstractContextManager[None]:
 
 def _matrices(leaf: Quantized) -> Blocks:
     """The arrays with two axes each, and one before them for the stack."""
-    q = leaf.with_plain_scales().blocks()
+    q = leaf.blocks()
     q = blocks.filled(q, leaf.kind, leaf.block_size, leaf.lead)
     stack = (-1,) if leaf.stack else ()
     k = leaf.lead

@@ -59,7 +59,8 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any], plus: Any = None) ->
 def _asks_more(eqn: Any) -> bool:
     """Whether the product must keep to more than the kernels promise."""
     return eqn.params["precision"] not in (
-        *(None, lax.Precision.DEFAULT),
+        None,
+        lax.Precision.DEFAULT,
         (lax.Precision.DEFAULT, lax.Precision.DEFAULT),
     )
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from jpeft.formats.codebooks import CODEBOOKS  # noqa: E402
-from jpeft.kernels import _gpu, _gpu_few, _gpu_mosaic, four_bit  # noqa: E402
+from jpeft.kernels import _cells, _gpu, _gpu_few, _gpu_mosaic, four_bit  # noqa: E402
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 CASES = {}
@@ -71,7 +71,7 @@ def quantizes(k, n, block, dtype, format, backend):
     codes, scales = _reference.quantize(w, format, block)
     f = functools.partial(backend.quantize, format=format, block_size=block)
     ptx = only(compiler(f, *shaped(w)))
-    cells = _gpu_mosaic.Cells.of(format)
+    cells = _cells.Cells.of(format)
     columns = 64 if backend is _gpu_mosaic and dtype == F32 else 128
     grid = (-(-n // columns), -(-k // max(min(block, k), 64)))
     tables = [cells.thresholds, cells.codes] if cells else []

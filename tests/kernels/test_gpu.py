@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
 from jpeft.formats import codebooks
-from jpeft.kernels import _gpu, _gpu_few, _gpu_mosaic, _gpu_triton, four_bit
+from jpeft.kernels import _cells, _gpu, _gpu_few, _gpu_mosaic, _gpu_triton, four_bit
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _reference  # noqa: E402
@@ -149,7 +149,7 @@ def test_cells_encode_as_the_code_book_does(format):
     x = [np.linspace(-1, 1, 200_001, dtype=np.float32), at, book]
     x += [np.nextafter(at, np.float32(side)) for side in (-1, 1)]
     x = np.concatenate(x)
-    cells = _gpu_mosaic.Cells.of(format)
+    cells = _cells.Cells.of(format)
     tables = cells.tables(64)
     got = cells.encode(
         jnp.asarray(x), lambda cell: [table[cell & 31] for table in tables]
@@ -159,7 +159,7 @@ def test_cells_encode_as_the_code_book_does(format):
 
 def test_an_unknown_format_has_no_cells():
     with pytest.raises(ValueError, match="no fixed 4-bit code book is named 'nf5'"):
-        _gpu_mosaic.Cells.of("nf5")
+        _cells.Cells.of("nf5")
 
 
 # --- which kernel --------------------------------------------------------------------
