@@ -752,6 +752,21 @@ def test_codes_of_bitsandbytes_are_taken_over(four_bit):
     )
 
 
+def test_codes_of_bitsandbytes_may_be_computed_with_in_the_activations_dtype(four_bit):
+    folder, _, like, made = four_bit
+    loaded = load_quantized(
+        folder, jpeft.quantize("nf4", compute_dtype=None), like, names=NAMES
+    )
+    assert loaded["up"]["kernel"].compute_dtype is None
+    assert_same(jpeft.merge(loaded), jpeft.merge(made))
+
+
+def test_codes_of_bitsandbytes_and_a_function_that_fails(four_bit):
+    names = {"up/kernel": ("up.weight", lambda w: w.T.reshape(128, 8, 9)), **NAMES}
+    with pytest.raises(ValueError, match="up/kernel: the function in names= failed"):
+        load_quantized(*four_bit[:3], names=names)
+
+
 def test_codes_of_bitsandbytes_go_on_a_mesh_and_into_boxes(four_bit):
     folder, transform, like, made = four_bit
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _reference
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,32 +48,7 @@ def data(seed, shape, dtype=F32):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-# --- the meaning, in NumPy -----------------------------------------------------------
-
-
-def quantized(w, format, block):
-    """The contract of `quantize`, a block at a time."""
-    w = np.asarray(w.astype(F32))
-    k = w.shape[0]
-    codes, scales = [], []
-    for start in range(0, k, block):
-        rows = w[start : start + block]
-        scale = np.abs(rows).max(axis=0)
-        inverse = np.float32(1) / np.maximum(scale, np.float32(1e-37))
-        unit = np.clip(rows * inverse, np.float32(-1), np.float32(1))
-        codes.append(np.asarray(codebooks.encode(jnp.asarray(unit), format)))
-        scales.append(scale)
-    groups = np.concatenate(codes).reshape(k // 64, 2, 32, -1)
-    packed = groups[:, 0] | (groups[:, 1] << 4)
-    return packed.reshape(k // 2, -1), np.stack(scales)
-
-
-def dequantized(codes, scales, book, block):
-    """In float32."""
-    k = 2 * codes.shape[0]
-    groups = np.asarray(codes).reshape(k // 64, 32, -1)
-    each = np.stack([groups & 15, groups >> 4], axis=1).reshape(k, -1)
-    return np.asarray(book)[each] * np.repeat(np.asarray(scales), block, axis=0)[:k]
+# --- data ----------------------------------------------------------------------------
 
 
 def matrix(k, n, block, seed=0):
@@ -95,7 +71,7 @@ def test_quantize_gives_the_bits_that_the_contract_says(format):
     k, n, block = MATRICES[("nf4", "fp4", "int4").index(format)]
     w = data(3, (k, n), BF16 if format == "fp4" else F32).at[:, 1].set(0)
     codes, scales = _tpu.quantize(w, format=format, block_size=block, **SMALL)
-    wanted = quantized(w, format, block)
+    wanted = _reference.quantize(np.asarray(w), format, block)
     np.testing.assert_array_equal(scales, wanted[1])
     np.testing.assert_array_equal(codes, wanted[0])
 
@@ -106,7 +82,7 @@ def test_blocks_longer_than_a_tile_and_a_last_one_that_ends_early(k, block, conf
     codes, scales = _tpu.quantize(
         w, format="nf4", block_size=block, interpret=INTERPRET, config=config
     )
-    wanted = quantized(w, "nf4", block)
+    wanted = _reference.quantize(np.asarray(w), "nf4", block)
     assert scales.shape == (-(-k // block), 3)
     np.testing.assert_array_equal(scales, wanted[1])
     np.testing.assert_array_equal(codes, wanted[0])
@@ -128,7 +104,7 @@ def test_wide_tiles_are_decoded_in_pieces():
     weight = matrix(k, n, 32)
     wide = dataclasses.replace(TILES, tile_columns=4608, few_inputs=4608)
     call = {"block_size": 32, "dtype": F32, "interpret": INTERPRET, "config": wide}
-    w = dequantized(*weight, 32)
+    w = _reference.dequantize(*map(np.asarray, weight), 32)
     np.testing.assert_array_equal(_tpu.dequantize(*weight, **call), w)
     g = data(9, (3, n))
     wanted = exact_product(g, jnp.asarray(w), True)
@@ -140,7 +116,7 @@ def test_wide_tiles_are_decoded_in_pieces():
 @pytest.mark.parametrize("k, n, block", MATRICES)
 def test_dequantize_is_exact(k, n, block, look_up):
     weight = matrix(k, n, block)
-    wanted = dequantized(*weight, block)
+    wanted = _reference.dequantize(*map(np.asarray, weight), block)
     dtype = F32 if look_up == "sublane" else BF16
     found = _tpu.dequantize(
         *weight, block_size=block, dtype=dtype, look_up=look_up, **SMALL
@@ -169,7 +145,9 @@ def test_products_are_those_of_the_dequantized_matrix(
     x = data(9, (m, n if transposed else k), dtype)
     op = _tpu.matmul_transposed if transposed else _tpu.matmul
     found = op(x, *weight, block_size=block, dtype=F32, **SMALL)
-    w = jnp.asarray(dequantized(*weight, block)).astype(dtype)
+    w = jnp.asarray(_reference.dequantize(*map(np.asarray, weight), block)).astype(
+        dtype
+    )
     wanted = exact_product(x, w, transposed)
     # Operands are the same to the last bit, so only float32 sums differ.
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
@@ -186,7 +164,7 @@ def test_a_strip_too_long_to_keep_is_decoded_again(transposed):
     assert plan(TILES).keep and not plan(tight).keep
     op = _tpu.matmul_transposed if transposed else _tpu.matmul
     found = op(x, *weight, block_size=64, dtype=F32, interpret=INTERPRET, config=tight)
-    w = jnp.asarray(dequantized(*weight, 64)).astype(BF16)
+    w = jnp.asarray(_reference.dequantize(*map(np.asarray, weight), 64)).astype(BF16)
     wanted = exact_product(x, w, transposed)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
@@ -201,7 +179,9 @@ def test_experts_come_by_vmap(books):
     found = jax.vmap(op, in_axes=(0, 0, 0, books))(x, codes, scales, book)
     for e in range(3):
         weight = codes[e], scales[e], book[e] if books == 0 else book
-        w = jnp.asarray(dequantized(*weight, 64)).astype(BF16)
+        w = jnp.asarray(_reference.dequantize(*map(np.asarray, weight), 64)).astype(
+            BF16
+        )
         wanted = exact_product(x[e], w, False)
         # One rounding to bfloat16's eight bits, on top of float32 sums.
         np.testing.assert_allclose(
@@ -212,7 +192,9 @@ def test_experts_come_by_vmap(books):
 def test_other_dtypes_are_left_to_xla():
     weight, x = matrix(64, 7, 64), data(9, (3, 64), jnp.float16)
     found = _tpu.matmul(x, *weight, block_size=64, dtype=F32, **SMALL)
-    w = jnp.asarray(dequantized(*weight, 64)).astype(jnp.float16)
+    w = jnp.asarray(_reference.dequantize(*map(np.asarray, weight), 64)).astype(
+        jnp.float16
+    )
     wanted = exact_product(x, w, False)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
