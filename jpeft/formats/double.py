@@ -8,6 +8,7 @@ of 64 it takes the 0.5 bits a parameter of float32 scales to 0.127.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -111,4 +112,4 @@ def _in_order(x: jax.Array, axis: int, stack: int):
     def restore(flat: jax.Array) -> jax.Array:
         return jnp.moveaxis(flat.reshape(moved.shape), -1, axis)
 
-    return lead, moved.reshape(int(np.prod(lead, dtype=int)), -1), restore
+    return lead, moved.reshape(math.prod(lead), -1), restore

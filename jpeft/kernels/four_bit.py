@@ -4,16 +4,18 @@
 
     codes   uint8 (K / 2, N), planar in groups of 64 rows; see `jpeft.formats.packing`
     scales  float32 (ceil(K / block), N)
-    book    float32 (16,), the values of the codes: nf4, fp4, int4 or a learned one
+    book    float32 (16,), the values of the codes: nf4, fp4, int4 or a learned one; of
+            a stack (*stack, 16) too
 
 A *block* is what shares a scale; a *tile* is what one step of a kernel works on.  The
-platform is chosen here and nowhere else, when a program is compiled
-(`jax.lax.platform_dependent`): Pallas for TPU and NVIDIA GPUs, plain JAX for the rest.
-`_plain` is the meaning of all of them, and what `jax.export` gets where a size is a
-symbol: a kernel's tiles are chosen by numbers.
+platform is chosen here (and, of arrays on a mesh, in `partitioned`) when a program is
+compiled (`jax.lax.platform_dependent`): Pallas for TPU and NVIDIA GPUs, plain JAX for
+the rest.  `_plain` is the meaning of all of them, for numbers below 2^126, and what
+`jax.export` gets where a size is a symbol: a kernel's tiles are chosen by numbers.
 
-`matmul` differentiates with respect to x only, and what it keeps for that is the codes
-and scales.
+Products differentiate with respect to x and plus, and what they keep for that is the
+codes and scales.  The gradient of scales and book is zero: they are constants.
+Arrays that do not fit each other raise ValueError, with what was expected.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def quantize(
 def dequantize(
     codes: UInt8[Array, "*stack half n"],
     scales: Float[Array, "*stack blocks n"],
-    book: Float[Array, " 16"],
+    book: Float[Array, "*stack 16"],
     *,
     block_size: int = 64,
     dtype: Any = jnp.bfloat16,
@@ -88,7 +90,7 @@ def matmul(
     x: Float[Array, "*batch k"],
     codes: UInt8[Array, "*stack half n"],
     scales: Float[Array, "*stack blocks n"],
-    book: Float[Array, " 16"],
+    book: Float[Array, "*stack 16"],
     *,
     plus: Float[Array, "*batch n"] | None = None,
     block_size: int = 64,
@@ -126,7 +128,7 @@ def matmul_transposed(
     g: Float[Array, "*batch n"],
     codes: UInt8[Array, "*stack half n"],
     scales: Float[Array, "*stack blocks n"],
-    book: Float[Array, " 16"],
+    book: Float[Array, "*stack 16"],
     *,
     plus: Float[Array, "*batch k"] | None = None,
     block_size: int = 64,

@@ -66,7 +66,7 @@ def offload(
     >>> state[0].mu["kernel"].sharding.memory_kind
     'pinned_host'
     """
-    if not isinstance(tx, optax.GradientTransformation):
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise ValueError(
             f"offload: expected an Optax transformation, such as optax.adam(1e-3), got "
             f"{tx!r}"
@@ -74,8 +74,9 @@ def offload(
     inner = optax.with_extra_args_support(tx)
 
     def moves(x: Any) -> bool:
-        small = is_array(x) and (x.ndim == 0 or x.size < min_size)
-        return is_array(x) and not small and not compat.is_key_array(x)
+        if not _holds_values(x) or compat.is_key_array(x):
+            return False
+        return x.ndim > 0 and x.size >= min_size
 
     put = lambda x: to_host(x) if moves(x) else x
     fetch = lambda x: jax.device_put(x, DEVICE) if moves(x) else x
@@ -88,7 +89,7 @@ def offload(
     ) -> tuple[PyTree, Any]:
         given, treedef = jax.tree.flatten((state, updates, params, extra))
         # The rest (a function among `extra`, a Python number) reaches `tx` as it is.
-        traced = [k for k, x in enumerate(given) if is_array(x)]
+        traced = [k for k, x in enumerate(given) if _holds_values(x)]
         out_trees: list[Any] = []
 
         def flat(*arrays: Any) -> list[Any]:
@@ -121,7 +122,7 @@ def offload(
 # --- where an array lives ------------------------------------------------------------
 
 
-def is_array(x: Any) -> bool:
+def _holds_values(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray))
 
 
@@ -171,9 +172,8 @@ def one_at_a_time(
         out: list[list[Any]] = [[] for _ in range(len(groups) + 1)]
         for x, needs in zip(items, found, strict=True):
             of = {member.get(v, -2) for v in needs} or {-1}
-            k = of.pop()
-            if not of and k > -2:  # what belongs to several groups reaches no output
-                out[k].append(x)
+            if len(of) == 1 and -2 not in of:  # else it reaches no output
+                out[of.pop()].append(x)
         return out
 
     eqns = sort(jaxpr.eqns, of_eqns)

@@ -56,10 +56,6 @@ class Deferred(QuantizedValue):
     def dtype(self) -> Any:
         return jnp.dtype(self.element)
 
-    @property
-    def compute(self) -> str | None:
-        return self.compute_dtype
-
     def value(self, dtype: Any) -> jax.Array:
         operands = [x.value(x.dtype) if is_leaf(x) else x for x in self.base]
         for place, number in self.literals:
@@ -177,7 +173,7 @@ def deferred(eqn: Any, ins: list[Any]) -> Any:
             take=k if many else None,
             sizes=tuple(a.shape),
             element=a.dtype.name,
-            compute_dtype=first.compute,
+            compute_dtype=first.compute_dtype,
             path=first.path,
         )
         for k, a in enumerate(outs)

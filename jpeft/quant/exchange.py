@@ -251,7 +251,7 @@ def to_bitsandbytes(q: Quantized, name: str = "weight") -> dict[str, np.ndarray]
     if flat:
         shape = tuple(sizes)
     else:
-        others = sizes[: q.lead] + sizes[q.lead + len(q.inner) :]
+        others = sizes[: q.lead] + sizes[q.after :]
         shape = (math.prod(others), length)
     absmax = nested_order(q.scales, q.lead)
     info: dict[str, Any] = {

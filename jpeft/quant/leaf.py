@@ -43,10 +43,8 @@ from jpeft.tree.layout import EMBEDDING
 class QuantizedValue(AdaptedLeaf):
     """What the rules of consumption need: a weight that is made when it is used."""
 
-    @property
-    def compute(self) -> str | None:
-        """The dtype to multiply in; None: the activation's."""
-        raise NotImplementedError
+    # The dtype to multiply in; None: the activation's, or the weight's if wider.
+    compute_dtype: str | None
 
     def value(self, dtype: Any) -> jax.Array:
         """The whole weight in `dtype`."""
@@ -107,10 +105,6 @@ class Quantized(QuantizedValue):
         return jnp.dtype(self.element)
 
     @property
-    def compute(self) -> str | None:
-        return self.compute_dtype
-
-    @property
     def keeps_arrays(self) -> bool:
         return self.searched
 
@@ -160,8 +154,7 @@ class Quantized(QuantizedValue):
 
     def _axes_of_codes(self) -> tuple[int, ...]:
         """The weight's axis behind each axis of the codes; K stands for its first."""
-        after = self.lead + len(self.inner)
-        return (*self.order[: self.lead + 1], *self.order[after:])
+        return (*self.order[: self.lead + 1], *self.order[self.after :])
 
     def field_axes(self) -> Mapping[str, tuple[int | None, ...]]:
         axes, stack = self._axes_of_codes(), self.order[: self.stack]
@@ -273,19 +266,28 @@ class Quantized(QuantizedValue):
         order = tuple(k - (k > axis) for k in self.order if k != axis)
         return self.replace(order=order, stack=self.stack - 1, lead=self.lead - 1)
 
+    @property
+    def after(self) -> int:
+        """Where, in `order`, the columns begin."""
+        return self.lead + len(self.inner)
+
+    def array_axis(self, at: int) -> int:
+        """Of the codes: the axis that holds the weight's axis at this place in `order`,
+        which is none of the blocked ones."""
+        return at if at < self.lead else at - len(self.inner) + 1
+
     def is_stack(self, axis: int) -> bool:
         return self.order.index(axis) < self.stack
 
     def unstack(self) -> tuple[Any, Any, Callable[[Any, Any], Any]] | None:
         at = self.order.index(0)
-        after = self.lead + len(self.inner)
-        if self.lead <= at < after:
+        if self.lead <= at < self.after:
             return None  # a slice through every block
         leaf, constant = self, {}
         if at >= self.stack:  # a row or a column of each matrix
             leaf = self.with_plain_scales()
             constant = {} if self.book is None else {"book": self.book}
-        place = at if at < after else at - len(self.inner) + 1
+        place = self.array_axis(at)
         arrays = {n: x for n, x in array_fields(leaf).items() if n not in constant}
         if any(x.shape[place] != self.shape[0] for x in arrays.values()):
             return None  # one scale for all of them
@@ -311,7 +313,7 @@ class Quantized(QuantizedValue):
         cut = [k for k in range(self.ndim) if parts[k] > 1]
         if all(self.is_stack(k) for k in cut):
             return self
-        blocked = self.order[self.lead : self.lead + len(self.inner)]
+        blocked = self.order[self.lead : self.after]
         leaf = self.with_plain_scales()
         if not any(k in blocked for k in cut):
             return leaf

@@ -12,12 +12,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jpeft import compat
@@ -107,8 +107,8 @@ def shape_of(leaf: Quantized) -> tuple[int, int]:
     """(rows, columns) of each matrix."""
     codes = leaf.codes.shape
     if leaf.is_matrix:
-        return leaf.length, int(np.prod(codes[leaf.lead + 1 :], dtype=int))
-    rows = int(np.prod(codes[leaf.stack : leaf.lead], dtype=int))
+        return leaf.length, math.prod(codes[leaf.lead + 1 :])
+    rows = math.prod(codes[leaf.stack : leaf.lead])
     return rows, leaf.length
 
 
@@ -144,8 +144,8 @@ def _matrices(leaf: Quantized) -> Blocks:
     def flat(x: jax.Array | None) -> jax.Array | None:
         if x is None:
             return None
-        first = int(np.prod(x.shape[leaf.stack : k], dtype=int))
-        last = int(np.prod(x.shape[k + 1 :], dtype=int))
+        first = math.prod(x.shape[leaf.stack : k])
+        last = math.prod(x.shape[k + 1 :])
         sides = (x.shape[k], last) if leaf.is_matrix else (first, x.shape[k] * last)
         return x.reshape(*stack, *sides)
 

@@ -4,7 +4,8 @@ Consumed by a product, it is decoded tile by tile (`jpeft.quant.product`).  Rows
 stack (layers, experts) and of a table are taken from the codes; a transpose, and a
 reshape within input or output axes, only rename axes.  What else is done to the weight
 before it is used waits in a `Deferred` leaf, so that nothing decoded lives longer than
-the equation that consumes it.
+the equation that consumes it.  (What a gather takes along an input or output axis is
+decoded there and then.)
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def _as_matrix(
     stack = leaf.order[: leaf.stack]
     if set(batch[side]) != set(stack):
         return None
-    after = leaf.lead + len(leaf.inner)
-    inner, columns = leaf.order[leaf.lead : after], leaf.order[after:]
+    inner = leaf.order[leaf.lead : leaf.after]
+    columns = leaf.order[leaf.after :]
     rows = inner if leaf.is_matrix else leaf.order[leaf.stack : leaf.lead]
     columns = columns if leaf.is_matrix else inner
     if set(mine) == set(rows):
@@ -148,8 +149,8 @@ def _reshaped(x: jax.Array, sizes: Sequence[int], places: Any) -> jax.Array:
 
 
 def _inside(leaf: QuantizedValue, x: jax.Array) -> str:
-    if leaf.compute is not None:
-        return leaf.compute
+    if leaf.compute_dtype is not None:
+        return leaf.compute_dtype
     return max(x.dtype, leaf.dtype, key=lambda dtype: dtype.itemsize).name
 
 
@@ -448,18 +449,17 @@ def _regrouped(leaf: Quantized, dst: tuple[int, ...]) -> Quantized | None:
     """
     if 0 in dst:
         return None
-    after = leaf.lead + len(leaf.inner)
-    bounds = (0, leaf.stack, leaf.lead, after, leaf.ndim)
+    bounds = (0, leaf.stack, leaf.lead, leaf.after, leaf.ndim)
     old = [leaf.order[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
     new: list[list[int]] = [[], [], [], []]
     groups = axis_groups(leaf.shape, dst)
     for g, members in enumerate(old):
         rest = [k for k in members if leaf.shape[k] != 1]
         while rest:
-            found = next((b for a, b in groups if a == rest[: len(a)]), None)
-            if found is None:
+            pair = next((p for p in groups if p[0] == rest[: len(p[0])]), None)
+            if pair is None:
                 return None
-            source = next(a for a, b in groups if b == found)
+            source, found = pair
             new[g] += found
             rest = rest[len(source) :]
     ones = [k for k, n in enumerate(dst) if n == 1]
@@ -509,16 +509,17 @@ def _all_gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     )
     if leaf.is_stack(axis):
         return leaf.along_stack(whole, axis)
-    at, after = leaf.order.index(axis), leaf.lead + len(leaf.inner)
-    inner = leaf.inner
-    if leaf.lead <= at < after:
+    at, inner = leaf.order.index(axis), leaf.inner
+    place = leaf.lead
+    if leaf.lead <= at < leaf.after:
         # As `for_shards` cuts them: between whole blocks.
         if at > leaf.lead or not isinstance(leaf.block_size, int):
             return None
         if leaf.length % math.lcm(GROUP if leaf.kind.packed else 1, leaf.block_size):
             return None
         inner = (inner[0] * p["axis_size"], *inner[1:])
-    place = at if at < after else at - len(leaf.inner) + 1
+    else:
+        place = leaf.array_axis(at)
     leaf = leaf.with_plain_scales()
     arrays = array_fields(leaf)
     of_all = {"scales", "zeros", "book"} if leaf.block_size == TENSOR else {"book"}
