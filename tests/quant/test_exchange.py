@@ -346,7 +346,7 @@ def test_names_and_dtypes_of_a_state_dict():
     state |= {k.replace("weight", "other", 1): v for k, v in one.items()}
     q = from_bitsandbytes(state, name, compute_dtype=jnp.bfloat16)
     assert q.compute_dtype == "bfloat16"
-    assert from_bitsandbytes(state, name).compute is None
+    assert from_bitsandbytes(state, name).compute_dtype is None
     assert set(to_bitsandbytes(q, name)) < set(state)
 
 
