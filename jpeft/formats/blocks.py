@@ -18,8 +18,12 @@ What is special (as bitsandbytes on a CPU unless said):
     infinity           its block is lost: in nf4 and fp4 it comes back, positive, and
                        the rest is NaN; in other formats what comes back is not defined,
                        in quantile* of the whole matrix, whose book it spoils
-    subnormal numbers  zero, as XLA flushes them
-    NaN                its block is NaN; `jpeft.quant.quantize` raises outside jit
+    subnormal numbers  zero, as XLA flushes them; and so are the blocks of linear
+                       formats whose step is one (int8: up to 1.5e-36)
+    NaN                its block is NaN, in quantile* the whole matrix;
+                       `jpeft.quant.quantize` raises outside jit
+    last, partial ones bitsandbytes divides by their scale, here they are multiplied by
+                       its reciprocal as all others: codes at a tie may differ
 
 Double quantisation subtracts the mean of all scales: there an infinity or NaN makes the
 whole matrix NaN.
@@ -120,7 +124,10 @@ def quantize(
     else:
         scales = view.reduce(jnp.max, jnp.abs(blocks))
         unit = scaled(blocks, scales)
-        book = _learn(unit, format, stack) if format.learned else None
+        book = None
+        if format.learned:  # from the data, not from what fills it up
+            data = jax.lax.slice_in_dim(view.join(unit), 0, size, axis=axis)
+            book = _learn(data, format, stack)
         codes, zeros = _encode(unit, format, book, stack), None
     codes = view.join(codes)
     if format.packed:
@@ -350,7 +357,8 @@ def _learn(unit: jax.Array, format: Format, stack: int) -> jax.Array:
         flat = flat[:: max(1, flat.shape[0] // _SAMPLE)]
         book = jnp.quantile(flat, at)
         book = book * (1.0 / jnp.maximum(jnp.max(jnp.abs(book)), TINY))
-        book = book.at[jnp.argmin(jnp.abs(book))].set(0.0)
+        # The ends are the data's, so that zero, which is exact, lies between.
+        book = book.at[1 + jnp.argmin(jnp.abs(book[1:-1]))].set(0.0)
         return jnp.sort(book.at[0].set(jnp.min(x)).at[n - 1].set(jnp.max(x)))
 
     for _ in range(stack):

@@ -18,7 +18,12 @@ import jax.numpy as jnp
 from jpeft.boxes import unbox
 from jpeft.leaf import AdaptedLeaf, box_of, layers
 from jpeft.quant import rules as _rules  # noqa: F401  enters its rules
-from jpeft.quant.arrays import check_block_size, check_double, check_format
+from jpeft.quant.arrays import (
+    check_block_size,
+    check_double,
+    check_format,
+    check_in_float32,
+)
 from jpeft.quant.leaf import Layout, Quantized, arrangement, boxed, quantize_array
 from jpeft.transform import LeafMethod, check_float, method, place_beside
 from jpeft.tree.layout import LeafUse
@@ -74,7 +79,9 @@ class Quantize(LeafMethod):
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Quantized:
         assert use.axes is not None
-        return self.of_array(jnp.asarray(base), arrangement(use.axes, use.kind))
+        base = jnp.asarray(base)
+        check_in_float32(f"{path}: the weight", base)
+        return self.of_array(base, arrangement(use.axes, use.kind))
 
     @property
     def inside(self) -> str | None:

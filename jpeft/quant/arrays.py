@@ -69,6 +69,7 @@ def quantize(
             f"quant.quantize: the array of shape {x.shape} holds NaN, which no code "
             "stands for; check how it was made"
         )
+    check_in_float32(f"quant.quantize: the array of shape {x.shape}", x)
     return quantize_array(
         x,
         _layout(x, axis, block_size),
@@ -77,6 +78,20 @@ def quantize(
         double_scales=double,
         compute_dtype=None if compute_dtype is None else jnp.dtype(compute_dtype).name,
     )
+
+
+def check_in_float32(at: str, x: jax.Array) -> None:
+    """Raises for finite float64 numbers that float32, which all is computed in, has
+    not (skipped for what JAX traces)."""
+    if x.dtype != jnp.float64 or isinstance(x, compat.Tracer):
+        return
+    with jax.ensure_compile_time_eval():
+        largest = float(jnp.max(jnp.abs(x)))
+    if float(np.finfo(np.float32).max) < largest < np.inf:
+        raise ValueError(
+            f"{at} holds {largest:.3g}, which float32 cannot hold, and quantising "
+            "computes in float32; scale the weight"
+        )
 
 
 def _holds_nan(x: jax.Array) -> bool:

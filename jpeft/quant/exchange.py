@@ -45,7 +45,7 @@ def from_bitsandbytes(
     state: {name: array}, as in a safetensors file.  name: of the weight, such as
     "model.layers.0.mlp.up_proj.weight"; None if the state has one only.
     transpose: False gives torch's shape (out, in), True a Flax kernel (in, out).
-    compute_dtype: of products; default the dtype the weight had.
+    compute_dtype: of products; default the wider of the activation's and the weight's.
 
     Raises ValueError for missing keys, a type other than nf4 and fp4, sizes that do not
     fit together, or a code book that is not bitsandbytes' own.

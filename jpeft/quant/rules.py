@@ -200,6 +200,8 @@ def _gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     if isinstance(leaf, Quantized):
         axis = _whole_rows(eqn, leaf)
         if axis is not None:
+            if indices.dtype.itemsize < 4:  # room to count with: blocks, and the rows
+                indices = indices.astype(jnp.int32)
             if leaf.is_stack(axis) and leaf.ndim > 2:
                 return _picked(eqn, leaf, axis, indices)
             if leaf.order.index(axis) < leaf.lead:
@@ -230,8 +232,9 @@ def _looked_up(
     if leaf.lead - leaf.stack != 1 or leaf.stack or leaf.codes.ndim != 2:
         return None
     rows = indices[..., 0]
-    take = lambda x: x if x.shape[0] == 1 else _take(eqn, x, indices, at)
-    codes = take(leaf.codes)
+    shared = leaf.block_size == TENSOR
+    codes = _take(eqn, leaf.codes, indices, at)
+    take = lambda x: x if shared else _take(eqn, x, indices, at)
     if leaf.nested is None:
         scales = take(leaf.scales)
     else:

@@ -263,6 +263,25 @@ def test_a_learned_book_holds_the_quantiles_of_the_data(format):
     assert (np.diff(book) >= 0).all()
 
 
+@pytest.mark.parametrize(("format", "size"), [("quantile4", 64), ("quantile8", 4096)])
+def test_what_fills_up_a_block_is_not_learned_from(format, size):
+    x = normal(size + 1, COLUMNS)
+    q = quantize(x, format, size)
+    unit = x / of_elements(q.scales, size + 1, size)
+    book = learned(unit, unit, 2 ** FORMATS[format].bits)
+    np.testing.assert_allclose(q.book, book, atol=1e-5)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_zero_is_exact_where_one_sign_is_rare(sign):
+    x = np.linspace(0.2, 1.0, 4096).astype(np.float32)
+    x[:20], x[20:40] = 0, -np.linspace(0.2, 1.0, 20)
+    x = sign * np.random.default_rng(0).permutation(x).reshape(64, 64)
+    for format in ("quantile4", "quantile8"):
+        got = np.asarray(dequantize(quantize(x, format, 64), format, 64, 64))
+        assert (got[x == 0] == 0).all()
+
+
 def test_a_learned_book_follows_the_data():
     """Of a lopsided distribution it wins over the normal's quantiles."""
     x = np.exp(normal(512, 64))

@@ -154,6 +154,15 @@ def test_a_block_size_may_be_a_number_of_numpys():
     same(quantize(x, block_size=size), quantize(x, block_size=32))
 
 
+def test_float64_beyond_float32_is_refused():
+    with jax.enable_x64(True):
+        x = jnp.full(64, 1e300).at[0].set(1.0)
+        with pytest.raises(ValueError, match=r"holds 1e\+300, which float32 cannot"):
+            quantize(x)
+        with pytest.raises(ValueError, match="kernel: the weight holds 1e"):
+            jpeft.quantize()(jax.random.key(0), {"kernel": x[:, None]})
+
+
 def test_its_repr_is_short():
     text = repr(quantize(normal(77, 5), axis=0))
     assert "codes=uint8[64,5]" in text and len(text) < 200

@@ -130,6 +130,30 @@ def test_a_tied_table_whose_features_fill_no_group(features):
     check("tied", c, "nf4")
 
 
+@pytest.mark.parametrize("ids", ["uint8", "int8", "uint16", "int32"])
+@pytest.mark.parametrize(
+    ("rows", "format", "block_size", "double"),
+    [
+        (120, "nf4", 64, True),
+        (256, "nf4", 64, False),
+        (300, "nf4", 64, False),
+        (1, "nf4", 64, True),
+        (1, "int8", "tensor", False),
+        (5, "int4_asymmetric", "tensor", False),
+    ],
+)
+def test_a_lookup_by_ids_of_any_dtype_and_in_a_table_of_any_size(
+    rows, format, block_size, double, ids
+):
+    table = {"embedding": idioms.n(rows, 512) * jnp.arange(1.0, rows + 1)[:, None]}
+    how = jpeft.quantize(format, double, block_size, where="embedding")
+    params = how(jax.random.key(0), table)
+    fn = lambda p, ids: jnp.take(p["embedding"], ids, axis=0)
+    ids = jnp.array([0, rows // 2, min(rows - 1, 119), 0]).astype(ids)
+    got, want = jpeft.adapt(fn)(params, ids), fn(jpeft.merge(params), ids)
+    assert got.dtype == want.dtype and got.tobytes() == want.tobytes()
+
+
 @pytest.mark.parametrize("program", ["jit", "checkpoint", "scan"])
 def test_groups_of_a_ragged_product_whose_sizes_are_data(program):
     """Found inside a scan or a checkpoint, whose backward pass is traced apart."""
