@@ -18,6 +18,7 @@ Laws, checked by the tests for every kind of leaf:
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import math
@@ -96,7 +97,7 @@ def adapted_leaf(cls: type[T]) -> type[T]:
         data_fields=[n for n, r in roles.items() if r != STATIC],
         meta_fields=statics,
     )
-    if cls.__name__ not in KINDS:  # defined again, in a notebook: the first is known
+    with contextlib.suppress(ValueError):  # the name is known, of a cell run before
         _let_export(cls, statics)
     KINDS[cls.__name__] = cls  # type: ignore[assignment]
     return cls
