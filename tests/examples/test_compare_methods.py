@@ -124,10 +124,7 @@ def test_a_row_is_what_the_main_job_finds(table, options, tmp_path):
     assert cells["accuracy"] == f"{mean:.3f} ({found[0]:.3f} to {found[1]:.3f})"
     size = sum(x["adapter_bytes"] for x in metrics) / 2e3
     # Orbax notes times, whose digits vary.
-    assert (
-        abs(number(cells["adapter"]) - size) < 0.1 * size
-        and cells["adapter"][-3:] == " kB"
-    )
+    assert abs(number(cells["adapter"]) - size) < 2 and cells["adapter"][-3:] == " kB"
     text = (table / "table.md").read_text()
     assert "64 examples to train on, 18 held out, 3 classes, 1 x 2 steps" in text
     assert "; seeds 0, 1; Python 3." in text
