@@ -94,6 +94,10 @@ class Transform:
         """The marks of all leaves this transform makes."""
         return frozenset({self.origin()})
 
+    def parts(self) -> tuple[Transform, ...]:
+        """The transforms that it applies, one after the other."""
+        return (self,)
+
     def virtual_tokens(self) -> int:
         """How many virtual tokens each text needs: the `n` of
         `jpeft.prepend_virtual_tokens`."""
@@ -229,6 +233,7 @@ def path_key(key: jax.Array, path: str) -> jax.Array:
 
 
 def folded(key: Any, n: int) -> jax.Array:
+    """`fold_in`; raises ValueError for what is no key."""
     try:
         return jax.random.fold_in(key, n)
     except TypeError:
@@ -327,7 +332,8 @@ def check_positive(
 
 
 def check_dropout(method: str, rate: Any) -> None:
-    if isinstance(rate, bool) or not 0.0 <= rate < 1.0:
+    kinds = (int, float, np.integer, np.floating)
+    if isinstance(rate, bool) or not isinstance(rate, kinds) or not 0 <= rate < 1:
         raise ValueError(
             f"{method}: dropout={rate!r}: expected a rate from 0 up to, not including, "
             "1"
@@ -424,6 +430,9 @@ class Chain(Transform):
 
     def origins(self) -> frozenset[str]:
         return frozenset().union(*(t.origins() for t in self.transforms))
+
+    def parts(self) -> tuple[Transform, ...]:
+        return tuple(x for t in self.transforms for x in t.parts())
 
     def virtual_tokens(self) -> int:
         return max(t.virtual_tokens() for t in self.transforms)

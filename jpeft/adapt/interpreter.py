@@ -31,10 +31,8 @@ _CONTROL: dict[str, Rule] = {}
 _ADDS: set[Any] = set()
 _CARRIES: set[Any] = set()
 _JOINS: set[Any] = set()
-# Linear in what meets the weight.
-_PRODUCTS = frozenset(
-    {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"}
-)
+# Linear in what meets the weight, which may be of another dtype.
+_PRODUCTS = frozenset({"dot_general", "ragged_dot_general"})
 # What a dropout key folds in: the number of a use, or of a call that holds uses (a
 # loop's step folds `control._STEP`).
 _USE, _CALL = 1, 3

@@ -45,7 +45,7 @@ from jpeft.leaf import (
 )
 from jpeft.methods.quantize import ACTIVATION, Quantize
 from jpeft.quant.leaf import Layout, Quantized, boxed
-from jpeft.transform import Chain, Transform, freeze_value, is_adapted, place_beside
+from jpeft.transform import Transform, freeze_value, is_adapted, place_beside
 from jpeft.tree.paths import Slots, is_array, segment, slots, suggest, weight
 from jpeft.tree.split import NOTHING_TRAINS
 from jpeft.types import CheckpointError, PyTree, __version__
@@ -271,21 +271,15 @@ def _check_origin(adapted: Mapping[str, AdaptedLeaf], transform: Transform) -> N
                     f"transform given ({', '.join(sorted(known))}); pass the transform "
                     "that made this tree"
                 )
-    stored = [x for leaf in adapted.values() for x in layers(leaf) if x.holds_weight]
-    for t in _quantizers(transform):
-        how = t.format, t.block_size
-        if how not in [(x.format, x.block_size) for x in stored]:  # type: ignore[attr-defined]
+    bases = map(innermost, adapted.values())
+    stored = {(x.format, x.block_size) for x in bases if isinstance(x, Quantized)}
+    for t in transform.parts():
+        if isinstance(t, Quantize) and (t.format, t.block_size) not in stored:
             raise ValueError(
-                f"save: the transform given quantises to {how[0]} with block_size="
-                f"{how[1]!r}, and no weight of this tree is stored so; pass the "
+                f"save: the transform given quantises to {t.format} with block_size="
+                f"{t.block_size!r}, and no weight of this tree is stored so; pass the "
                 "transform that made this tree"
             )
-
-
-def _quantizers(transform: Transform) -> list[Quantize]:
-    if isinstance(transform, Chain):
-        return [x for t in transform.transforms for x in _quantizers(t)]
-    return [transform] if isinstance(transform, Quantize) else []
 
 
 def _name(path: str, layer: int, field: str) -> str:

@@ -28,7 +28,7 @@ from jpeft.leaf import box_of, is_leaf
 from jpeft.methods.quantize import Quantize
 from jpeft.quant.exchange import STATE, TYPES, from_bitsandbytes
 from jpeft.quant.leaf import Quantized, boxed
-from jpeft.transform import Chain, Transform, place_beside
+from jpeft.transform import Transform, place_beside
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.paths import Slots, is_array, slots, suggest, weight
 from jpeft.types import CheckpointError, PyTree
@@ -163,21 +163,21 @@ class _Weight(NamedTuple):
 
 
 def _formats(transform: Any) -> list[Quantize]:
-    if isinstance(transform, Chain):
-        return [x for t in transform.transforms for x in _formats(t)]
-    if not isinstance(transform, Quantize):
-        name = getattr(transform, "name", None)
-        if name is None:
-            raise ValueError(
-                f"load_quantized: {transform!r} is no transform; pass "
-                "jpeft.quantize(...), with the format as its first argument"
-            )
+    if not isinstance(transform, Transform):
         raise ValueError(
-            f"load_quantized: {name} is not quantize; apply it to what was loaded: "
-            "params = jpeft.load_quantized(path, jpeft.quantize(...), like), then "
-            f"params = jpeft.{name}(...)(key, params)"
+            f"load_quantized: {transform!r} is no transform; pass "
+            "jpeft.quantize(...), with the format as its first argument"
         )
-    return [transform]
+    formats = []
+    for t in transform.parts():
+        if not isinstance(t, Quantize):
+            raise ValueError(
+                f"load_quantized: {t.name} is not quantize; apply it to what was "
+                "loaded: params = jpeft.load_quantized(path, jpeft.quantize(...), "
+                f"like), then params = jpeft.{t.name}(...)(key, params)"
+            )
+        formats.append(t)
+    return formats
 
 
 def _chosen(

@@ -26,6 +26,7 @@ from jpeft.methods._init import PISSA, draw_a, factors
 from jpeft.methods._low_rank import LowRank, low_rank_product
 from jpeft.methods.lora import LowRankMethod, check_rank
 from jpeft.methods.quantize import Quantize, check_plain, quantize
+from jpeft.quant.arrays import check_in_float32
 from jpeft.quant.leaf import Quantized, arrangement, boxed
 from jpeft.transform import check_positive, dtype_name, method, place_beside
 from jpeft.tree.layout import EMBEDDING, LeafUse
@@ -66,6 +67,7 @@ class LoftQ(LowRankMethod):
         check_rank(path, rank, use)
         assert use.axes is not None
         w, box = compat.on_device(jnp.asarray(weight(slot))), box_of(slot)
+        check_in_float32(f"{path}: the weight", w)
         q, a, b = alternate(
             key,
             w,

@@ -67,7 +67,8 @@ class Quantize(LeafMethod):
     def targets(
         self, flat: Slots, uses: Mapping[str, LeafUse] | None
     ) -> dict[str, LeafUse]:
-        """Also weights that the model changes first: it changes what they stand for."""
+        """Also weights that the model changes before it uses them: the change waits
+        (`Deferred`) until the weight is decoded."""
         if uses is not None:
             uses = {
                 p: dataclasses.replace(u, axes=u.changed_axes, doubt="")

@@ -18,6 +18,7 @@ from forms import FORMS
 from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from speed import slow_but
 from text_forms import TEXT_FORMS, WORD_FORMS, N
 
 import jpeft
@@ -221,9 +222,7 @@ def cases(names, *more):
     return out
 
 
-def mostly_slow(methods, quick=("lora", "qlora", "dora", "unipelt")):
-    slow = [pytest.mark.slow]
-    return [m if m in quick else pytest.param(m, marks=slow) for m in methods]
+QUICK = ("lora", "qlora", "dora", "unipelt")
 
 
 every = pytest.mark.parametrize(("method", "name"), cases(FORMS))
@@ -310,7 +309,8 @@ def waves(params, x):
 
 
 @pytest.mark.parametrize(
-    "method", mostly_slow([m for m in METHODS if METHODS[m].merges and m != "bitfit"])
+    "method",
+    slow_but(QUICK, [m for m in METHODS if METHODS[m].merges and m != "bitfit"]),
 )
 def test_activations_may_be_complex(method):
     params, x = moved(attached(method, "unrolled")), form("unrolled").args[0]
@@ -320,7 +320,19 @@ def test_activations_may_be_complex(method):
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("method", mostly_slow(METHODS))
+def test_experts_may_be_given_complex_tokens():
+    x = jax.lax.complex(*jax.random.normal(KEY, (2, 6, 8)))
+    groups = jnp.array([2, 4], jnp.int32)
+    base = {"w": jax.random.normal(KEY, (2, 8, 4))}
+    fn = lambda p, x: jnp.abs(jax.lax.ragged_dot(x, p["w"], groups))
+    t = jpeft.lora(rank=2)
+    params = moved(t(KEY, base, uses=jpeft.find_uses(fn, base, x)))
+    want = fn(jpeft.merge(params), x)
+    got = jpeft.adapt(fn)(params, x)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", slow_but(QUICK, METHODS))
 def test_a_base_may_be_closed_over_by_what_jax_traces(method):
     name = METHODS[method].forms + "unrolled"
     t, base = METHODS[method].make(), form(name).params
@@ -333,7 +345,7 @@ def test_a_base_may_be_closed_over_by_what_jax_traces(method):
         jax.eval_shape(lambda key: t(key, spoiled, uses=uses(name)), KEY)
 
 
-@pytest.mark.parametrize("method", mostly_slow(METHODS))
+@pytest.mark.parametrize("method", slow_but(QUICK, METHODS))
 def test_an_exported_program_is_read_back_with_its_adapters(method):
     f = form(METHODS[method].forms + "unrolled")
     params = moved(attached(method, METHODS[method].forms + "unrolled"))

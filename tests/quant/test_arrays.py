@@ -159,8 +159,9 @@ def test_float64_beyond_float32_is_refused():
         x = jnp.full(64, 1e300).at[0].set(1.0)
         with pytest.raises(ValueError, match=r"holds 1e\+300, which float32 cannot"):
             quantize(x)
-        with pytest.raises(ValueError, match="kernel: the weight holds 1e"):
-            jpeft.quantize()(jax.random.key(0), {"kernel": x[:, None]})
+        for t in (jpeft.quantize(), jpeft.loftq(rank=1)):
+            with pytest.raises(ValueError, match="kernel: the weight holds 1e"):
+                t(jax.random.key(0), {"kernel": x[:, None]})
 
 
 def test_its_repr_is_short():
