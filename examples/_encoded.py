@@ -30,10 +30,15 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each example: ``[n]``."""
+        return self.mask.sum(1)
+
     def take(self, rows: Any) -> Encoded:
         """These rows, cut to the bucket of the longest of them."""
         mask = self.mask[rows]
-        longest = int(mask.sum(1).max())
+        longest = int(self.lengths[rows].max())
         length = min(-(-longest // BUCKET) * BUCKET, mask.shape[1])
         return Encoded(self.ids[rows, :length], mask[:, :length], self.labels[rows])
 
@@ -110,12 +115,12 @@ def encode(data: _text.Dataset, tokenize: _bert.Encode, vocab_size: int) -> Enco
 
 
 def predict(logits: Callable[..., jax.Array], params: Any, data: Encoded) -> np.ndarray:
-    """Class scores ``[n, classes]``, computed in batches of one shape."""
-    data = data.take(slice(None))
-    found = []
+    """Class scores ``[n, classes]``, in batches of one size and texts of like length."""
+    order = np.argsort(data.lengths, kind="stable")
+    found: list[np.ndarray] = []
     for start in range(0, len(data), EVAL_BATCH):
-        ids, mask = (x[start : start + EVAL_BATCH] for x in (data.ids, data.mask))
-        fill = ((0, EVAL_BATCH - len(ids)), (0, 0))
-        scores = logits(params, np.pad(ids, fill), np.pad(mask, fill))
-        found.append(np.asarray(scores)[: len(ids)])
-    return np.concatenate(found)
+        batch = data.take(order[start : start + EVAL_BATCH])
+        fill = ((0, EVAL_BATCH - len(batch)), (0, 0))
+        scores = logits(params, np.pad(batch.ids, fill), np.pad(batch.mask, fill))
+        found.append(np.asarray(scores)[: len(batch)])
+    return np.concatenate(found)[np.argsort(order)]

@@ -49,6 +49,7 @@ AREAS = {
 }
 MAX_PER_CLASS = 300
 MIN_WORDS, MAX_WORDS = 4, 60
+POOL = 8  # batches that share out their texts by length
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _PACKAGES = sorted({name.lstrip("_") for names in AREAS.values() for name in names})
@@ -337,20 +338,37 @@ def split(
     )
 
 
-def batches(n: int, batch_size: int, *, seed: int, epoch: int) -> Iterator[np.ndarray]:
+def batches(
+    n: int,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    lengths: np.ndarray | None = None,
+) -> Iterator[np.ndarray]:
     """The positions 0 ... n - 1 in the order of this epoch, ``batch_size`` at a time.
 
     The same seed and epoch give the same order. Positions left over at the end, fewer
-    than ``batch_size``, are dropped, so that all batches have one shape.
+    than ``batch_size``, are dropped, so that all batches have one size. With
+    ``lengths``, those of the texts, a batch holds texts of like length, so that little
+    of it is padding: each `POOL` batches that follow each other share out their texts
+    anew, by length, and come in an order that does not depend on it.
     """
     if not 1 <= batch_size <= n:
         raise ValueError(
             f"the batch size must lie between 1 and the number of examples, {n}; "
             f"found {batch_size}"
         )
-    order = np.random.default_rng([seed, epoch]).permutation(n)
-    ends = range(batch_size, n + 1, batch_size)
-    return (order[end - batch_size : end] for end in ends)
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(n)[: n // batch_size * batch_size]
+    if lengths is None:
+        return iter(order.reshape(-1, batch_size))
+    found: list[np.ndarray] = []
+    for begin in range(0, len(order), POOL * batch_size):
+        pool = order[begin : begin + POOL * batch_size]
+        pool = pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, batch_size)
+        found.extend(rng.permutation(pool))
+    return iter(found)
 
 
 # ----------------------------------------------------------------------------- scores

@@ -391,9 +391,11 @@ def _is_evaluated(run: Run) -> bool:
 
 
 def _batches_from(run: Run, start: int) -> Iterator[np.ndarray]:
-    size, seed = run.recipe.batch_size, run.recipe.seed
+    size, seed, lengths = run.recipe.batch_size, run.recipe.seed, run.train.lengths
     for epoch in range(start // run.steps_per_epoch, run.recipe.epochs):
-        rows = _text.batches(len(run.train), size, seed=seed, epoch=epoch)
+        rows = _text.batches(
+            len(lengths), size, seed=seed, epoch=epoch, lengths=lengths
+        )
         done = max(0, start - epoch * run.steps_per_epoch)
         yield from list(rows)[done:]
 

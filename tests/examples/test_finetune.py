@@ -17,7 +17,6 @@ import finetune
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import save_file
 from speed import slow_but
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -46,24 +45,6 @@ def as_in_the_command():
     """What the command has: Optax's schedules multiply a float by a count."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The runs below compile the same few programs again and again."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    former = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in former.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +192,7 @@ def test_a_run_says_what_it_did(command, tmp_path, capsys):
     assert "Traceback" not in printed.err
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_seed_are_the_same(command, finished, base, tmp_path):
     assert finetune.main(command(tmp_path / "again")) == 0
     assert_same_adapter(tmp_path / "again", finished, base)
@@ -229,6 +211,7 @@ def test_another_seed_is_another_run(command, finished, tmp_path):
 # -------------------------------------------------------------------------- resuming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", slow_but([6], [6, 9]))
 def test_a_resumed_run_ends_bit_identical(
     stop_after, command, finished, base, tmp_path, capsys
@@ -422,6 +405,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(command, tmp_path, capsys):
 # ---------------------------------------------------------------------- other choices
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "path",
     slow_but([p for p in CONFIGS if p.stem in QUICK], CONFIGS),
@@ -439,6 +423,7 @@ def test_every_recipe_of_the_repository_runs(path, base, data, tmp_path, monkeyp
     assert np.isfinite(metrics["history"]["loss"]).all()
 
 
+@pytest.mark.slow
 def test_a_held_out_file_is_used_as_it_is(command, data, tmp_path):
     held_out = tmp_path / "held_out.tsv"
     held_out.write_text("text\tlabel\nthe fish\tfish\nold tree\ttree\na bird\tbird\n")
@@ -467,6 +452,14 @@ def test_batches_are_cut_to_their_bucket():
     assert data.take([3]).ids.shape == (1, 48)
     short = finetune._encoded.Encoded(ids[:, :40], mask[:, :40], np.arange(4))
     assert short.take([3]).ids.shape == (1, 40)
+
+
+def test_predictions_stand_in_the_order_of_the_examples():
+    mask = np.arange(48)[None] < np.array([[40], [3], [17], [16]])
+    data = finetune._encoded.Encoded(np.where(mask, 7, 0), mask, np.arange(4))
+    summed = lambda _, ids, mask: (ids * mask).sum(1, keepdims=True)
+    found = finetune._encoded.predict(summed, None, data)
+    np.testing.assert_array_equal(found, 7 * np.array([[40], [3], [17], [16]]))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])

@@ -36,6 +36,7 @@ def write(path, content):
 # ----------------------------------------------------------------------- the docstrings
 
 
+@pytest.mark.slow
 def test_docstrings_written_to_files_are_read_as_they_were(default, tmp_path):
     assert write_docstrings.main([str(tmp_path / "new")]) == 0
     for name, part in zip(("train", "test"), _text.split(default, seed=0), strict=True):
@@ -84,6 +85,7 @@ def test_cleaning_removes_package_names_and_doctests(docstring, expected):
     assert _text._clean(docstring) == expected
 
 
+@pytest.mark.slow
 def test_docstrings_do_not_depend_on_hash_seed_or_locale():
     program = (
         "import hashlib, _text; data = _text.docstrings();"
@@ -341,6 +343,19 @@ def test_batches_depend_on_seed_and_epoch():
 
     assert order(0, 1) == order(0, 1)
     assert len({order(0, 0), order(0, 1), order(1, 0), order(1, 1)}) == 4
+
+
+def test_batches_of_like_length_are_a_permutation_with_less_padding():
+    lengths = np.random.default_rng(0).integers(1, 60, 100)
+    plain, alike = (
+        list(_text.batches(100, 8, seed=0, epoch=3, lengths=x)) for x in (None, lengths)
+    )
+    assert [len(batch) for batch in alike] == [8] * 12
+    assert set(np.concatenate(alike)) == set(np.concatenate(plain))
+    read = lambda batches: sum(len(b) * lengths[b].max() for b in batches)
+    assert read(alike) < 0.7 * read(plain)
+    longest = [lengths[batch].max() for batch in alike]
+    assert longest != sorted(longest)  # the order does not go by length
 
 
 @pytest.mark.parametrize("size", [0, 6])
