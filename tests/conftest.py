@@ -1,16 +1,37 @@
-"""Every test: CPU with eight devices, strict dtypes and ranks."""
+"""Every test: CPU with eight devices, strict dtypes and ranks.
 
+The tests trace and compile much and compute little: most of what is set here is for the
+time that this takes.
+"""
+
+import collections
+import gc
 import os
+import shutil
+import zlib
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402  reads the variable above; those below are read at its first use
+# Both workers, the processes that tests start, and the next run find compiled what one
+# of them has compiled.
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+CACHE_BYTES = 2**29  # more than a run of all tests writes
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Nobody reads where in the source an operation of a test's compiled program is from.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
-# Tests compile much and compute little: without optimisation, and by the older way to
-# generate code (jax 0.12 has no such flag), they take half the time.
+import jax  # noqa: E402  reads the variables above, those below at its first use
+import pytest  # noqa: E402
+
+# Without optimisation, by one thread, and by the older way to generate code (jax 0.12
+# has no such flag), a program compiles in a third of the time.
 FLAGS = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
 ]
 if jax.__version_info__ < (0, 11):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
@@ -20,3 +41,73 @@ for flag in FLAGS:
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_sessionstart(session):
+    """The process that starts the workers empties a cache that grew too large."""
+    if hasattr(session.config, "workerinput") or not CACHE.is_dir():
+        return
+    if sum(file.stat().st_size for file in CACHE.iterdir()) > CACHE_BYTES:
+        shutil.rmtree(CACHE)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest reads the marks, and xdist the groups
+def pytest_collection_modifyitems(items):
+    mark_slow(items)
+    group(items)
+
+
+def mark_slow(items):
+    """Of a test marked `sample(n)`, a plain run takes n cases, the others are slow.
+
+    The n are spread evenly, from a beginning that differs from test to test.
+    """
+    cases = collections.defaultdict(list)
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for name, own in cases.items():
+        if mark := own[0].get_closest_marker("sample"):
+            n = min(*mark.args, len(own))
+            first = zlib.crc32(name.encode())
+            taken = {(first + k * len(own) // n) % len(own) for k in range(n)}
+            for k in set(range(len(own))) - taken:
+                own[k].add_marker("slow")
+
+
+def group(items):
+    """One worker runs a file, or what a table's file has of one method.
+
+    So it traces once what the tests of a file share.
+    """
+    for item in items:
+        name = item.path.stem
+        if name == "test_laws" and hasattr(item, "callspec"):
+            name += "_" + item.callspec.params["method"]
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
+def pytest_collection_finish():
+    """What the imports made is no garbage, and a trace makes objects by the million."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
+
+
+_programs = 0
+MANY = 800  # programs of tests take about a megabyte each
+
+
+@jax.monitoring.register_event_duration_secs_listener
+def _count(event, seconds, **_):
+    global _programs
+    _programs += event == "/jax/core/compile/backend_compile_duration"
+
+
+def pytest_runtest_teardown():
+    """Compiled programs are given back now and then, so that a worker stays small."""
+    global _programs
+    if _programs > MANY:
+        _programs = 0
+        jax.clear_caches()
+        gc.collect()

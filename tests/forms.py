@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from draws import noisy, normal
 from flax import linen as nn
 from flax import nnx
 
@@ -85,17 +86,7 @@ class NnxModel(nnx.Module):
         return self.head(x)
 
 
-X = jax.random.normal(jax.random.key(1), (4, 2, WIDTH))
-
-
-def noisy(params):
-    """Every leaf moved, so that no zero hides an error."""
-
-    def one(path, x):
-        key = jax.random.fold_in(jax.random.key(2), len(jax.tree_util.keystr(path)))
-        return x + 0.1 * jax.random.normal(key, x.shape, x.dtype)
-
-    return jax.tree_util.tree_map_with_path(one, params)
+X = normal(1, 4, 2, WIDTH)
 
 
 def linen(module):

@@ -10,9 +10,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from draws import noisy, normal
 from flax import linen as nn
 from flax import nnx
-from forms import Form, noisy
+from forms import Form
 
 import jpeft
 
@@ -172,7 +173,7 @@ def nnx_text():
 
 
 def plain_text():
-    draw = lambda n, *s: jax.random.normal(jax.random.fold_in(jax.random.key(5), n), s)
+    draw = lambda n, *s: normal(n, *s)
     names = ("query", "key", "value", "out")
     attn = {n: {"w": draw(k, WIDTH, WIDTH)} for k, n in enumerate(names)}
     mlp = {"up": {"w": draw(7, WIDTH, HIDDEN)}, "down": {"w": draw(8, HIDDEN, WIDTH)}}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from flax import linen as nn
 from jax import lax
 
@@ -14,7 +15,7 @@ from jpeft.leaf import is_leaf
 from jpeft.tree.paths import slots
 
 KEY = jax.random.key(0)
-X = jax.random.normal(jax.random.key(1), (4, 7))
+X = normal(1, 4, 7)
 
 
 def active(params, scale=0.3):

@@ -79,6 +79,7 @@ def refused(error, parts, *args, **kwargs):
 # --- the same bits -------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("sep", [".", "/"])
 def test_a_safetensors_file_gives_the_bits_of_quantize(tmp_path, dtype, sep):

@@ -106,6 +106,7 @@ def assert_same(params, others):
 # --------------------------------------------------------- against the reference
 
 
+@pytest.mark.slow
 def test_embeddings_agree_with_the_reference(golden, hidden):
     found = _bert.sentence_embedding(hidden, golden["mask"])
     np.testing.assert_allclose(found, golden["embeddings"], rtol=0, atol=1e-5)
@@ -212,6 +213,7 @@ def test_the_classifier_is_the_encoder_with_mean_pooling_and_one_layer(tmp_path)
     np.testing.assert_allclose(scores, pooled @ kernel, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_virtual_tokens_are_attended_to_and_not_pooled(tmp_path):
     config, params = _bert.load_base(write_checkpoint(tmp_path, tiny_tensors()))
     model, v = _bert.BertClassifier(config, num_classes=3), config.vocab_size

@@ -36,6 +36,7 @@ def command(folder, options, *more):
 # ------------------------------------------------------------------------------ a run
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_on_a_fifth_of_the_training_examples(options, tmp_path):
     task = choose_rates.task_of("bitfit", 0.5, 1, options)
     run = _jobs.prepare(task.argv, str(tmp_path / "part"))
@@ -112,6 +113,7 @@ def test_seeds_are_averaged_and_one_that_fails_counts_as_all():
 # ------------------------------------------------------------------------ the command
 
 
+@pytest.mark.slow
 def test_the_table_and_the_json_say_the_same(options, tmp_path, monkeypatch, capsys):
     ran = []
 

@@ -143,6 +143,7 @@ def test_untrained_is_the_base_with_a_new_head(table, options, tmp_path):
     assert expected in (table / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_step_that_trains(options, tmp_path):
     """A step over all layers costs more than one that stops at the classifier."""
     run = _jobs.prepare([*options, "--config", "configs/lora.toml"], str(tmp_path))
@@ -203,6 +204,7 @@ def test_costs_alone_need_no_training(options, tmp_path, nothing_runs, capsys):
     assert row.split(" | ")[1] == f"{COST.trainable:,}" and row.endswith("|  |")
 
 
+@pytest.mark.slow
 def test_an_interrupted_table_continues(
     options, tmp_path, nothing_runs, monkeypatch, capsys
 ):
@@ -310,6 +312,7 @@ def test_the_recipes_of_the_repository_have_one_budget():
     compare_methods.check_same_budget(_compare.names(), [])
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_leaves_the_other_rows(
     options, tmp_path, nothing_runs, monkeypatch, capsys
 ):
@@ -384,9 +387,8 @@ def task(find, name, options):
     return _jobs.Task(f"{name}, seed 0", name, tuple(options), find, Told)
 
 
+@pytest.mark.slow
 def test_workers_tell_what_they_find_and_of_which_task(options, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     monkeypatch.setitem(_jobs.ENVIRONMENT, "JAX_PLATFORMS", "no_such_platform")
     monkeypatch.setattr(jax, "devices", lambda: pytest.fail("asked in this process"))
     good = [task(told, name, options) for name in ("one", "two")]

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import test_finetune
+from draws import normal
 
 import jpeft
 
@@ -69,7 +70,7 @@ BITS = {"nf4 + double": DOUBLE, "nf4": 4.5, "fp4": 4.5, "int4": 4.5, "int8": 8.5
 
 @pytest.mark.parametrize("name", BITS)
 def test_bits_are_counted_from_the_arrays(name):
-    kernel = jax.random.normal(jax.random.key(0), (384, 128))
+    kernel = normal(0, 384, 128)
     params = {"dense": {"kernel": kernel}, "classifier": {"kernel": kernel}}
     params = compare_formats.FORMATS[name](jax.random.key(0), params)
     found = _report.stored([params["dense"]["kernel"]])
@@ -88,6 +89,7 @@ def finished(options, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_run_reloads_merges_and_says_what_is_stored(finished, options, capsys):
     argv = [*options, "--config", str(QLORA), "--out", str(finished), "--resume"]
     assert finetune.main(argv) == 0  # only the report again
@@ -116,6 +118,7 @@ def test_a_run_reloads_merges_and_says_what_is_stored(finished, options, capsys)
     assert memory["plain_bytes"] - memory["bytes"] == saved > 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_bit_identical(finished, options, base, tmp_path):
     argv = [*options, "--config", str(QLORA), "--out", str(tmp_path)]
     assert finetune.main(argv, stop_after=3) == 130
@@ -135,6 +138,7 @@ def test_the_first_row_is_the_recipe_qlora_and_the_last_is_lora():
     assert list(formats)[0] == "nf4 + double" and list(formats)[-1] == "none"
 
 
+@pytest.mark.slow
 def test_the_table_says_of_each_format_what_the_main_job_finds(
     finished, options, tmp_path, capsys
 ):

@@ -68,6 +68,7 @@ def plain(path) -> str:
     return "/".join(x for x in parts if x not in ("kernel", "value", "raw_value"))
 
 
+@pytest.mark.sample(2)
 @in_each_form
 def test_no_more_flops_than_by_hand(form):
     hand, ours = costs(form)
@@ -86,6 +87,7 @@ def test_the_step_returns_the_adapters_and_nothing_else(form):
     assert ours.output_bytes <= ROOM * hand.output_bytes
 
 
+@pytest.mark.sample(1)
 @in_each_form
 def test_three_steps_reach_the_loss_of_the_twin(form):
     hand, ours = costs(form)

@@ -72,6 +72,7 @@ def book_of(q, format):
     return np.asarray(blocks.book_of(FORMATS[format]) if q.book is None else q.book)
 
 
+@pytest.mark.sample(18)
 @pytest.mark.parametrize(("format", "size"), GRID)
 def test_codes_and_values_are_those_of_the_formula(format, size):
     """The last block is not full and K is odd."""
@@ -132,6 +133,7 @@ def test_an_array_along_its_last_axis_is_its_transpose_along_the_first(format):
     )
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("format", "size"), [*((f, 64) for f in FORMATS), ("nf4", "tensor")]
 )
@@ -164,6 +166,7 @@ def test_arithmetic_is_float32_and_rounded_once(format, dtype):
 # --- what is special -----------------------------------------------------------------
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("size", [32, "channel"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_zeros_come_back_as_zeros_and_constants_as_themselves(format, size):
@@ -324,6 +327,7 @@ def measured(format, double, size=64):
     return float(jnp.mean(jnp.square(jpeft.quant.dequantize(q) - x)))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_squared_error_of_a_normal_is_as_pinned(format):
     """The samples alone vary by 0.3 %."""
@@ -361,6 +365,7 @@ def test_bits_per_parameter(format, size, double, bits):
 # --- parts of a matrix ---------------------------------------------------------------
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("size", slow_but([64], [32, 64, 256, "channel", "tensor"]))
 @pytest.mark.parametrize("format", ["nf4", "int8", "int4_asymmetric", "quantile4"])
 @pytest.mark.parametrize("axis", [0, 1])

@@ -107,6 +107,7 @@ def test_the_mean_keeps_what_float32_sums_lose():
     assert np.asarray(jax.jit(double.exact_mean)(x)) == np.float32(2.0**18 + 1)
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_largest_numbers_does_not_overflow():
     most = np.finfo(np.float32).max
     x = jnp.full(512, most)

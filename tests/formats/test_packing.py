@@ -47,6 +47,7 @@ def test_a_shard_of_whole_groups_is_a_shard_of_the_bytes():
         np.testing.assert_array_equal(part, whole[32 * k : 32 * (k + 1)])
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 @pytest.mark.parametrize("whole", [False, True])
 def test_nibbles_name_where_their_code_begins(shape, axis, whole):

@@ -120,6 +120,7 @@ def test_compact_keeps_the_output_and_drops_the_rest():
     )
 
 
+@pytest.mark.slow
 def test_compact_of_a_stack_pads_to_the_largest_rank(tmp_path):
     f = FORMS["scan"]()
     transform = jpeft.adalora(3, where="layers/.*")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import noisy, normal
 from flax import linen as nn
 from flax import nnx
 from speed import slow_but
@@ -23,18 +24,8 @@ import zoo
 
 D, F, R, LAYERS, KEEP = 8, 12, 3, 2, 0.7
 KEY = jax.random.key(0)
-X = jax.random.normal(jax.random.key(4), (2, 5, D))
+X = normal(4, 2, 5, D)
 RNGS = {"dropout": jax.random.key(9)}
-
-
-def noisy(tree, size=0.3):
-    def one(path, x):
-        key = jax.random.fold_in(
-            jax.random.key(2), sum(map(ord, jax.tree_util.keystr(path)))
-        )
-        return x + size * jax.random.normal(key, x.shape, x.dtype)
-
-    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 # --- the model, with adapters by hand ------------------------------------------------
@@ -147,7 +138,7 @@ class Net(nn.Module):
 def built(case):
     """(fn(params, x), params, twin(hand, x)) of the model."""
     model = Net(case)
-    params = noisy(jax.jit(model.init)({"params": KEY, **RNGS}, X)["params"])
+    params = noisy(jax.jit(model.init)({"params": KEY, **RNGS}, X)["params"], 0.3)
     fn = lambda p, x: model.apply({"params": p}, x, rngs=RNGS)
     twin = lambda hand, x: model.apply({"params": params}, x, hand, rngs=RNGS)
     return fn, params, twin
@@ -174,7 +165,7 @@ def adapted(case, fn, params, **kwargs):
     uses = jpeft.find_uses(fn, params, X)
     params = case.transform(**kwargs)(KEY, params, uses=uses)
     trainable, frozen = jpeft.partition(params)
-    return noisy(trainable), frozen
+    return noisy(trainable, 0.3), frozen
 
 
 CASES = [
@@ -190,6 +181,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", slow_but(CASES[::8], CASES), ids=name_of)
 def test_values_and_gradients_are_those_of_the_network_by_hand(case):
     fn, params, twin = built(case)
@@ -251,7 +243,7 @@ def test_the_formula_in_float64(placement, activation):
     params, x = random(SHAPES), np.asarray(random((4, 7), 1))
     method = jpeft.adapter(2, placement=placement, activation=activation, scale=0.5)
     trainable, frozen = jpeft.partition(method(KEY, params))
-    params_ = jpeft.combine(noisy(trainable), frozen)
+    params_ = jpeft.combine(noisy(trainable, 0.3), frozen)
     got = jpeft.adapt(mlp)(params_, jnp.asarray(x))
     wide = lambda x: np.asarray(x, np.float64)
     w = jax.tree.map(wide, params)
@@ -271,7 +263,7 @@ def test_a_gate_is_one_number_an_example():
     del params["down"]["bias"]
     method = jpeft.adapter(2, placement="parallel", gate=True, activation="identity")
     trainable, frozen = jpeft.partition(method(KEY, params))
-    params_ = jpeft.combine(noisy(trainable), frozen)
+    params_ = jpeft.combine(noisy(trainable, 0.3), frozen)
     a, b = params_["up"]["kernel"], params_["down"]["kernel"]
     bias = lambda v: v[None, None]
     g = jax.nn.sigmoid(x @ a.gate + a.gate_bias).mean(1)[:, None, None]
@@ -335,7 +327,7 @@ def test_it_waits_while_the_output_is_only_dropped(how, placement):
     for late in (True, False):
         method = jpeft.adapter(2, placement=placement, late=late)
         trainable, frozen = jpeft.partition(method(KEY, params))
-        params_ = jpeft.combine(noisy(trainable), frozen)
+        params_ = jpeft.combine(noisy(trainable, 0.3), frozen)
         got[late] = jpeft.adapt(fn)(params_, x)
     waits = how != "exp"
     assert bool(jnp.allclose(got[True], got[False], rtol=1e-6)) != waits
@@ -374,12 +366,12 @@ class Attention(nnx.Module):
 
 def test_nnx_equals_the_network_by_hand():
     graph, params = nnx.split(Attention(nnx.Rngs(0)))
-    params = noisy(params)
+    params = noisy(params, 0.3)
     fn = lambda p, x: nnx.merge(graph, p)(x)
     method = jpeft.adapter(R, activation="tanh")
     params_ = method(KEY, params, uses=jpeft.find_uses(fn, params, X))
     trainable, frozen = jpeft.partition(params_)
-    params_ = jpeft.combine(noisy(trainable), frozen)
+    params_ = jpeft.combine(noisy(trainable, 0.3), frozen)
     leaves = {p: x for p, x in slots(params_).items() if is_leaf(x)}
     assert list(leaves) == ["attn/out/bias", "fc2/bias"]
     array = lambda x: jax.tree.leaves(x)[0]
@@ -461,7 +453,7 @@ def test_bfloat16_models_keep_their_dtype():
             jpeft.adapter(2, placement=placement)(KEY, params)
         )
         assert {a.dtype for a in jax.tree.leaves(trainable)} == {jnp.float32.dtype}
-        got = jpeft.adapt(mlp)(jpeft.combine(noisy(trainable), frozen), x)
+        got = jpeft.adapt(mlp)(jpeft.combine(noisy(trainable, 0.3), frozen), x)
         assert got.dtype == jnp.bfloat16
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from jax import lax
 
 import jpeft
@@ -11,7 +12,7 @@ from jpeft.leaf import is_leaf
 from jpeft.methods.dora import change_of_norm, norm_of
 
 KEY = jax.random.key(0)
-X = jax.random.normal(jax.random.key(1), (3, 7))
+X = normal(1, 3, 7)
 
 
 def n(*shape, k=0):
@@ -46,6 +47,7 @@ def test_it_is_the_papers_formula():
     np.testing.assert_allclose(leaf.norm, np.sqrt(np.sum(w**2, axis=0)), rtol=1e-6)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("axes", ["io", "oi", "sio", "oso", "ioo", "iio", "isi"])
 def test_the_change_of_the_norm_is_exact(axes):
     sizes = (7, 5, 3)[: len(axes)]

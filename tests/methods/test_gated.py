@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import noisy, normal
 from speed import slow_but
 
 import jpeft
@@ -14,17 +15,7 @@ from jpeft.tree.paths import slots
 
 D, F, HEADS, LAYERS, P = 8, 12, 2, 2, 3
 KEY = jax.random.key(0)
-X = jax.random.normal(jax.random.key(4), (3, 5, D))
-
-
-def noisy(tree, size=0.3):
-    def one(path, x):
-        key = jax.random.fold_in(
-            jax.random.key(2), sum(map(ord, jax.tree_util.keystr(path)))
-        )
-        return x + size * jax.random.normal(key, x.shape, x.dtype)
-
-    return jax.tree_util.tree_map_with_path(one, tree)
+X = normal(4, 3, 5, D)
 
 
 def weights():
@@ -34,7 +25,7 @@ def weights():
     tree = {"attn": attn, "mlp": mlp}
     is_shape = lambda x: isinstance(x, tuple)
     zeros = lambda s: jnp.zeros((LAYERS, *s))
-    return noisy(jax.tree.map(zeros, tree, is_leaf=is_shape))
+    return noisy(jax.tree.map(zeros, tree, is_leaf=is_shape), 0.3)
 
 
 # --- the layer, with everything by hand ----------------------------------------------
@@ -150,7 +141,7 @@ def test_values_and_gradients_are_those_by_hand(name):
     uses = jpeft.find_uses(apply, params, X)
     adapted = TRANSFORMS[name]()(KEY, params, uses=uses)
     trainable, frozen = jpeft.partition(adapted)
-    trainable = noisy(trainable)
+    trainable = noisy(trainable, 0.3)
     square = lambda y: jnp.mean(jnp.square(y))
     run = jpeft.adapt(apply)
     ours = lambda t: square(run(jpeft.combine(t, frozen), X))
@@ -172,12 +163,12 @@ def test_disabled_it_acts_as_the_base_and_all_of_it_trains(name):
     adapted = TRANSFORMS[name]()(KEY, params, uses=uses)
     trainable, frozen = jpeft.partition(adapted)
     run = jpeft.adapt(apply)
-    whole = jpeft.combine(noisy(trainable), frozen)
+    whole = jpeft.combine(noisy(trainable, 0.3), frozen)
     off = jax.jit(run)(jpeft.disable(whole), X)
     np.testing.assert_allclose(off, apply(params, X), rtol=1e-5, atol=1e-5)
     # Wide of zero for what passes a softmax or a rectifier.
     loss = lambda t: jnp.mean(jnp.square(run(jpeft.combine(t, frozen), X) - 1.0))
-    gradients = jax.jit(jax.grad(loss))(noisy(trainable))
+    gradients = jax.jit(jax.grad(loss))(noisy(trainable, 0.3))
     for path, g in jax.tree_util.tree_leaves_with_path(gradients):
         assert float(jnp.max(jnp.abs(g))) > 0.0, jax.tree_util.keystr(path)
 
@@ -187,7 +178,7 @@ def test_a_gate_does_not_mix_examples_and_needs_none():
     uses = jpeft.find_uses(apply, params, X)
     adapted = TRANSFORMS["unipelt"]()(KEY, params, uses=uses)
     trainable, frozen = jpeft.partition(adapted)
-    adapted = jpeft.combine(noisy(trainable), frozen)
+    adapted = jpeft.combine(noisy(trainable, 0.3), frozen)
     run = jpeft.adapt(apply)
     every = jax.jit(run)(adapted, X)
     np.testing.assert_allclose(every[1:2], run(adapted, X[1:2]), rtol=1e-5, atol=1e-5)

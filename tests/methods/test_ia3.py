@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 
 import jpeft
 from jpeft.leaf import is_leaf
 from jpeft.tree.paths import map_slots, slots
 
 KEY = jax.random.key(0)
-X = jax.random.normal(jax.random.key(1), (3, 7))
+X = normal(1, 3, 7)
 
 
 def n(*shape, k=0):

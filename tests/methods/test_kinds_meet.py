@@ -6,16 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from speed import slow_but
 
 import jpeft
 
 N, KEY = 6, jax.random.key(0)
-PARAMS = {
-    name: {"kernel": jax.random.normal(jax.random.key(k), (N, N))}
-    for k, name in enumerate("ab")
-}
-X = jax.random.normal(jax.random.key(2), (3, N))
+PARAMS = {name: {"kernel": normal(k, N, N)} for k, name in enumerate("ab")}
+X = normal(2, 3, N)
 
 KINDS = {
     "quantized": lambda w: jpeft.quantize("int8", where=w, compute_dtype="float32"),
@@ -65,6 +63,7 @@ def check(how, pair) -> bool:
     return True
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("how", JOINED)
 @pytest.mark.parametrize("pair", slow_but(PAIRS[::3], PAIRS), ids="-".join)
 def test_joined_weights_keep_what_each_has(pair, how):

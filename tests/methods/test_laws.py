@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from draws import moved
 from flax import linen as nn
 from forms import FORMS
 from jax import export
@@ -175,20 +176,27 @@ def uses(name):
     return jpeft.find_uses(f.fn, f.params, *f.args)
 
 
+@functools.cache
+def plain(name):
+    """The form's function, compiled once for all laws."""
+    return jax.jit(form(name).fn)
+
+
+@functools.cache
+def adapted(name):
+    """The same of adapted parameters."""
+    return jax.jit(jpeft.adapt(form(name).fn))
+
+
+@functools.cache
 def attached(method, name):
     return METHODS[method].make()(KEY, form(name).params, uses=uses(name))
 
 
-def moved(params):
-    """Every trainable array at random values, so that the adapter acts."""
-    trainable, frozen = jpeft.partition(params)
-    flat, treedef = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(8), len(flat))
-    flat = [
-        x + 0.3 * jax.random.normal(k, x.shape, x.dtype)
-        for k, x in zip(keys, flat, strict=True)
-    ]
-    return jpeft.combine(jax.tree.unflatten(treedef, flat), frozen)
+@functools.cache
+def trained(method, name):
+    """As if it had learned: every trainable array is somewhere else."""
+    return moved(attached(method, name))
 
 
 def bits(tree):
@@ -245,10 +253,11 @@ def base_of(method, name):
 
 def output_of_base(method, name):
     f, base = form(name), base_of(method, name)
-    plain = jpeft.merge(base) if METHODS[method].quantizes else base
-    return jax.jit(f.fn)(plain, *bare(f))
+    weights = jpeft.merge(base) if METHODS[method].quantizes else base
+    return plain(name)(weights, *bare(f))
 
 
+@pytest.mark.sample(16)
 @every
 def test_unload_returns_the_base_bit_for_bit(method, name):
     base, params = base_of(method, name), attached(method, name)
@@ -257,21 +266,23 @@ def test_unload_returns_the_base_bit_for_bit(method, name):
     assert bits(back) == bits(base)
 
 
+@pytest.mark.sample(16)
 @in_linen
 def test_output_is_kept_at_attach(method, name):
     f = form(name)
-    got = jax.jit(jpeft.adapt(f.fn))(attached(method, name), *bare(f))
+    got = adapted(name)(attached(method, name), *bare(f))
     if not METHODS[method].kept:  # the test of disabled adapters has the base
         assert float(jnp.max(jnp.abs(got - output_of_base(method, name)))) > 1e-4
         return
     np.testing.assert_allclose(got, output_of_base(method, name), **room(method))
 
 
+@pytest.mark.sample(16)
 @every
 def test_merged_equals_unmerged(method, name):
-    f, params = form(name), moved(attached(method, name))
-    got = jax.jit(jpeft.adapt(f.fn))(params, *f.args)
-    base = jax.jit(f.fn)(f.params, *f.args)
+    f, params = form(name), trained(method, name)
+    got = adapted(name)(params, *f.args)
+    base = plain(name)(f.params, *f.args)
     assert float(jnp.max(jnp.abs(got - base))) > 1e-2  # the adapter acts
     if not METHODS[method].merges:
         with pytest.raises(TypeError, match="no merged value"):
@@ -280,11 +291,10 @@ def test_merged_equals_unmerged(method, name):
     merged = jpeft.merge(params)
     assert jax.tree.structure(merged) == jax.tree.structure(f.params)
     # float32 sums in another order
-    np.testing.assert_allclose(
-        got, jax.jit(f.fn)(merged, *f.args), rtol=2e-5, atol=2e-5
-    )
+    np.testing.assert_allclose(got, plain(name)(merged, *f.args), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].merges])
 def test_a_boxed_leaf_has_the_value_of_a_plain_one(method):
     name = METHODS[method].forms + "unrolled"
@@ -308,6 +318,7 @@ def waves(params, x):
     return jnp.abs(x @ params["head"]["kernel"])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "method",
     slow_but(QUICK, [m for m in METHODS if METHODS[m].merges and m != "bitfit"]),
@@ -332,6 +343,7 @@ def test_experts_may_be_given_complex_tokens():
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("method", slow_but(QUICK, METHODS))
 def test_a_base_may_be_closed_over_by_what_jax_traces(method):
     name = METHODS[method].forms + "unrolled"
@@ -345,22 +357,23 @@ def test_a_base_may_be_closed_over_by_what_jax_traces(method):
         jax.eval_shape(lambda key: t(key, spoiled, uses=uses(name)), KEY)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("method", slow_but(QUICK, METHODS))
 def test_an_exported_program_is_read_back_with_its_adapters(method):
-    f = form(METHODS[method].forms + "unrolled")
-    params = moved(attached(method, METHODS[method].forms + "unrolled"))
-    run = jax.jit(jpeft.adapt(f.fn))
+    name = METHODS[method].forms + "unrolled"
+    f, params, run = form(name), trained(method, name), adapted(name)
     file = export.export(run)(params, *f.args).serialize()
     got = export.deserialize(file).call(params, *f.args)
     assert np.asarray(got).tobytes() == np.asarray(run(params, *f.args)).tobytes()
 
 
+@pytest.mark.sample(16)
 @in_linen
 def test_disabled_adapters_act_as_the_base(method, name):
-    f, params = form(name), moved(attached(method, name))
+    f, params = form(name), trained(method, name)
     off = jpeft.disable(params)
     assert jax.tree.structure(off) == jax.tree.structure(params)
-    got = jax.jit(jpeft.adapt(f.fn))(off, *bare(f))
+    got = adapted(name)(off, *bare(f))
     np.testing.assert_allclose(got, output_of_base(method, name), **room(method))
 
 
@@ -410,6 +423,7 @@ WAYS = {
 }
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(("method", "name", "way"), cases(LINEN, WAYS))
 def test_frozen_leaves_do_not_move_and_trainable_ones_do(method, name, way):
     params = attached(method, name)
@@ -429,9 +443,10 @@ def test_frozen_leaves_do_not_move_and_trainable_ones_do(method, name, way):
     assert sorted(x.shape for x in moments) == sorted(2 * shapes)
 
 
+@pytest.mark.sample(16)
 @every
 def test_checkpoint_round_trip(method, name, tmp_path):
-    params, transform = moved(attached(method, name)), METHODS[method].make()
+    params, transform = trained(method, name), METHODS[method].make()
     jpeft.save(tmp_path / "a", params, transform)
     again = jpeft.load(tmp_path / "a", form(name).params)
     assert jax.tree.structure(again) == jax.tree.structure(params)
@@ -454,6 +469,7 @@ def test_applying_twice_is_refused(method, name):
         METHODS[method].make()(KEY, attached(method, name), uses=uses(name))
 
 
+@pytest.mark.sample(8)
 @in_linen
 def test_works_under_jit_and_vmap_and_eval_shape(method, name):
     f, transform = form(name), METHODS[method].make()
@@ -461,31 +477,31 @@ def test_works_under_jit_and_vmap_and_eval_shape(method, name):
     jitted = jax.jit(make)(KEY, f.params)
     shapes = jax.eval_shape(make, KEY, f.params)
     assert jax.tree.structure(jitted) == jax.tree.structure(shapes)
-    params = moved(attached(method, name))
+    params = trained(method, name)
     xs = jnp.stack([f.args[0], f.other])
     got = jax.jit(jax.vmap(jpeft.adapt(f.fn), (None, 0)))(params, xs)
-    want = [jax.jit(jpeft.adapt(f.fn))(params, x) for x in xs]
+    want = [adapted(name)(params, x) for x in xs]
     np.testing.assert_allclose(got, jnp.stack(want), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sample(10)
 @in_linen
 def test_eight_devices_give_the_same(method, name):
-    f, params = form(name), moved(attached(method, name))
+    f, params = form(name), trained(method, name)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     x = jnp.concatenate([f.args[0], f.other])
-    want = jax.jit(jpeft.adapt(f.fn))(params, x)
+    want = adapted(name)(params, x)
     there = jax.device_put(params, NamedSharding(mesh, P()))
     x = jax.device_put(x, NamedSharding(mesh, P("data")))
-    np.testing.assert_allclose(
-        jax.jit(jpeft.adapt(f.fn))(there, x), want, rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(adapted(name)(there, x), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("method", METHODS)
 def test_no_residual_copies_a_base_weight(method):
     """Under scan, what the forward pass hands to the backward pass holds no weight."""
     (name,) = forms_of(method, ["scan"])
-    params = moved(attached(method, name))
+    params = trained(method, name)
     trainable, frozen = jpeft.partition(params)
     loss = loss_of(name)
     grad = jax.grad(lambda t, f: loss(jpeft.combine(t, f)))

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from forms import FORMS
 
 import jpeft
 
 KEY = jax.random.key(0)
-W = jax.random.normal(jax.random.key(1), (192, 70))
+W = normal(1, 192, 70)
 
 
 def error(params):
@@ -31,6 +32,7 @@ def test_one_step_is_the_best_correction_of_the_quantised_weight():
     assert error(params) == pytest.approx(np.sqrt(np.sum(rest**2)), rel=1e-4)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_checkpoint_finds_its_base_again_from_the_plain_one(steps, tmp_path):
     t = jpeft.loftq(rank=4, steps=steps)
@@ -43,9 +45,10 @@ def test_a_checkpoint_finds_its_base_again_from_the_plain_one(steps, tmp_path):
             np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_jitted_start_loads_on_the_plain_base(tmp_path):
     """The last bits of a decomposition differ between the two programs."""
-    a = jax.random.normal(jax.random.key(2), (256, 128))
+    a = normal(2, 256, 128)
     base = {"a": {"kernel": a}, "b": {"kernel": a.T.astype(jnp.bfloat16)}}
     t = jpeft.loftq(rank=4, steps=5)
     params = jax.jit(lambda p: t(KEY, p))(base)
@@ -67,6 +70,7 @@ def test_codes_that_were_saved_stand_only_for_a_base_like_the_one_trained_on(tmp
     jpeft.load(tmp_path / "a", other, check="structure")
 
 
+@pytest.mark.slow
 def test_codes_that_were_saved_are_placed_as_the_weight_is(tmp_path):
     mesh = jax.make_mesh((2, 2), ("x", "y"), devices=jax.devices()[:4])
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
@@ -80,6 +84,7 @@ def test_codes_that_were_saved_are_placed_as_the_weight_is(tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("steps", "jit"), [(1, False), (3, True)])
 def test_a_weight_that_its_format_holds_exactly_starts_as_lora_does(steps, jit):
     exact = jpeft.merge(jpeft.quantize("nf4", double=False)(KEY, {"w": W}))["w"]
@@ -88,7 +93,7 @@ def test_a_weight_that_its_format_holds_exactly_starts_as_lora_does(steps, jit):
     axes = {"some": "io", "stack": "sio"}
     t = jpeft.loftq(rank=4, steps=steps, double=False, compute_dtype=None)
     attach = lambda p: t(KEY, p, uses=jpeft.find_uses(model, p, x))
-    x = jax.random.normal(jax.random.key(3), (3, 2, W.shape[0]))
+    x = normal(3, 3, 2, W.shape[0])
     model = lambda p, x: (x[0] @ p["some"], jax.vmap(jnp.dot)(x, p["stack"]))
     params = (jax.jit(attach) if jit else attach)(base)
     assert {n: leaf.axes for n, leaf in params.items()} == axes
@@ -119,6 +124,7 @@ def test_rank_and_alpha_are_chosen_by_pattern_and_stabilised():
     assert [params[n]["kernel"].scale for n in "ab"] == [16 / 8**0.5, 8 / 4**0.5]
 
 
+@pytest.mark.slow
 def test_it_trains_in_a_scanned_model_and_round_trips_as_a_configuration():
     f = FORMS["scan"]()
     t = jpeft.loftq(rank=2, steps=2, compute_dtype=None)

@@ -71,6 +71,7 @@ shapes = pytest.mark.parametrize("name", SHAPES)
 # --- the first values ----------------------------------------------------------------
 
 
+@pytest.mark.sample(4)
 @shapes
 def test_pissa_starts_at_the_best_approximation_of_every_matrix(name):
     shape, axes, kind = SHAPES[name]
@@ -283,6 +284,7 @@ WAYS = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("way", WAYS)
 def test_it_acts_as_its_value_wherever_a_model_uses_it(way):
     shape, axes, f, x_shape = WAYS[way]
@@ -307,6 +309,7 @@ def test_whatever_has_a_rule_for_low_rank_has_one_for_the_shifted():
 # --- placement -----------------------------------------------------------------------
 
 
+@pytest.mark.sample(5)
 @taken
 @pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
 @pytest.mark.parametrize("spec", [P("s", None, "m"), P(None, "m", None), P()])

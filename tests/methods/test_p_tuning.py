@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from speed import slow_but
 from text_forms import IDS, VOCAB, Lm, linen_text
 
 import jpeft
 
 KEY, V, D, N = jax.random.key(3), 11, 6, 5
-E = jax.random.normal(jax.random.key(0), (V, D))
+E = normal(0, V, D)
 ENCODERS = pytest.mark.parametrize("encoder", ["lstm", "mlp"])
 QUICK_MLP = pytest.mark.parametrize("encoder", slow_but(["mlp"], ["lstm", "mlp"]))
 
@@ -49,6 +50,7 @@ def encoded_by_hand(leaf):
     return layer(np.maximum(layer(x, 1), 0), 2)
 
 
+@pytest.mark.sample(2)
 @ENCODERS
 @pytest.mark.parametrize("hidden", [None, 4])
 def test_the_encoder_is_the_papers(encoder, hidden):

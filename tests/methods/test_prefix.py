@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from draws import normal
 from flax import nnx
 from models import attention as A
 from speed import slow_but
@@ -106,6 +107,7 @@ EVERY = [(*c, "") for c in CASES]
 EVERY += [(*c, "scan remat") for c in CASES[::4]]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", slow_but(QUICK, EVERY))
 def test_equals_keys_and_values_put_before_the_real_ones(case):
     kind, style, mode = case
@@ -156,7 +158,7 @@ def with_rows(params, prefix, **options):
     return attn
 
 
-X = jax.random.normal(jax.random.key(6), (2, 7, A.WIDTH))
+X = normal(6, 2, 7, A.WIDTH)
 CAUSAL = np.tril(np.ones((7, 7), bool))[None, None]
 
 
@@ -245,6 +247,7 @@ def test_single_token_steps_with_a_cache_equal_the_whole_text():
     assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_prefill_then_single_tokens():
     """A cache that takes many positions at once, written by hand."""
     w = {
@@ -281,6 +284,7 @@ def test_prefill_then_single_tokens():
 # ----------------------------------------------------------- tasks, networks, a start
 
 
+@pytest.mark.slow
 def test_each_example_has_the_prefix_of_its_task():
     module, params = A.model("grouped", "rotate_half", "scan remat")
     apply = jpeft.adapt(lambda p, ids: module.apply({"params": p}, ids))
@@ -387,6 +391,7 @@ def test_a_start_from_a_text_has_its_keys_and_values(mode):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", slow_but([""], ["", "scan remat", "fused"]))
 @pytest.mark.parametrize("network", slow_but(["mlp"], ["mlp", "lstm"]))
 def test_a_network_may_start_from_a_text(network, mode, tmp_path):
@@ -437,6 +442,7 @@ def test_a_start_says_what_is_wrong():
         jpeft.prefix_from_text(apply, made)
 
 
+@pytest.mark.slow
 def test_a_start_from_a_text_stays_on_its_devices():
     module, params = A.model()
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -647,6 +653,7 @@ def test_a_fused_kernel_whose_heads_are_unknown_asks_for_them():
 # ------------------------------------------------------------------------------ cost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", slow_but(["scan"], ["remat", "scan", "scan remat"]))
 def test_costs_no_more_than_keys_and_values_put_before_the_real_ones(mode):
     """FLOPs and temporary bytes of forward and gradient; heads wide enough that

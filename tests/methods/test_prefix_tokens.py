@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from flax import linen as nn
 from models import attention as A
 from speed import slow_but
@@ -126,6 +127,7 @@ EVERY = [(*c, "") for c in CASES]
 EVERY += [(*c, "scan remat") for c in CASES[::3] if c[0] != "norms"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", slow_but(QUICK, EVERY))
 def test_equals_keys_and_values_put_before_the_real_ones(case):
     kind, style, mode = case
@@ -152,6 +154,7 @@ def test_real_tokens_alone_see_no_prefix():
     np.testing.assert_allclose(apply(made, A.IDS), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_it_is_the_float32_one_rounded():
     apply, made, params = attached()
     text = prepended(mask=A.PAD)
@@ -201,7 +204,7 @@ def test_left_padding_and_templates_place_the_rows_by_their_ids():
 def test_time_major_activations():
     """Ids and activations (length, batch)."""
     w = jax.random.normal(KEY, (A.VOCAB, 6))
-    k = jax.random.normal(jax.random.key(1), (6, 6))
+    k = normal(1, 6, 6)
     params = {
         "embed": {"embedding": w},
         "attn": {n: {"kernel": k} for n in ("query", "key", "value", "out")},
@@ -301,6 +304,7 @@ def overwritten_by_hand(made, p, ids, targets):
     return d + attended(("decoder", "cross_attn"), d, e, ids)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("lengths", [(7, 4), (5, 5)], ids=["differ", "equal"])
 def test_each_attention_of_an_encoder_decoder_takes_its_own_text(lengths):
     params = two_texts()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from flax import linen as nn
 from speed import slow_but
 from text_forms import IDS, LENGTH, TEXT_FORMS, VOCAB, WIDTH, Lm, N, linen_text
@@ -13,9 +14,9 @@ from text_forms import IDS, LENGTH, TEXT_FORMS, VOCAB, WIDTH, Lm, N, linen_text
 import jpeft
 
 KEY = jax.random.key(3)
-E = jax.random.normal(jax.random.key(0), (VOCAB, WIDTH))
-P = jax.random.normal(jax.random.key(1), (2 * N, WIDTH))
-W = jax.random.normal(jax.random.key(2), (WIDTH, WIDTH))
+E = normal(0, VOCAB, WIDTH)
+P = normal(1, 2 * N, WIDTH)
+W = normal(2, WIDTH, WIDTH)
 BIG = jnp.concatenate([E, P])
 VIRTUAL = jpeft.prepend_virtual_tokens(IDS, N, vocab_size=VOCAB).ids
 
@@ -74,6 +75,7 @@ LOOKUPS = {
 }
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("how", LOOKUPS)
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_a_lookup_reads_the_prompt_for_virtual_ids(how, jit):
@@ -133,7 +135,7 @@ def test_one_hot_rows_of_zeros_are_virtual_on_request(how):
 
 
 def test_gradients_are_those_of_an_enlarged_table():
-    weights = jax.random.normal(jax.random.key(9), (*VIRTUAL.shape, WIDTH))
+    weights = normal(9, *VIRTUAL.shape, WIDTH)
     fn = jpeft.adapt(lambda p, i: jnp.take(p["embedding"], i, axis=0))
 
     leaf = table()["embedding"]

@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import moved, normal
 
 import jpeft
 
 KEY = jax.random.key(0)
 TREE = {
-    "a": {"kernel": jax.random.normal(jax.random.key(1), (7, 5))},
-    "b": {"kernel": jax.random.normal(jax.random.key(2), (4, 2, 3))},
-    "c": {"kernel": jax.random.normal(jax.random.key(3), (5, 9))},
+    "a": {"kernel": normal(1, 7, 5)},
+    "b": {"kernel": normal(2, 4, 2, 3)},
+    "c": {"kernel": normal(3, 5, 9)},
 }
 USES = {"b/kernel": "ioo"}
 
@@ -21,18 +22,12 @@ def model(p, x):
     return (x @ p["a"]["kernel"]) @ p["c"]["kernel"], b
 
 
-X = jax.random.normal(jax.random.key(4), (3, 7))
+X = normal(4, 3, 7)
 
 
 def attached(t=None, tree=TREE):
     uses = jpeft.find_uses(model, tree, X)
     return (t or jpeft.vera(rank=11))(KEY, tree, uses=uses)
-
-
-def moved(params):
-    trainable, frozen = jpeft.partition(params)
-    step = lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
-    return jpeft.combine(jax.tree.map(step, trainable), frozen)
 
 
 def test_it_is_the_papers_formula_on_slices_of_the_same_matrices():

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import moved
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from speed import slow_but
@@ -177,18 +178,7 @@ def attached(method, w, axes):
     return moved({"w": transform.adapted(jax.random.key(4), "w", w, use)})
 
 
-def moved(params):
-    """Every trainable array at random values, so that the adapter acts."""
-    trainable, frozen = jpeft.partition(params)
-    flat, treedef = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(8), len(flat))
-    flat = [
-        x + 0.3 * jax.random.normal(k, x.shape, x.dtype)
-        for k, x in zip(keys, flat, strict=True)
-    ]
-    return jpeft.combine(jax.tree.unflatten(treedef, flat), frozen)
-
-
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", slow_but([*CASES][:4], CASES))
 def test_it_acts_as_its_merged_weight_or_is_refused(name, method):
@@ -201,7 +191,7 @@ def test_it_acts_as_its_merged_weight_or_is_refused(name, method):
         return
     got = apply(params, *case.args)
     merged = jpeft.merge(params)["w"]
-    assert float(jnp.max(jnp.abs(merged - case.w))) > 0.05
+    assert float(jnp.max(jnp.abs(merged - case.w))) > 0.02
     want = case.fn(merged, *case.args)
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)  # sums in another order
 
@@ -233,6 +223,7 @@ def test_gradients_are_those_of_the_merged_weight(method):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("method", ["dora", "output", "input", "loha", "lokr", "vera"])
 @pytest.mark.parametrize("format", slow_but(["nf4"], ["nf4", "int8"]))
 def test_over_a_quantised_weight(method, format):

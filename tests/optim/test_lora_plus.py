@@ -69,6 +69,7 @@ def trained(tx, params, loss, steps=6):
     return trainable
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_it_is_two_optimisers_of_which_one_is_faster(name):
     params, loss = setting()
@@ -111,6 +112,7 @@ def test_vectors_may_be_fast_too():
     np.testing.assert_allclose(deltas[0], 4 * deltas[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_tree_and_freeze_in_either_order():
     params, loss = setting()
     for tx in (

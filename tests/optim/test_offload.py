@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from draws import normal
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -74,7 +75,7 @@ def loss(p, x):
 
 
 def batch(k):
-    return jax.random.normal(jax.random.key(k), (4, 7))
+    return normal(k, 4, 7)
 
 
 def train(tx, params, of=loss, steps=5, **options):
@@ -115,6 +116,7 @@ def check_places(state):
         assert x.sharding.memory_kind == wanted
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_five_steps_are_the_same_bits_and_the_state_stays_on_the_host(name):
     tx = TRANSFORMATIONS[name]()
@@ -168,10 +170,7 @@ def test_the_state_keeps_the_sharding_of_its_weight(axis_type):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
     with jax.set_mesh(mesh):
         place = NamedSharding(mesh, P(None, "model"))
-        params = {
-            k: jax.device_put(jax.random.normal(jax.random.key(n), (7, 6)), place)
-            for n, k in enumerate("ab")
-        }
+        params = {k: jax.device_put(normal(n, 7, 6), place) for n, k in enumerate("ab")}
         of = lambda p, x: jnp.mean(jnp.square(jnp.tanh(x @ p["a"]) - x @ p["b"]))
         want = train(optax.adam(1e-2), params, of)
         tx = offload(optax.adam(1e-2))
@@ -186,6 +185,7 @@ def test_init_under_jit_leaves_the_state_on_the_host():
     check_places(state)
 
 
+@pytest.mark.slow
 def test_a_scan_over_steps_carries_the_state_on_the_host():
     tx, params = offload(optax.adam(1e-2)), weights()
     want = train(optax.adam(1e-2), params)

@@ -19,6 +19,7 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("shape", [(), (1,), (101,), (7, 5), (2, 3, 43)])
 @pytest.mark.parametrize("double", [True, False])
 def test_an_array_is_cut_in_its_memory_order(shape, double):
@@ -35,6 +36,7 @@ def test_an_array_is_cut_in_its_memory_order(shape, double):
     assert float(jnp.abs(got - x).max()) <= 0.17 * float(jnp.abs(x).max())
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("axis", "order"),
     [
@@ -61,6 +63,7 @@ def test_blocks_run_along_the_axes_asked_for(format, axis, order):
     np.testing.assert_array_equal(jnp.transpose(got, order).reshape(flat.shape), want)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("format", FORMATS)
 def test_each_format_keeps_its_promise_on_an_uneven_array(format):
     """Error against the largest of a block: what half of the widest gap allows."""
@@ -94,6 +97,7 @@ def test_scales_that_are_few_stay_float32(size):
     assert q.scales.shape == ((1, 5) if size == "channel" else (1, 1))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("format", ["nf4", "int8", "int4_asymmetric", "quantile4"])
 def test_inside_jit_the_same_comes_out_bit_for_bit(format):
     x = normal(77, 5)
@@ -138,6 +142,7 @@ def test_it_stands_in_a_tree_as_the_transform_would_put_it():
     np.testing.assert_allclose(got, x @ dequantize(alone), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("make", [jpeft.quantize, lambda: jpeft.loftq(rank=2)])
 def test_a_weight_that_waits_on_the_host_is_quantised_on_the_device(make):
     key, w = jax.random.key(0), normal(77, 5)

@@ -138,6 +138,7 @@ def check_values(name, got):
 # --- each case -----------------------------------------------------------------------
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("name", map(rare, WHOLE))
 def test_codes_scales_and_values_are_those_of_bitsandbytes(name):
     case = CASES[name]
@@ -195,6 +196,7 @@ def without_minilm(name):
     return pytest.skip(f"needs {MINILM}") if missing and real else None
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", map(rare, LARGE))
 def test_large_arrays_have_the_same_digests(name):
     """A quarter of a million normal numbers, and weights of MiniLM."""
@@ -268,6 +270,7 @@ def test_the_file_holds_what_bitsandbytes_serialised():
         )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", SERIALIZED + REBUILT)
 def test_a_serialised_weight_has_the_values_bitsandbytes_gives_it(name):
     q = from_bitsandbytes(serialized(name))

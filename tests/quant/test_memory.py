@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from draws import normal
 from speed import slow_but
 
 import jpeft
@@ -85,6 +86,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("form", FORMS)
 def test_no_decoded_weight_waits_for_the_backward_pass(form):
     m = model(form, SMALL)
@@ -92,6 +94,7 @@ def test_no_decoded_weight_waits_for_the_backward_pass(form):
     assert copied_weights(variant, m.tokens, weights_and_padded(m.base)) == []
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("quantize", OTHERS)
 def test_nor_one_of_another_format(quantize):
     m = model("scan", SMALL)
@@ -118,6 +121,7 @@ def memory_of(form, quantised, merged=False):
         return step.lower(*arguments).compile().memory_analysis()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("form", slow_but(["scan", "scan + remat"], FORMS))
 def test_qlora_takes_no_more_room_than_lora(form):
     """Its temporaries: below those of LoRA; a twentieth is for another XLA's choices.
@@ -132,6 +136,7 @@ def test_qlora_takes_no_more_room_than_lora(form):
     assert qlora.output_size_in_bytes == lora.output_size_in_bytes
 
 
+@pytest.mark.slow
 def test_decoding_first_would_take_more_room():
     weights = 4 * MIDDLE.layers * (4 * 128 * 128 + 2 * 128 * 512)
     merged, lora = (memory_of("scan + remat", q, q) for q in (True, False))
@@ -141,6 +146,7 @@ def test_decoding_first_would_take_more_room():
 # --- lookups and quantising ----------------------------------------------------------
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "how",
     [
@@ -153,7 +159,7 @@ def test_decoding_first_would_take_more_room():
     ids=lambda how: "-".join(map(str, how.values())),
 )
 def test_a_lookup_decodes_its_rows_and_not_the_table(how):
-    table = jax.random.normal(jax.random.key(0), (1000, 96))
+    table = normal(0, 1000, 96)
     params, ids = {"embedding": table}, jnp.array([[1, 5, 2], [999, 0, 7]])
     fn = lambda p, ids: p["embedding"][ids]
     uses = jpeft.find_uses(fn, params, ids)
@@ -187,6 +193,7 @@ def test_quantising_under_jit_gives_out_codes_and_scales(double):
     assert memory.temp_size_in_bytes < 3 * 4 * 512 * 384
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("format", [*NUMBERS])
 def test_quantising_needs_little_more_than_the_weight(format):
     x = jnp.zeros((512, 768))

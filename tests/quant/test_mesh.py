@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from speed import every_nth
@@ -80,12 +81,12 @@ def both_ways(block_size=64):
 
 
 def weight(k, n, block_size=64, seed=0):
-    w = jax.random.normal(jax.random.key(seed), (k, n))
+    w = normal(seed, k, n)
     return four_bit.quantize(w, block_size=block_size)
 
 
 def activation(m, k):
-    return jax.random.normal(jax.random.key(9), (m, k))
+    return normal(9, m, k)
 
 
 ROWS, COLUMNS = P("data"), P(None, "model")
@@ -93,6 +94,7 @@ OF_X = [ROWS, COLUMNS, P(("data", "model"))]
 OF_W = [COLUMNS, P("model"), ROWS, P("data", "model"), P(("data", "model"))]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "of_x, of_w, block_size",
     every_nth(
@@ -146,6 +148,7 @@ def test_a_handful_of_tokens_is_sent_rather_than_the_codes():
     assert sum(math.prod(shape) for _, shape in sent) < codes.size
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("k, n, m", [(192, 5, 7), (64, 1, 1), (320, 6, 3)])
 def test_sizes_that_do_not_divide_are_gathered(k, n, m):
     arrays = (activation(m, k), *weight(k, n))
@@ -164,7 +167,7 @@ def test_one_device_compiles_what_it_would_without_a_mesh():
 
 
 def test_decoding_and_encoding_stay_where_they_are():
-    w = jax.random.normal(jax.random.key(0), (512, 24))
+    w = normal(0, 512, 24)
     (cut,) = placed(mesh(), (w,), (P("data", "model"),))
 
     def there_and_back(w):
@@ -180,11 +183,12 @@ def test_decoding_and_encoding_stay_where_they_are():
 
 
 def experts(count=4):
-    x = jax.random.normal(jax.random.key(3), (count, 16, 128))
-    w = jax.random.normal(jax.random.key(4), (count, 128, 24))
+    x = normal(3, count, 16, 128)
+    w = normal(4, count, 128, 24)
     return x, *jax.vmap(four_bit.quantize)(w)
 
 
+@pytest.mark.slow
 def test_experts_work_where_their_weights_are():
     arrays = experts()
     cut = placed(mesh(), arrays, [P("data")] * 3)
@@ -214,6 +218,7 @@ def test_a_batch_of_batches_of_experts():
 # --- shard_map of the caller ---------------------------------------------------------
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("checked", [True, False])
 def test_inside_shard_map_a_kernel_sees_one_shard(checked):
     arrays = (activation(16, 128), *weight(128, 24))
@@ -288,7 +293,7 @@ step = jpeft.value_and_grad(loss)
 def on_one(double=True, **how):
     """(adapted params, x, what a step makes of them)."""
     base = init(jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), (BATCH, TOKENS, WIDTH))
+    x = normal(1, BATCH, TOKENS, WIDTH)
     # Rounded to bfloat16, sums in another order would differ visibly.
     how = {"compute_dtype": "float32", "double": double, **how}
     transform = jpeft.chain(
@@ -316,6 +321,7 @@ def there(place, kind="Auto", **how):
     return params, jax.device_put(x, NamedSharding(on, P("data")))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "place, double",
     every_nth(2, [*((place, True) for place in PLACES), ("both", False)]),
@@ -325,6 +331,7 @@ def test_a_step_is_the_same_wherever_the_weights_are(place, double):
     assert off(made, on_one(double=double)[2]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "format, block_size",
     every_nth(
@@ -342,9 +349,10 @@ def test_formats_without_a_kernel_are_cut_alike(format, block_size):
     assert off(jax.jit(step)(*there("both", **how)), on_one(**how)[2]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_table_is_multiplied_where_its_rows_are():
-    table = jax.random.normal(jax.random.key(0), (16, 128))
-    x = jax.random.normal(jax.random.key(1), (8, 128))
+    table = normal(0, 16, 128)
+    x = normal(1, 8, 128)
     logits = lambda params, x: x @ params["embed"][jnp.arange(16)].T @ params["embed"]
     tied = lambda params, x: x @ params["embed"].T
     uses = jpeft.find_uses(lambda p, i: p["embed"][i], {"embed": table}, jnp.arange(3))
@@ -388,6 +396,7 @@ def test_scales_of_few_blocks_are_whole_on_every_device():
 # --- known while the program is traced -----------------------------------------------
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("place", ["fully sharded", "both", "layers"])
 def test_what_is_declared_changes_no_number(place):
     params, x = there(place)
@@ -398,6 +407,7 @@ def test_what_is_declared_changes_no_number(place):
     assert off(made, on_one()[2]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_wrong_declaration_changes_no_number():
     other, _ = there("fully sharded by columns")
     with jpeft.sharding.declare(other, batch=("model", "data")):
@@ -422,6 +432,7 @@ def test_a_declaration_names_what_it_lacks():
         jpeft.sharding.declare(there("both")[0], batch="fsdp")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("double", [True, False])
 def test_shardings_may_be_part_of_the_types(double):
     arrays = there("fully sharded", kind="Explicit", double=double)
@@ -435,6 +446,7 @@ TYPED = {  # weight, activation, result
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place, double, lora",
     every_nth(12, list(itertools.product(TYPED, (True, False), (True, False)))),
@@ -443,8 +455,8 @@ def test_the_model_may_say_where_a_product_goes(place, double, lora):
     """Quantised where it is, and multiplied with an `out_sharding`."""
     of_w, of_x, of_y = TYPED[place]
     equation = "bsi,ihd->bhsd"
-    w = jax.random.normal(jax.random.key(0), (512, 4, 16))
-    x = jax.random.normal(jax.random.key(1), (8, 3, 512))
+    w = normal(0, 512, 4, 16)
+    x = normal(1, 8, 3, 512)
     how = {"where": ".*", "compute_dtype": "float32", "double": double}
     chain = [jpeft.quantize(**how), jpeft.lora(2, where=".*", init="gaussian")]
     peft = jpeft.chain(*chain[: 1 + lora])
@@ -561,6 +573,7 @@ class _Nameless:
         self.devices_indices_map = sharding.devices_indices_map
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("format", [None, "nf4", "int8", "quantile4"])
 def test_a_step_inside_shard_map_with_its_checks(format, own):
@@ -571,10 +584,10 @@ def test_a_step_inside_shard_map_with_its_checks(format, own):
     layers = jpeft.lora(rank=3)
     if format is not None:
         layers = jpeft.chain(jpeft.quantize(format, compute_dtype=None), layers)
-    w = jax.random.normal(jax.random.key(0), (64, 5))
+    w = normal(0, 64, 5)
     params = layers(jax.random.key(1), {"kernel": w})
     trainable, frozen = jpeft.partition(params)
-    x = jax.random.normal(jax.random.key(2), (8, 64))
+    x = normal(2, 8, 64)
     apply = jpeft.adapt(lambda p, x: x @ p["kernel"])
     loss = lambda t, f, x: jnp.mean(apply(jpeft.combine(t, f), x) ** 2)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
@@ -604,6 +617,7 @@ GATHERED = [
 ]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("format", "axis", "block_size"), every_nth(2, GATHERED))
 def test_a_weight_gathered_for_its_use_is_sent_as_codes(format, axis, block_size):
     """Fully sharded data parallelism, written by hand."""
@@ -611,12 +625,12 @@ def test_a_weight_gathered_for_its_use_is_sent_as_codes(format, axis, block_size
         jpeft.quantize(format, block_size=block_size, compute_dtype=None),
         jpeft.lora(rank=3),
     )
-    base = {"kernel": jax.random.normal(jax.random.key(0), (512, 8))}
+    base = {"kernel": normal(0, 512, 8)}
     params = layers(jax.random.key(1), base)
     noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape)
     trainable, frozen = jpeft.partition(params)
     trainable = jax.tree.map(noise, trainable)
-    x = jax.random.normal(jax.random.key(2), (8, 512))
+    x = normal(2, 8, 512)
     on = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     plain = lambda p, x: jnp.tanh(x @ p["kernel"])
 
@@ -655,6 +669,7 @@ def test_shards_with_a_scale_of_their_own_are_not_put_together():
         jax.shard_map(f, mesh=on, in_specs=specs, out_specs=P("data"))(w, x)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_model_that_reads_its_types_sees_those_of_the_weight(lora):
     """On an explicit mesh: in a scan's carry, in a branch, at `shard_map`'s door."""

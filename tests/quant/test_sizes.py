@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from flax import linen as nn
 from flax import nnx
 from jax import export
@@ -24,6 +25,7 @@ def close(got, want):
     np.testing.assert_allclose(got, want, atol=1e-5 * scale)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("format", "block_size"),
     every_nth(2, itertools.product(FORMATS, [32, "channel"])),
@@ -33,15 +35,16 @@ def test_product_and_gradient(format, block_size):
     f = lambda p, x: x @ p["dense"]["kernel"]
     both = lambda f: jax.value_and_grad(lambda x, p: jnp.sum(f(p, x) ** 2))
     for k in LENGTHS if block_size == 32 else (7, 130):
-        w = jax.random.normal(jax.random.key(k), (k, 3))
+        w = normal(k, k, 3)
         q = quantize(jax.random.key(0), {"dense": {"kernel": w}})
-        x = jax.random.normal(jax.random.key(1), (2, k))
+        x = normal(1, 2, k)
         got = both(jpeft.adapt(f))(x, q)
         want = both(f)(x, jpeft.merge(q))
         for a, b in zip(got, want, strict=True):
             close(a, b)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("format", ["nf4", "int8", "dynamic8"])
 def test_table_read_forwards(format):
     """Its features are what blocks run along, and here also what comes out."""
@@ -50,18 +53,19 @@ def test_table_read_forwards(format):
     )
     f = lambda p, x: x @ p["embedding"]
     for k in (7, 65, 130):
-        w = jax.random.normal(jax.random.key(k), (7, k))
+        w = normal(k, 7, k)
         q = quantize(jax.random.key(0), {"embedding": w})
-        x = jax.random.normal(jax.random.key(1), (2, 7))
+        x = normal(1, 2, 7)
         close(jpeft.adapt(f)(q, x), f(jpeft.merge(q), x))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("format", ["quantile4", "quantile8"])
 def test_each_expert_has_a_learned_book(format):
     f = lambda p, x: jnp.einsum("ecd,edf->ecf", x, p["experts"]["kernel"])
-    w = jax.random.normal(jax.random.key(0), (3, 65, 7))
+    w = normal(0, 3, 65, 7)
     params = {"experts": {"kernel": w * jnp.array([1.0, 2.0, 3.0])[:, None, None] ** 3}}
-    x = jax.random.normal(jax.random.key(1), (3, 2, 65))
+    x = normal(1, 3, 2, 65)
     quantize = jpeft.quantize(format, compute_dtype=None)
     q = quantize(jax.random.key(0), params, uses=jpeft.find_uses(f, params, x))
     close(jpeft.adapt(f)(q, x), f(jpeft.merge(q), x))
@@ -87,6 +91,7 @@ def nnx_layer():
     return nnx.split(nnx.Linear(64, 6, rngs=nnx.Rngs(0)))[1]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("layer", [linen_layer, nnx_layer])
 def test_a_boxed_leaf_on_its_own(layer):
     params = layer()
@@ -140,6 +145,7 @@ print(step._cache_size())
     assert done.stdout.split() == ["1"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("format", "platforms"),
     [
@@ -152,7 +158,7 @@ print(step._cache_size())
 )
 def test_a_program_is_exported_for_any_number_of_tokens(format, platforms):
     layers = jpeft.chain(jpeft.quantize(format, compute_dtype=None), jpeft.lora(rank=3))
-    base = {"kernel": jax.random.normal(jax.random.key(0), (96, 7))}
+    base = {"kernel": normal(0, 96, 7)}
     trainable, frozen = jpeft.partition(layers(jax.random.key(1), base))
     apply = jpeft.adapt(lambda p, x: x @ p["kernel"])
     loss = lambda t, x: jnp.mean(apply(jpeft.combine(t, frozen), x) ** 2)
@@ -163,7 +169,7 @@ def test_a_program_is_exported_for_any_number_of_tokens(format, platforms):
     if platforms == ("tpu",):
         return  # it cannot be run here
     for many in (1, 5):
-        x = jax.random.normal(jax.random.key(many), (many, 4, 96))
+        x = normal(many, many, 4, 96)
         for a, b in zip(
             jax.tree.leaves(made.call(trainable, x)),
             jax.tree.leaves(step(trainable, x)),
