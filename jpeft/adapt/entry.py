@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -24,7 +24,7 @@ from jpeft.leaf import (
     unboxed,
 )
 from jpeft.tree.lend import resolve
-from jpeft.tree.paths import is_array, segment
+from jpeft.tree.paths import is_array, segments, spelled
 from jpeft.types import DensifyWarning
 
 P = ParamSpec("P")
@@ -116,11 +116,12 @@ class Program:
             (args, kwargs), is_leaf=is_leaf
         )
         values = [x for _, x in flat]
-        for keys, x in flat:
-            check_whole(x, argument_path(keys), "adapt")
+        names = argument_paths([keys for keys, _ in flat])
+        for name, x in zip(names, values, strict=True):
+            check_whole(x, name, "adapt")
         self.traced = [k for k, x in enumerate(values) if is_array(x)]
         self.given = [values[k] for k in self.traced]
-        self.names = [argument_path(flat[k][0]) for k in self.traced]
+        self.names = [names[k] for k in self.traced]
         self.inputs = [
             with_path(x, name) if is_leaf(x) else x
             for x, name in zip(self.given, self.names, strict=True)
@@ -214,9 +215,15 @@ def with_path(leaf: AdaptedLeaf, name: str) -> AdaptedLeaf:
     return compat.varying_alike(down(unboxed(leaf)))
 
 
-def argument_path(keys: Any) -> str:
-    """A leaf's path below its argument; Linen's `params` level is left out."""
-    names = [segment(k) for k in keys[2:]]
-    if len(names) > 1 and names[0] == "params":
-        names = names[1:]
-    return "/".join(names)
+def argument_paths(keys: Sequence[Any]) -> list[str]:
+    """Every leaf's path below its argument; Linen's `params` level is left out."""
+    arguments: dict[Any, list[int]] = {}
+    for n, (kind, argument, *_) in enumerate(keys):
+        arguments.setdefault((kind, argument), []).append(n)
+    names = [""] * len(keys)
+    for places in arguments.values():
+        below = segments([keys[n][2:] for n in places])
+        paths = spelled([k[1:] if len(k) > 1 and k[0] == "params" else k for k in below])
+        for n, path in zip(places, paths, strict=True):
+            names[n] = path
+    return names

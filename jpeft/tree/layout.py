@@ -168,13 +168,16 @@ def by_name(tree: Slots) -> dict[str, LeafUse]:
         for keys, x in zip(tree.keys, tree.values, strict=True)
         if is_array(weight(x))
     }
-    return {"/".join(k): _by_name(k, shapes) for k in shapes}
+    paths = dict(zip(tree.keys, tree.paths, strict=True))
+    return {paths[k]: _by_name(paths[k], k, shapes) for k in shapes}
 
 
 def _by_name(
-    keys: tuple[str, ...], shapes: Mapping[tuple[str, ...], tuple[int, ...]]
+    path: str,
+    keys: tuple[str, ...],
+    shapes: Mapping[tuple[str, ...], tuple[int, ...]],
 ) -> LeafUse:
-    path, shape, name = "/".join(keys), shapes[keys], keys[-1] if keys else ""
+    shape, name = shapes[keys], keys[-1] if keys else ""
     parent = keys[-2] if len(keys) > 1 else ""
     of_norm = in_norm(path)
 

@@ -1,5 +1,8 @@
 """Paths: `layers/0/attn/query/kernel`, boxes and `.value` stripped.
 
+No two places of a tree have the same path.  Where two would read alike, such as the key
+`a/b` beside `a: {b}`, the slash that belongs to a key is written `/%/`: `a/%/b`.
+
 A *slot* is a place in a parameter tree where one weight stands: an array, a box around
 an array, or an adapted leaf.
 """
@@ -8,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,9 +31,9 @@ class Slots:
     values: tuple[Any, ...]
     treedef: Any
 
-    @property
+    @functools.cached_property
     def paths(self) -> tuple[str, ...]:
-        return tuple("/".join(k) for k in self.keys)
+        return spelled(self.keys)
 
     def items(self) -> Iterable[tuple[str, Any]]:
         return zip(self.paths, self.values, strict=True)
@@ -45,8 +49,7 @@ def is_slot(x: Any) -> bool:
 def slots(tree: PyTree) -> Slots:
     """The weights of `tree` in JAX's order of leaves."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_slot)
-    keys = tuple(tuple(segment(k) for k in path) for path, _ in flat)
-    return Slots(keys, tuple(x for _, x in flat), treedef)
+    return Slots(segments([p for p, _ in flat]), tuple(x for _, x in flat), treedef)
 
 
 def map_slots(f: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
@@ -74,8 +77,70 @@ def suggest(names: Sequence[str], wanted: str, most: int = 3) -> list[str]:
     return near or list(names[:most])
 
 
+# --- how places are spelled ----------------------------------------------------------
+
+Keys = tuple[str, ...]
+
+
 def segment(key: Any) -> str:
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
+
+
+def segments(paths: Sequence[Sequence[Any]]) -> tuple[Keys, ...]:
+    """JAX's key paths as strings.  Of keys in one node that read alike (1 and "1" of
+    an ordered dict), all but the first are numbered: "1%2"."""
+    keys = tuple(tuple(map(segment, p)) for p in paths)
+    if len(set(keys)) == len(keys):
+        return keys
+    alike: dict[Any, list[Any]] = {}
+
+    def one(path: tuple[Any, ...], n: int) -> str:
+        same = alike.setdefault((path[:n], segment(path[n])), [])
+        if path[n] not in same:
+            same.append(path[n])
+        number = same.index(path[n])
+        return segment(path[n]) + (f"%{number + 1}" if number else "")
+
+    return tuple(tuple(one(tuple(p), n) for n in range(len(p))) for p in paths)
+
+
+def spelled(keys: Sequence[Keys]) -> tuple[str, ...]:
+    """The path of each place: its keys with '/' between them, told apart.
+
+    What is below one node is spelled alike, so that a bias is found beside its kernel.
+    Places of the same keys, which a node of someone's own may have, are numbered.
+    """
+    marked: set[Keys] = set()  # the nodes in whose keys a slash is written /%/
+    while True:
+        paths = tuple(_spelled(k, marked) for k in keys)
+        if len(set(paths)) == len(paths):
+            return paths
+        met: dict[str, list[Keys]] = {}
+        for path, k in zip(paths, keys, strict=True):
+            met.setdefault(path, []).append(k)
+        alike = [k for group in met.values() if len(group) > 1 for k in group]
+        new = {k[: _odd_keys(k)] for k in alike} - marked - {()}
+        if not new:
+            return tuple(_numbered(paths))
+        marked |= new
+
+
+def _numbered(paths: Iterable[str]) -> Iterator[str]:
+    met: dict[str, int] = {}
+    for path in paths:
+        met[path] = met.get(path, 0) + 1
+        yield path if met[path] == 1 else f"{path}%{met[path]}"
+
+
+def _odd_keys(keys: Keys) -> int:
+    """How many keys there are up to the last one that holds a slash or a mark."""
+    return max((n + 1 for n, k in enumerate(keys) if "/" in k or "%" in k), default=0)
+
+
+def _spelled(keys: Keys, marked: Collection[Keys]) -> str:
+    n = max((n for n in range(1, len(keys) + 1) if keys[:n] in marked), default=0)
+    own = (k.replace("%", "%%").replace("/", "/%/") for k in keys[:n])
+    return "/".join([*own, *keys[n:]])
