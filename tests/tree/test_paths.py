@@ -29,7 +29,7 @@ def alike():
 
 
 def model(p, x):
-    one = x @ p["encoder/linear"]["w"] + p["encoder/linear"]["b"]
+    one = x @ p["encoder/linear"]["w"] + p["encoder/linear"]["b"][None]
     return one - x @ p["encoder"]["linear"]["w"]
 
 
