@@ -20,7 +20,6 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from jpeft import compat
 from jpeft.boxes import unbox
@@ -32,10 +31,9 @@ from jpeft.leaf import (
     innermost,
     is_leaf,
     layers,
-    leaf_specs,
-    whole_shards,
     wide_dtype,
 )
+from jpeft.tree.beside import beside
 from jpeft.tree.layout import LeafUse, layouts
 from jpeft.tree.paths import Slots, slots, suggest, weight
 from jpeft.tree.where import Where, select
@@ -244,18 +242,13 @@ def folded(key: Any, n: int) -> jax.Array:
 
 
 def place_beside(leaf: AdaptedLeaf, base: Any) -> AdaptedLeaf:
-    """New arrays on the mesh of their base, sharded as the axes they share with it."""
+    """New arrays on the devices of their base, sharded as the axes they share with
+    it."""
     if isinstance(base, (compat.Tracer, jax.ShapeDtypeStruct)):
         return leaf
-    sharding = getattr(base, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
-        return leaf
-    specs = leaf_specs(leaf, sharding.spec)
-    put = {}
-    for name, x in array_fields(leaf).items():
-        spec = whole_shards(getattr(specs, name), x.shape, sharding.mesh)
-        put[name] = jax.device_put(x, NamedSharding(sharding.mesh, spec))
-    return leaf.replace(**put)
+    places = beside(leaf, base)
+    arrays = array_fields(leaf)
+    return leaf.replace(**{n: jax.device_put(arrays[n], p) for n, p in places.items()})
 
 
 # --- checks --------------------------------------------------------------------------
