@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from jax.sharding import NamedSharding, Sharding
 from jpeft.boxes import same_box
 from jpeft.checkpoint._orbax import open_leaves
 from jpeft.checkpoint._safetensors import open_tensors
+from jpeft.checkpoint.names import Names, Stored, told_by
 from jpeft.compat import is_key_array
 from jpeft.leaf import box_of, is_leaf
 from jpeft.methods.quantize import Quantize
@@ -32,10 +32,6 @@ from jpeft.transform import Transform, place_beside
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.paths import Slots, is_array, slots, suggest, weight
 from jpeft.types import CheckpointError, PyTree
-
-# What is stored for a weight: a name, or names and a function of their arrays.
-Stored = str | tuple[str | Sequence[str], Callable[..., Any]]
-Names = Mapping[str, Stored] | Callable[[str], Stored | None] | None
 
 
 def load_quantized(
@@ -228,11 +224,11 @@ def _open(path: Path) -> Source:
 
 def _origins(source: Source, flat: Slots, names: Names) -> dict[str, _Origin]:
     paths = [p for p, x in flat.items() if is_array(weight(x))]
-    told = _from_dict(names, paths) if isinstance(names, Mapping) else names
+    told = told_by(names, paths, "load_quantized", "like=")
     stored = source.stored
     out, missing = {}, []
     for path in paths:
-        given, function = _as_origin(path, told(path) if told else None)
+        given, function = _as_origin(path, told(path))
         found = [_find(stored, n) for n in given]
         missing += [(path, n) for n, f in zip(given, found, strict=True) if f is None]
         out[path] = _Origin(tuple(f for f in found if f is not None), function)
@@ -277,52 +273,6 @@ def _as_torch(source: Source, missing: Sequence[str]) -> str:
 
 def _bare(name: str) -> str:
     return name.replace(".", "/")
-
-
-def _from_dict(
-    names: Mapping[str, Stored], paths: Sequence[str]
-) -> Callable[[str], Stored | None]:
-    patterns = {}
-    for key in names:
-        try:
-            patterns[key] = re.compile(re.escape(key) if key in paths else key)
-        except re.error as error:
-            raise ValueError(
-                f"load_quantized: names key {key!r} is neither a path nor a regular "
-                f"expression: {error}"
-            ) from None
-        if not any(patterns[key].fullmatch(p) for p in paths):
-            raise ValueError(
-                f"load_quantized: names key {key!r} matches no path of like=; nearest: "
-                f"{suggest(paths, key)}"
-            )
-
-    def told(path: str) -> Stored | None:
-        for key, pattern in patterns.items():
-            if match := pattern.fullmatch(path):
-                return _expanded(match, names[key])
-        return None
-
-    return told
-
-
-def _expanded(match: re.Match[str], stored: Stored) -> Stored:
-    """With the groups of the match where the names say \\1 or \\g<name>."""
-
-    def expand(name: Any) -> Any:
-        try:
-            return match.expand(name) if isinstance(name, str) else name
-        except (re.error, IndexError) as error:
-            raise ValueError(
-                f"load_quantized: names gives {name!r}, which does not fit its "
-                f"expression {match.re.pattern!r}: {error}"
-            ) from None
-
-    if isinstance(stored, tuple) and len(stored) == 2:
-        given, function = stored
-        several = isinstance(given, (list, tuple))
-        return [expand(n) for n in given] if several else expand(given), function
-    return expand(stored)
 
 
 def _as_origin(path: str, stored: Stored | None) -> _Origin:
