@@ -234,6 +234,27 @@ class AdaptedLeaf:
         base = self.base.for_shards(spec, mesh)
         return None if base is None else self.replace(base=base)
 
+    def grown(self, axis: int) -> Self | None:
+        """The leaf, whose base has more rows along an axis than its arrays know of:
+        what it was on the old ones, nothing on the new.  None: there is none."""
+        own, axes = array_fields(self), self.field_axes()
+        at = {n: axes[n].index(axis) for n in own if axis in axes.get(n, ())}
+        if not at:
+            return None
+        size = self.shape[axis]
+
+        def padded(x: jax.Array, k: int) -> jax.Array:
+            return jnp.pad(
+                x, [(0, (size - n) * (j == k)) for j, n in enumerate(x.shape)]
+            )
+
+        longer = self.replace(**{n: padded(own[n], k) for n, k in at.items()})
+        idle = array_fields(longer.disable())
+        new = lambda n, k: jax.lax.slice_in_dim(idle[n], own[n].shape[k], None, axis=k)
+        return longer.replace(
+            **{n: jnp.concatenate([own[n], new(n, k)], k) for n, k in at.items()}
+        )
+
     def weight_box(self) -> Any:
         """Of a leaf that holds the weight: a box with the weight's axis names."""
         return None

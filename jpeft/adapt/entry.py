@@ -223,7 +223,10 @@ def argument_paths(keys: Sequence[Any]) -> list[str]:
     names = [""] * len(keys)
     for places in arguments.values():
         below = segments([keys[n][2:] for n in places])
-        paths = spelled([k[1:] if len(k) > 1 and k[0] == "params" else k for k in below])
+        in_params = [len(k) > 1 and k[0] == "params" for k in below]
+        paths = spelled(
+            [k[1:] if p else k for k, p in zip(below, in_params, strict=True)]
+        )
         for n, path in zip(places, paths, strict=True):
             names[n] = path
     return names

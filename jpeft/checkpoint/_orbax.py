@@ -22,14 +22,26 @@ def write(folder: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """Reads what `write` wrote, onto the shardings of `like`."""
+    """Reads what `write` wrote, onto the shardings of `like`; into the host's memory
+    what has none there."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: missing; the checkpoint is incomplete")
     try:
         with _quiet(), ocp.StandardCheckpointer() as reader:
-            return reader.restore(folder.absolute(), dict(like))
+            found = reader.restore(
+                folder.absolute(), {n: _at(x) for n, x in like.items()}
+            )
     except Exception as error:  # Orbax raises many types, with pages of text
         raise _unreadable(folder, "the arrays", error) from error
+    for name, x in like.items():
+        if tuple(found[name].shape) != x.shape or found[name].dtype != x.dtype:
+            error = ValueError(f"{name} has another shape or dtype")
+            raise _unreadable(folder, "the arrays", error)
+    return found
+
+
+def _at(x: jax.ShapeDtypeStruct) -> Any:
+    return x if x.sharding is not None else np.empty(x.shape, x.dtype)
 
 
 def _unreadable(folder: Path, what: str, error: Exception) -> CheckpointError:

@@ -15,18 +15,30 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import Sharding
 
 from jpeft.adapt.labels import Labelled, R
-from jpeft.boxes import unbox
+from jpeft.boxes import same_box, unbox
 from jpeft.checkpoint import _orbax
+from jpeft.checkpoint.base import (
+    Fingerprint,
+    Saved,
+    as_met,
+    base_fingerprint,
+    check_words,
+    compare_bases,
+    is_kept,
+    seen_from,
+)
 from jpeft.checkpoint.digest import digests
+from jpeft.checkpoint.names import Names
+from jpeft.checkpoint.places import Place, Told, told_by
 from jpeft.leaf import (
     KINDS,
     STATIC,
@@ -39,20 +51,19 @@ from jpeft.leaf import (
     innermost,
     is_leaf,
     layers,
-    leaf_specs,
     roles,
-    whole_shards,
 )
-from jpeft.methods.quantize import ACTIVATION, Quantize
-from jpeft.quant.leaf import Layout, Quantized, boxed
-from jpeft.transform import Transform, freeze_value, is_adapted, place_beside
-from jpeft.tree.paths import Slots, is_array, segment, slots, suggest, weight
+from jpeft.methods.quantize import Quantize
+from jpeft.quant.leaf import Quantized, boxed
+from jpeft.transform import Transform, freeze_value, is_adapted
+from jpeft.tree.beside import beside, place_of
+from jpeft.tree.paths import slots, suggest, weight
 from jpeft.tree.split import NOTHING_TRAINS
+from jpeft.tree.state import STATISTIC, states
 from jpeft.types import CheckpointError, PyTree, __version__
 
-FORMAT, VERSION = "jpeft-adapter", 1
+FORMAT, VERSION = "jpeft-adapter", 2
 MANIFEST, ARRAYS = "jpeft.json", "arrays"
-Fingerprint = dict[str, dict[str, Any]]
 
 
 def save(
@@ -63,12 +74,15 @@ def save(
     step: int | None = None,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    statistics: bool = True,
     fingerprint: Fingerprint | None = None,
 ) -> None:
     """Writes the adapter's arrays and what they are into the folder `path`.
 
     params: an adapted tree.  transform: what adapted it; kept as a configuration.
     metadata: anything JSON can hold.  overwrite: replace an adapter that is there.
+    statistics: also running means and variances, which move while the adapter trains;
+    without them, `load` leaves those of its base.
     fingerprint: of the base, if `base_fingerprint` was called before.
 
     The folder appears whole or not at all.  Raises ValueError if nothing is adapted or
@@ -79,7 +93,7 @@ def save(
         raise FileExistsError(
             f"{target} exists; choose another folder or pass overwrite=True"
         )
-    manifest, arrays = describe(params, transform, fingerprint)
+    manifest, arrays = describe(params, transform, fingerprint, statistics)
     manifest |= {"step": step, "metadata": dict(metadata or {})}
     text = json.dumps(manifest, indent=1)
 
@@ -97,23 +111,43 @@ def load(
     *,
     shardings: Any = None,
     check: str = "content",
+    allow: str | Iterable[str] = (),
+    names: Names = None,
 ) -> PyTree:
     """The adapted tree: the adapter in `path` on the base it was trained on.
 
     base_params: the plain base.  Weights that were quantised for the training are
     quantised again in the same way, or may come quantised, as `unload` leaves them.
     Codes that the plain base does not give (`loftq` with several steps) are in the
-    checkpoint; the base must be nearer to their values than zero is.
+    checkpoint; the base must be nearer to their values than zero is.  Random keys,
+    counters and caches may be any, or missing.  Running statistics come back as they
+    were saved.
     shardings: of the adapter's arrays, one `Sharding` for all or a tree as
     `jpeft.sharding.shardings` gives; None puts each beside its base.
-    check: "content" compares a digest of every base leaf, "structure" only paths,
-    shapes and dtypes.
+    check: "content" compares a digest of every weight, "structure" only paths, shapes
+    and dtypes; with it the base may be of `jax.ShapeDtypeStruct`.
+    allow: in which respects the base may differ, one word or several:
+        "dtype"         other floating-point dtypes; the adapter's arrays keep theirs
+        "quantization"  the base stays as it is passed: a plain one under an adapter
+                        that was trained on a quantised one, or the other way round
+        "vocabulary"    weights that were made longer along one axis: rows of an
+                        embedding, columns of a head.  An adapter on one of them changes
+                        nothing of what is new
+        "extra"         weights that the saved base did not have
+        "missing"       weights that are not there, none of them adapted
+    Values are compared where the base still tells them: a wider dtype by rounding it,
+    what was quantised by quantising it, a longer weight by its old part.
+    names: what the weights were called where the adapter was saved: a dict from paths
+    here, or regular expressions for whole paths, to saved paths, which may hold the
+    expression's groups; or a function of the path.
 
-    Raises CheckpointError, naming the leaf, for another base, a missing, misshapen or
-    damaged array, a truncated folder; ValueError for shardings of other arrays.
+    Raises CheckpointError, naming the leaf and the word that would allow it, for
+    another base, a missing, misshapen or damaged array, a truncated folder; ValueError
+    for shardings of other arrays, and for `names` that fit no path.
     """
     if check not in ("content", "structure"):
         raise ValueError(f'load: check={check!r}: expected "content" or "structure"')
+    words, content = check_words(allow), check == "content"
     folder = Path(path)
     manifest = read_manifest(folder)
     if is_adapted(base_params):
@@ -121,65 +155,37 @@ def load(
             "load: base_params carries adapters already; pass the base, "
             "jpeft.unload(params)"
         )
-    flat = slots(base_params)
-    flat = dataclasses.replace(
-        flat,
-        values=tuple(
-            quantized_again(manifest["leaves"], p, x) for p, x in flat.items()
-        ),
+    given = slots(base_params)
+    saved = seen_from(folder, manifest, given, names)
+    met = dataclasses.replace(
+        given, values=tuple(as_met(saved, p, x, words) for p, x in given.items())
     )
-    at = dict(flat.items())
-    # What stands in for a plain weight here, codes and all.
-    kept = {
-        p: described[-1]
-        for p, described in manifest["leaves"].items()
-        if is_kept(described[-1]) and p in at and not is_leaf(at[p])
-    }
-    content = check == "content"
-    compare_bases(folder, manifest["base"], flat, content=content, kept=kept)
-    wanted = dict(_shardings(shardings))
-    abstract: dict[str, jax.ShapeDtypeStruct] = {}
-    for leaf_path, described in manifest["leaves"].items():
-        base = weight(at[leaf_path])
-        for k, layer in enumerate(described):
-            specs = _sharding_beside(layer, base)
-            for field, array in layer["arrays"].items():
-                place = wanted.get(f"{leaf_path}/{field}", wanted.get(""))
-                abstract[_name(leaf_path, k, field)] = jax.ShapeDtypeStruct(
-                    tuple(array["shape"]),
-                    jnp.dtype(array["dtype"]),
-                    sharding=place or specs.get(field) or _one_device(),
-                )
-    own = [
-        f"{p}/{field}"
-        for p, described in manifest["leaves"].items()
-        for layer in described
-        for field in layer["arrays"]
-    ]
-    if wanted and not set(own) & set(wanted) and "" not in wanted:
-        raise ValueError(
-            f"load: shardings= has {list(wanted)[:2]} and none of the adapter's "
-            f"arrays, such as {own[0]}; pass one Sharding, or the tree that "
-            "jpeft.sharding.shardings(params, base_shardings) gives"
-        )
-    arrays = _orbax.read(folder / ARRAYS, abstract)
-    check_digests(folder, manifest, arrays)
-    for p, layer in kept.items():
-        k = len(manifest["leaves"][p]) - 1
-        fields = {n: arrays[_name(p, k, n)] for n in layer["arrays"]}
-        at[p] = _kept_base(folder, p, layer, at[p], fields, content)
-    made = {
-        p: _rebuild(p, described, at[p], arrays)
-        for p, described in manifest["leaves"].items()
-    }
-    return flat.rebuild(made.get(p, x) for p, x in flat.items())
+    grown = compare_bases(saved, given, met, words, content=content)
+    at = dict(met.items())
+    arrays = _Arrays(saved, at, grown, told_by(shardings))
+    arrays.read(folder / ARRAYS)
+    made = {}
+    for p, described in saved.leaves.items():
+        # What stands in for a plain weight here, codes and all.
+        if is_kept(described[-1]) and not is_leaf(at[p]):
+            if p in grown:
+                raise CheckpointError(_not_grown(saved, p, "Quantized", grown[p]))
+            fields = arrays.of(p, len(described) - 1)
+            at[p] = _kept_base(folder, p, described[-1], at[p], fields, content)
+        made[p] = _rebuild(saved, p, at[p], arrays)
+    for p in saved.statistics:
+        made[p] = same_box(at[p], arrays.statistic(p))
+    return met.rebuild(made.get(p, x) for p, x in met.items())
 
 
 # --- the description -----------------------------------------------------------------
 
 
 def describe(
-    params: PyTree, transform: Transform, fingerprint: Fingerprint | None = None
+    params: PyTree,
+    transform: Transform,
+    fingerprint: Fingerprint | None = None,
+    statistics: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(manifest, {name: array}) of an adapted tree."""
     flat = slots(params)
@@ -208,17 +214,21 @@ def describe(
                 about["holds"] = sorted(fields)
             # Of a base how it is stored, not what is stored, if its weight gives that.
             if not layer.holds_weight or layer.keeps_arrays:
-                about["arrays"] = {
-                    n: {"shape": list(x.shape), "dtype": str(x.dtype)}
-                    for n, x in fields.items()
-                }
-                arrays |= {_name(path, k, n): x for n, x in fields.items()}
+                about["arrays"] = {n: _about(x) for n, x in fields.items()}
+                arrays |= {array_name(path, k, n): x for n, x in fields.items()}
             leaves[path].append(about)
+    at, kinds = dict(flat.items()), states(flat)
+    moved = {
+        p: unbox(at[p])
+        for p, kind in kinds.items()
+        if statistics and kind == STATISTIC and unbox(at[p]).size
+    }
+    arrays |= {array_name(p, *_OF_STATISTIC): x for p, x in moved.items()}
     found = digests(arrays)
     for path, described in leaves.items():
         for k, layer in enumerate(described):
             for n, array in layer["arrays"].items():
-                array["digest"] = found[_name(path, k, n)]
+                array["digest"] = found[array_name(path, k, n)]
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -227,38 +237,18 @@ def describe(
         "transform": transform.describe(),
         "leaves": leaves,
         "base": fingerprint or base_fingerprint(params),
+        "statistics": {
+            p: _about(x) | {"digest": found[array_name(p, *_OF_STATISTIC)]}
+            for p, x in moved.items()
+        },
+        # So that a tree whose boxes or names do not say so knows them too.
+        "passing": [p for p in kinds if p not in moved],
     }
     return manifest, arrays
 
 
-def base_fingerprint(params: PyTree) -> Fingerprint:
-    """Path, shape, dtype and digest of every base leaf (adapted or plain tree).
-
-    A leaf that trains whole has no digest: its base plays no part in the model.
-    """
-    bases, unused = {}, set()
-    for path, slot in slots(params).items():
-        base = unbox(innermost(slot))
-        if is_array(base):
-            bases[path] = base
-        if any(x.replaces_base for x in layers(slot)):
-            unused.add(path)
-    found = _digests({p: x for p, x in bases.items() if p not in unused})
-    return {
-        p: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": found.get(p)}
-        for p, x in bases.items()
-    }
-
-
-def _digests(bases: Mapping[str, Any]) -> dict[str, Any]:
-    """A digest a weight; of a quantised one, {array: digest}."""
-    plain = {p: x for p, x in bases.items() if not is_leaf(x)}
-    found: dict[str, Any] = dict(digests(plain))
-    for path, leaf in bases.items():
-        if is_leaf(leaf):
-            arrays = {n: unbox(x) for n, x in array_fields(leaf).items()}
-            found[path] = digests(arrays)
-    return found
+def _about(x: Any) -> dict[str, Any]:
+    return {"shape": list(x.shape), "dtype": str(x.dtype)}
 
 
 def _check_origin(adapted: Mapping[str, AdaptedLeaf], transform: Transform) -> None:
@@ -282,10 +272,15 @@ def _check_origin(adapted: Mapping[str, AdaptedLeaf], transform: Transform) -> N
             )
 
 
-def _name(path: str, layer: int, field: str) -> str:
+_OF_STATISTIC = 0, "statistic"
+
+
+def array_name(path: str, layer: int, field: str, version: int = VERSION) -> str:
     """A name for Orbax, which joins and splits keys at '.' and '/'."""
-    safe = path.replace("%", "%25").replace(".", "%2E").replace("/", ":")
-    return f"{safe}:{layer}:{field}"
+    safe = path.replace("%", "%25").replace(".", "%2E")
+    # In version 1 'a:b' and 'a/b' had the same name.
+    safe = safe if version == 1 else safe.replace(":", "%3A")
+    return f"{safe.replace('/', ':')}:{layer}:{field}"
 
 
 # --- reading -------------------------------------------------------------------------
@@ -318,105 +313,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def compare_bases(
-    folder: Path,
-    saved: Fingerprint,
-    flat: Slots,
-    *,
-    content: bool,
-    kept: Collection[str] = (),
-) -> None:
-    """Raises, naming the leaves, unless this is the base the adapter was trained on.
-
-    kept: paths whose values are not compared.
-    """
-    here = {p: unbox(x) for p, x in flat.items() if is_array(weight(x))}
-    wrong = [f"{p} is missing" for p in saved if p not in here]
-    wrong += [f"{p} is not in the saved base" for p in here if p not in saved]
-    if wrong:
-        near = suggest(list(here) or ["nothing"], next(iter(saved), ""))
-        raise CheckpointError(
-            f"{folder}: trained on another base: {_some(wrong)}. The saved paths begin "
-            f"with {list(saved)[:2]}, the nearest here are {near}"
-        )
-    for p, x in here.items():
-        for field, value in (("shape", list(x.shape)), ("dtype", str(x.dtype))):
-            if saved[p][field] != value:
-                wrong.append(f"{p} has {field} {value}, saved was {saved[p][field]}")
-    if not wrong and content:
-        told = {
-            p: saved[p]["digest"]
-            for p in here
-            if saved[p]["digest"] is not None and p not in kept
-        }
-        found = _digests({p: here[p] for p in told})
-        wrong = [
-            _other_values(p, told[p], found[p]) for p in told if told[p] != found[p]
-        ]
-    if wrong:
-        raise CheckpointError(
-            f"{folder}: trained on another base: {_some(wrong)}. Pass the base it was "
-            'trained on (check="structure" skips the comparison of values)'
-        )
-
-
-def _other_values(path: str, saved: Any, here: Any) -> str:
-    if isinstance(saved, dict) == isinstance(here, dict):
-        return f"{path} has other values"
-    return (
-        f"{path} is {'quantised' if isinstance(here, dict) else 'not quantised'} here"
-    )
-
-
 def adapters(described: list[Any]) -> list[Any]:
     """The described layers without the one that is a quantised base."""
     return [layer for layer in described if "holds" not in layer]
-
-
-def is_kept(layer: Mapping[str, Any]) -> bool:
-    """Whether this described layer is a quantised base whose arrays were saved."""
-    return "holds" in layer and bool(layer["arrays"])
-
-
-def quantized_again(leaves: Mapping[str, Any], path: str, slot: Any) -> Any:
-    """The base in a slot as the adapter met it: quantised if it was."""
-    layer = next((x for x in leaves.get(path, ()) if "holds" in x), None)
-    if layer is None:
-        return slot
-    if _kind(path, layer) is not Quantized:
-        raise CheckpointError(
-            f"{path}: a base of kind {layer['kind']!r}: upgrade jpeft"
-        )
-    how = {k: freeze_value(v) for k, v in layer["static"].items()}
-    double = "nested" in layer["holds"]
-    if is_leaf(slot):
-        pairs = {
-            n: (getattr(slot, n), how[n]) for n in ("format", "block_size", "order")
-        }
-        pairs["double"] = slot.nested is not None, double
-        for field, (here, saved) in pairs.items():
-            if here != saved:
-                raise CheckpointError(
-                    f"{path}: quantised with {field}={here!r}, the adapter was trained "
-                    f"on {field}={saved!r}; pass the plain base, which load quantises "
-                    "as it was"
-                )
-        return slot.replace(compute_dtype=how["compute_dtype"])
-    if is_kept(layer):
-        return slot
-    x, layout = (
-        jnp.asarray(weight(slot)),
-        Layout(how["order"], how["stack"], how["lead"], len(how["inner"])),
-    )
-    quantizer = Quantize(
-        format=how["format"],
-        block_size=how["block_size"],
-        double=double,
-        compute_dtype=how["compute_dtype"] or ACTIVATION,
-    )
-    made = quantizer.of_array(x, layout)
-    made = place_beside(made.replace(origin=how["origin"]), weight(slot))
-    return boxed(slot, made)  # type: ignore[arg-type]
 
 
 def _kept_base(
@@ -440,25 +339,6 @@ def _kept_base(
     return boxed(slot, leaf)
 
 
-def _some(items: list[str], most: int = 4) -> str:
-    more = f"; and {len(items) - most} more" if len(items) > most else ""
-    return "; ".join(items[:most]) + more
-
-
-def check_digests(
-    folder: Path, manifest: Mapping[str, Any], arrays: Mapping[str, Any]
-) -> None:
-    found = digests(arrays)
-    for path, described in manifest["leaves"].items():
-        for k, layer in enumerate(described):
-            for field, array in layer["arrays"].items():
-                if found[_name(path, k, field)] != array["digest"]:
-                    raise CheckpointError(
-                        f"{folder}: {path}/{field} is damaged: its bits differ from "
-                        "those saved"
-                    )
-
-
 def _kind(path: str, layer: Mapping[str, Any]) -> type[AdaptedLeaf]:
     if layer["kind"] not in KINDS:
         raise CheckpointError(
@@ -468,29 +348,50 @@ def _kind(path: str, layer: Mapping[str, Any]) -> type[AdaptedLeaf]:
     return KINDS[layer["kind"]]
 
 
-def _rebuild(
-    path: str, described: list[Any], slot: Any, arrays: Mapping[str, Any]
-) -> Any:
+def _made(
+    path: str, layer: Mapping[str, Any], base: Any, fields: Mapping[str, Any]
+) -> AdaptedLeaf:
+    """A described layer over `base`, of these arrays or shapes."""
+    kind = _kind(path, layer)
+    expected = {
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.metadata["role"] == TRAINABLE and f.default is dataclasses.MISSING
+    }
+    if missing := sorted(expected - set(fields)):
+        raise CheckpointError(
+            f"{path}: the saved {layer['kind']} lacks {', '.join(missing)}"
+        )
+    static = {n: freeze_value(x) for n, x in layer["static"].items()}
+    base = None if kind.holds_weight else base
+    return kind(base=base, **static, **fields)
+
+
+def _rebuild(saved: Saved, path: str, slot: Any, arrays: _Arrays) -> Any:
     leaf = slot
-    described = adapters(described)
+    described = adapters(saved.leaves[path])
     for k in reversed(range(len(described))):
-        layer = described[k]
-        kind = _kind(path, layer)
-        fields = {n: arrays[_name(path, k, n)] for n in layer["arrays"]}
-        expected = {
-            f.name
-            for f in dataclasses.fields(kind)
-            if f.metadata["role"] == TRAINABLE and f.default is dataclasses.MISSING
-        }
-        if missing := sorted(expected - set(fields)):
-            raise CheckpointError(
-                f"{path}: the saved {layer['kind']} lacks {', '.join(missing)}"
-            )
-        static = {n: freeze_value(x) for n, x in layer["static"].items()}
-        made = kind(base=leaf, **static, **fields)
-        check_shapes(path, made, unbox(innermost(slot)).shape)
+        made = _made(path, described[k], leaf, arrays.of(path, k))
+        check_shapes(path, made, tuple(saved.base[path]["shape"]))
+        if path in arrays.grown:
+            made = arrays.placed(path, k, _grown(saved, path, made, arrays.grown[path]))
         leaf = boxed_like(box_of(slot), made)
     return leaf
+
+
+def _grown(saved: Saved, path: str, leaf: AdaptedLeaf, axis: int) -> AdaptedLeaf:
+    more = leaf.grown(axis)
+    if more is None:
+        raise CheckpointError(_not_grown(saved, path, leaf.title, axis))
+    return more
+
+
+def _not_grown(saved: Saved, path: str, title: str, axis: int) -> str:
+    return (
+        f"{saved.folder}: {path} has grown along axis {axis}, and the {title} that was "
+        "saved knows nothing of new rows; load it onto the base that it was trained "
+        "on, jpeft.merge it, and append the rows then"
+    )
 
 
 def check_shapes(path: str, leaf: AdaptedLeaf, shape: tuple[int, ...]) -> None:
@@ -517,38 +418,108 @@ def check_shapes(path: str, leaf: AdaptedLeaf, shape: tuple[int, ...]) -> None:
             )
 
 
-# --- where arrays go -----------------------------------------------------------------
+# --- the arrays ----------------------------------------------------------------------
 
 
-def _sharding_beside(layer: Mapping[str, Any], base: Any) -> dict[str, Sharding]:
-    sharding = getattr(base, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or not layer["arrays"]:
-        return {}
-    kind = _kind("", layer)
+class _Arrays:
+    """The arrays of a folder, each where it is told to go or beside its base."""
+
+    def __init__(
+        self, saved: Saved, at: Mapping[str, Any], grown: Mapping[str, int], told: Told
+    ):
+        self.saved, self.at, self.grown, self.told = saved, at, grown, told
+        # (path here, layer, field) -> shape, dtype and digest
+        self.about: dict[Place, dict[str, Any]] = {
+            (p, k, field): array
+            for p, described in saved.leaves.items()
+            for k, layer in enumerate(described)
+            for field, array in layer["arrays"].items()
+        }
+        self.about |= {(p, *_OF_STATISTIC): x for p, x in saved.statistics.items()}
+        self.found: dict[Place, Any] = {}
+        if told.names() and not any(told.of(*place) for place in self.about):
+            p, _, field = next(iter(self.about))
+            raise ValueError(
+                f"load: shardings= has {told.names()[:2]} and none of the adapter's "
+                f"arrays, such as {p}/{field}; pass one Sharding, or the tree that "
+                "jpeft.sharding.shardings(params, base_shardings) gives"
+            )
+
+    def read(self, folder: Path) -> None:
+        """Reads all of them; raises CheckpointError, naming the leaf, unless they have
+        the bits that were saved."""
+        names = {place: self._name(place) for place in self.about}
+        places = self._places()
+        like = {
+            names[place]: jax.ShapeDtypeStruct(
+                tuple(array["shape"]),
+                jnp.dtype(array["dtype"]),
+                sharding=places.get(place),
+            )
+            for place, array in self.about.items()
+        }
+        arrays = _orbax.read(folder, like)
+        found = digests(arrays)
+        for place, array in self.about.items():
+            if found[names[place]] != array["digest"]:
+                p, _, field = place
+                raise CheckpointError(
+                    f"{self.saved.folder}: {p}/{field} is damaged: its bits differ "
+                    "from those saved"
+                )
+        # What was read into the host's memory JAX may move, as it may the base.
+        self.found = {place: jnp.asarray(arrays[name]) for place, name in names.items()}
+
+    def of(self, path: str, layer: int) -> dict[str, Any]:
+        fields = self.saved.leaves[path][layer]["arrays"]
+        return {n: self.found[path, layer, n] for n in fields}
+
+    def statistic(self, path: str) -> jax.Array:
+        x = self.found[path, *_OF_STATISTIC]
+        return x.astype(weight(self.at[path]).dtype)
+
+    def placed(self, path: str, layer: int, leaf: AdaptedLeaf) -> AdaptedLeaf:
+        """A leaf whose arrays have grown after they were read."""
+        arrays, of_base = array_fields(leaf), beside(leaf, weight(self.at[path]))
+        places = {n: self.told.of(path, layer, n) or of_base.get(n) for n in arrays}
+        put = lambda x, place: x if place is None else jax.device_put(x, place)
+        return leaf.replace(**{n: put(arrays[n], p) for n, p in places.items()})
+
+    def _name(self, place: Place) -> str:
+        path, layer, field = place
+        stored = self.saved.name[path]
+        return array_name(stored, layer, field, self.saved.version)
+
+    def _places(self) -> dict[Place, Sharding]:
+        """Where the arrays are read to; for others, and for those that are to grow, it
+        is the host's memory."""
+        found: dict[Place, Sharding] = {}
+        for p, described in self.saved.leaves.items():
+            for k, layer in enumerate(described):
+                of_base = _beside(p, layer, weight(self.at[p]))
+                for field in layer["arrays"]:
+                    place = self.told.of(p, k, field) or of_base.get(field)
+                    if place is not None and p not in self.grown:
+                        found[p, k, field] = place
+        for p in self.saved.statistics:
+            place = self.told.plain.get(p, self.told.every) or _own_place(self.at[p])
+            if place is not None:
+                found[p, *_OF_STATISTIC] = place
+        return found
+
+
+def _own_place(slot: Any) -> Sharding | None:
+    place = place_of(weight(slot))
+    return place and weight(slot).sharding
+
+
+def _beside(path: str, layer: Mapping[str, Any], base: Any) -> dict[str, Sharding]:
+    """The place of each array of a described layer over this base."""
     shapes: dict[str, Any] = {
         n: jax.ShapeDtypeStruct(tuple(x["shape"]), jnp.dtype(x["dtype"]))
         for n, x in layer["arrays"].items()
     }
-    static = {n: freeze_value(x) for n, x in layer["static"].items()}
-    leaf = kind(base=None if kind.holds_weight else base, **static, **shapes)
-    specs = leaf_specs(leaf, sharding.spec)
-    mesh, place = sharding.mesh, lambda n, x: whole_shards(getattr(specs, n), x, mesh)
-    return {n: NamedSharding(mesh, place(n, x.shape)) for n, x in shapes.items()}
-
-
-def _shardings(tree: Any) -> list[tuple[str, Sharding]]:
-    if tree is None:
-        return []
-    if isinstance(tree, Sharding):
-        return [("", tree)]
-    flat, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: isinstance(x, Sharding)
-    )
-    return [("/".join(map(segment, p)).replace("/value", ""), s) for p, s in flat]
-
-
-def _one_device() -> Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return beside(_made(path, layer, base, shapes), base) if shapes else {}
 
 
 # --- folders -------------------------------------------------------------------------

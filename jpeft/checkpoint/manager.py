@@ -19,13 +19,8 @@ import numpy as np
 
 from jpeft import compat
 from jpeft.checkpoint import _orbax
-from jpeft.checkpoint.adapter import (
-    Fingerprint,
-    base_fingerprint,
-    load,
-    save,
-    whole_folder,
-)
+from jpeft.checkpoint.adapter import load, save, whole_folder
+from jpeft.checkpoint.base import Fingerprint, base_fingerprint
 from jpeft.checkpoint.digest import digests
 from jpeft.transform import Transform
 from jpeft.types import CheckpointError, PyTree
@@ -71,11 +66,12 @@ class CheckpointManager:
         *,
         state: PyTree = None,
         metadata: Mapping[str, Any] | None = None,
+        statistics: bool = True,
     ) -> None:
         """Writes a step whole, then deletes what exceeds `max_to_keep`.
 
-        state: any tree of arrays.  metadata: anything JSON can hold.  Saving a step
-        that is there replaces it.
+        state: any tree of arrays.  metadata: anything JSON can hold.  statistics: as
+        `jpeft.save` takes it.  Saving a step that is there replaces it.
         """
         if self._fingerprint is None:
             self._fingerprint = base_fingerprint(params)
@@ -97,6 +93,7 @@ class CheckpointManager:
                 params,
                 self.transform,
                 step=step,
+                statistics=statistics,
                 fingerprint=self._fingerprint,
             )
             if arrays:
@@ -108,7 +105,12 @@ class CheckpointManager:
         self._prune()
 
     def restore(
-        self, base_params: PyTree, state_like: PyTree = None, *, step: int | None = None
+        self,
+        base_params: PyTree,
+        state_like: PyTree = None,
+        *,
+        step: int | None = None,
+        **how: Any,
     ) -> tuple[PyTree, PyTree, dict[str, Any]]:
         """(adapted params, state, metadata) of a step, the latest by default.
 
@@ -116,6 +118,7 @@ class CheckpointManager:
         `tx.init(trainable)`; its arrays' shapes, dtypes and shardings are used.  Or a
         function that makes it of the restored parameters, where their shapes are known
         only then (after `jpeft.compact` or `jpeft.sparsify`).
+        how: shardings=, check=, allow=, names=, as `jpeft.load` takes them.
         """
         step = self.latest_step() if step is None else step
         if step is None or step not in self.steps():
@@ -124,7 +127,7 @@ class CheckpointManager:
                 + ("" if step is None else f" of step {step}; there are {self.steps()}")
             )
         folder = self._folder(step)
-        params = load(folder / "adapter", base_params)
+        params = load(folder / "adapter", base_params, **how)
         try:
             about = json.loads((folder / "state.json").read_text())
         except (OSError, ValueError) as error:

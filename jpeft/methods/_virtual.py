@@ -75,6 +75,10 @@ class VirtualEmbedding(Labelled):
             "attached, or jpeft.unload(params)"
         )
 
+    def grown(self, axis: int) -> Self | None:
+        """Virtual ids begin behind the new rows."""
+        return self.replace(vocab=self.shape[axis]) if axis == self.axis else None
+
     def disable(self) -> Self:
         base = self.base.disable() if is_leaf(self.base) else self.base
         zeros = {

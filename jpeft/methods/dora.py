@@ -107,6 +107,9 @@ class DoRALeaf(Labelled):
         m = jax.tree.map(lambda x: jnp.asarray(old).astype(x.dtype), self.m)
         return self.replace(base=base, b=b, m=m)
 
+    def grown(self, axis: int) -> None:
+        """A norm is of all rows; that of a new column is in no array yet."""
+
     def unstack(self) -> Any:
         """A row of an input axis has no norm of its own."""
         return super().unstack() if self.axes[0] == "s" else self.as_scaled().unstack()

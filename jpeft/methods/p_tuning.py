@@ -88,6 +88,11 @@ class EncodedPrompt(AdaptedLeaf):
     def field_axes(self) -> dict[str, tuple[int | None, ...]]:
         return {n: (None,) * unbox(x).ndim for n, x in array_fields(self).items()}
 
+    def grown(self, axis: int) -> Self | None:
+        """Virtual ids begin behind the new rows."""
+        is_rows = self.axes[axis] == "i"
+        return self.replace(vocab=self.shape[axis]) if is_rows else None
+
     def disable(self) -> Self:
         base = self.base.disable() if is_leaf(self.base) else self.base
         zeros = {n: jax.tree.map(jnp.zeros_like, getattr(self, n)) for n in self.last()}

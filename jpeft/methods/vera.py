@@ -126,6 +126,9 @@ class VeRALeaf(AdaptedLeaf):
     def materialize(self, dtype: Any = None) -> jax.Array:
         return self.begin().materialize(dtype)
 
+    def grown(self, axis: int) -> None:
+        """Rows of the matrices that all share are counted by the largest weight."""
+
     def disable(self) -> Self:
         base = self.base.disable() if is_leaf(self.base) else self.base
         return self.replace(base=base, b=jax.tree.map(jnp.zeros_like, self.b))

@@ -27,6 +27,7 @@ from jpeft.leaf import (
 )
 from jpeft.tree.lend import acting
 from jpeft.tree.paths import Slots, is_array, slots
+from jpeft.tree.state import states
 from jpeft.types import PyTree, check_float
 
 NOTHING_TRAINS = (
@@ -115,13 +116,19 @@ def count(params: PyTree) -> Count:
     """How many parameters train and how many do not.
 
     The old value that a `full` leaf keeps for `unload` is part of neither: the model
-    does not use it.
+    does not use it.  Random keys, counters, caches and running statistics are no
+    parameters; see `jpeft.tree.state`.
     """
     total = {TRAINABLE: 0, FROZEN: 0}
-    for slot in slots(params).values:
+    for _, slot in _weights(slots(params)):
         for role, n, _ in _arrays(slot):
             total[role] += n
     return Count(total[TRAINABLE], total[FROZEN])
+
+
+def _weights(flat: Slots) -> list[tuple[str, Any]]:
+    no_weights = states(flat)
+    return [(p, x) for p, x in flat.items() if p not in no_weights]
 
 
 def _arrays(slot: Any) -> list[tuple[str, int, int]]:
@@ -148,9 +155,12 @@ def _bytes(x: Any) -> int:
 
 
 def summary(params: PyTree) -> str:
-    """A table: path, shape, method, trainable and frozen parameters, bytes; totals."""
+    """A table: path, shape, method, trainable and frozen parameters, bytes; totals.
+
+    Of parameters alone, as `count` counts them.
+    """
     rows, sums = [], [0, 0, 0]
-    for path, slot in slots(params).items():
+    for path, slot in _weights(slots(params)):
         check_whole(slot, path, "summary")
         arrays = _arrays(slot)
         trains = sum(n for r, n, _ in arrays if r == TRAINABLE)

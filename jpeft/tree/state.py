@@ -1,0 +1,102 @@
+"""What in a tree of arrays is no weight: it moves without being trained.
+
+    statistics   running means and variances: the model reads them, so they belong with
+                 what was trained beside them
+    passing      random keys, counters, caches, values that a layer leaves behind: every
+                 run has its own
+
+A box's type says which (`nnx.BatchStat`, `nnx.RngState`, `nnx.Cache`, and `nnx.Param`:
+neither); where it does not, names do: Linen's collections, and what layers of Flax,
+Haiku and PyTorch call such arrays.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jpeft import compat
+from jpeft.boxes import is_box, unbox
+from jpeft.leaf import is_leaf
+from jpeft.tree.paths import Keys, Slots, is_array
+
+STATISTIC, PASSING = "statistic", "passing"
+
+_TYPES = {
+    nnx.Param: None,
+    nnx.BatchStat: STATISTIC,
+    nnx.RngState: PASSING,
+    nnx.Cache: PASSING,
+    nnx.Intermediate: PASSING,
+}
+_STATISTICS = "batch_stats"
+# Beside `params` these are collections; elsewhere a module may have such a name.
+_COLLECTIONS = {"cache", "intermediates", "perturbations"}
+_RUNNING = re.compile(
+    r"(running|moving)_(mean|avg|average|var|variance|std|min|max)|num_batches_tracked"
+)
+# Flax' BatchNorm out of its boxes; Haiku's ExponentialMovingAverage.
+_PAIRS = ({"mean", "var"}, {"average", "hidden"})
+_COUNTERS = re.compile(r"count(er)?|steps?|cache_index")
+_KEYS = re.compile(r"(.*_)?(rng|key|seed)s?")
+_CACHED = re.compile(r"cached_(key|value|bias|mask)s?|cache_index")
+
+
+def states(flat: Slots) -> dict[str, str]:
+    """The path of everything that is no weight -> STATISTIC or PASSING.
+
+    Of an array that carries an adapter the type and the name count for nothing.
+    """
+    shapes = {
+        k: (tuple(x.shape), x.dtype)
+        for k, x in zip(flat.keys, map(unbox, flat.values), strict=True)
+        if is_array(x) and not is_leaf(x)
+    }
+    roots = {k[:n] for k in shapes for n, s in enumerate(k[:-1]) if s == "params"}
+    found = {}
+    for path, keys, slot in zip(flat.paths, flat.keys, flat.values, strict=True):
+        if keys not in shapes:
+            continue
+        kind = PASSING if compat.is_key_array(unbox(slot)) else _by_type(slot)
+        if kind == "":
+            kind = _by_name(keys, shapes, roots)
+        if kind:
+            found[path] = kind
+    return found
+
+
+def _by_type(slot: Any) -> str | None:
+    """None: a weight.  "": the type does not say."""
+    kinds = (k for t, k in _TYPES.items() if isinstance(slot, t))
+    return next(kinds, "") if is_box(slot) else ""
+
+
+def _by_name(
+    keys: Keys,
+    shapes: Mapping[Keys, tuple[tuple[int, ...], Any]],
+    roots: set[Keys],
+) -> str | None:
+    modules, name = keys[:-1], keys[-1] if keys else ""
+    shape, dtype = shapes[keys]
+    counts = jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_
+    if _STATISTICS in modules or _RUNNING.fullmatch(name):
+        return STATISTIC
+    for pair in _PAIRS:
+        beside = [shapes.get((*modules, n)) for n in pair]
+        if None not in beside and len(set(beside)) == 1:
+            if name in pair or (counts and shape == ()):
+                return STATISTIC
+    if any(s in _COLLECTIONS and keys[:n] in roots for n, s in enumerate(modules)):
+        return PASSING
+    if _CACHED.fullmatch(name):
+        return PASSING
+    if not counts:
+        return None
+    raw_key = dtype == jnp.uint32 and shape[-1:] in ((2,), (4,))
+    if shape == () or "rngs" in modules or _COUNTERS.fullmatch(name):
+        return PASSING
+    return PASSING if raw_key and _KEYS.fullmatch(name) else None
