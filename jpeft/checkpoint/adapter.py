@@ -31,8 +31,9 @@ from jpeft.checkpoint.base import (
     Saved,
     as_met,
     base_fingerprint,
+    check_structure,
+    check_values,
     check_words,
-    compare_bases,
     is_kept,
     seen_from,
 )
@@ -157,10 +158,12 @@ def load(
         )
     given = slots(base_params)
     saved = seen_from(folder, manifest, given, names)
+    grown = check_structure(saved, given, words)
     met = dataclasses.replace(
         given, values=tuple(as_met(saved, p, x, words) for p, x in given.items())
     )
-    grown = compare_bases(saved, given, met, words, content=content)
+    if content:
+        check_values(saved, given, met)
     at = dict(met.items())
     arrays = _Arrays(saved, at, grown, told_by(shardings))
     arrays.read(folder / ARRAYS)
@@ -458,6 +461,11 @@ class _Arrays:
             )
             for place, array in self.about.items()
         }
+        # Orbax reads all that is there.
+        for q, array in self.saved.lost.items():
+            name = array_name(q, *_OF_STATISTIC, self.saved.version)
+            shape, dtype = tuple(array["shape"]), jnp.dtype(array["dtype"])
+            like[name] = jax.ShapeDtypeStruct(shape, dtype)
         arrays = _orbax.read(folder, like)
         found = digests(arrays)
         for place, array in self.about.items():

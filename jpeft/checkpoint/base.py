@@ -92,7 +92,8 @@ class Saved:
     leaves: the adapted and quantised weights, layer by layer.  base: a fingerprint.
     statistics: shape, dtype and digest of those saved with the adapter.  passing: paths
     that were seen to be no weights.  name: the path that the folder has for one here.
-    unplaced: saved paths that are none here.
+    unplaced: saved paths that are none here, with the word that would allow that.
+    lost: of the statistics those that have no place here.
     """
 
     folder: Path
@@ -103,6 +104,7 @@ class Saved:
     passing: frozenset[str]
     name: dict[str, str]
     unplaced: dict[str, str | None]
+    lost: dict[str, dict[str, Any]]
 
     def storage(self, path: str) -> dict[str, Any] | None:
         """How the weight was quantised, if it was."""
@@ -148,6 +150,7 @@ def seen_from(
         passing=passing,
         name=name,
         unplaced=unplaced,
+        lost={q: x for q, x in parts["statistics"].items() if q not in here},
     )
 
 
@@ -227,26 +230,60 @@ def as_met(saved: Saved, path: str, slot: Any, words: Collection[str]) -> Any:
     if QUANTIZATION in words:
         return slot
     x = weight(slot)
-    made = _quantized(layer, _as_saved(x, saved.base.get(path, {}).get("dtype")))
+    before = _as_saved(x, saved.base[path]["dtype"])
+    grown = saved.grown(path, tuple(x.shape)) is not None
+    made = _longer(saved, path, before) if grown else _quantized(layer, before)
     made = made.replace(element=jnp.dtype(x.dtype).name)
     if not isinstance(x, jax.ShapeDtypeStruct):
         made = place_beside(made, x)
     return boxed(slot, made)  # type: ignore[arg-type]
 
 
-def _quantized(layer: Mapping[str, Any], x: Any) -> Quantized:
+def _quantized(
+    layer: Mapping[str, Any], x: Any, *, double: bool | None = None
+) -> Quantized:
     how = {k: freeze_value(v) for k, v in layer["static"].items()}
     layout = Layout(how["order"], how["stack"], how["lead"], len(how["inner"]))
     quantizer = Quantize(
         format=how["format"],
         block_size=how["block_size"],
-        double="nested" in layer["holds"],
+        double="nested" in layer["holds"] if double is None else double,
         compute_dtype=how["compute_dtype"] or ACTIVATION,
     )
     make = lambda x: quantizer.of_array(x, layout).replace(origin=how["origin"])
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.eval_shape(make, x)
     return make(jnp.asarray(x))
+
+
+def _longer(saved: Saved, path: str, x: Any) -> Quantized:
+    """A weight that has grown, whose old part has the values of the training.
+
+    Blocks are for themselves, but scales that are quantised in turn are so across the
+    matrix: here they all stay plain.
+    """
+    layer = saved.storage(path)
+    assert layer is not None
+    new = _quantized(layer, x, double=False)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return new
+    shape = saved.base[path]["shape"]
+    before = _quantized(layer, jnp.asarray(x)[tuple(map(slice, shape))])
+    old, arrays = array_fields(before.with_plain_scales()), array_fields(new)
+    part = {n: tuple(map(slice, x.shape)) for n, x in old.items()}
+    if not all(_equal(old[n], arrays[n][part[n]]) for n in old if n != "scales"):
+        raise CheckpointError(
+            f"{saved.folder}: {path} has grown, and in {new.format} with block_size="
+            f"{new.block_size!r} its new part would change the codes of the old one; "
+            f"pass allow=({QUANTIZATION!r}, {VOCABULARY!r}) for the adapter on the "
+            "plain weight"
+        )
+    scales = arrays["scales"].at[part["scales"]].set(old["scales"])
+    return new.replace(scales=scales)
+
+
+def _equal(one: Any, two: Any) -> bool:
+    return one.shape == two.shape and bool(jnp.all(one == two))
 
 
 def _other_storage(layer: Mapping[str, Any] | None, leaf: Any) -> str:
@@ -282,13 +319,12 @@ def _is_wider(here: Any, saved: str) -> bool:
 # --- comparison ----------------------------------------------------------------------
 
 
-def compare_bases(
-    saved: Saved, given: Slots, met: Slots, words: Collection[str], *, content: bool
+def check_structure(
+    saved: Saved, given: Slots, words: Collection[str]
 ) -> dict[str, int]:
-    """Raises, naming the leaves, unless this is the base the adapter was trained on, up
-    to what `words` allow.
+    """Raises, naming the leaves, unless these are the paths, shapes, dtypes and formats
+    of the base the adapter was trained on, up to what `words` allow.
 
-    given: the base as it came; met: as `as_met` makes it.  content: compare values too.
     Returns the axis of every weight that has grown.
     """
     here = _weights(saved, given)
@@ -296,25 +332,32 @@ def compare_bases(
     told = [(text, word) for text, word in differences if word not in words]
     if told:
         raise CheckpointError(_refusal(saved, here, told, words))
-    if content:
-        for p, x in here.items():
-            if isinstance(x, jax.ShapeDtypeStruct):
-                raise ValueError(
-                    f"load: base_params has no values ({p} is a ShapeDtypeStruct) that "
-                    'could be compared; pass the arrays, or check="structure" for the '
-                    "adapters over these shapes"
-                )
-        wrong = _other_values(saved, here, {p: weight(x) for p, x in met.items()})
-        if wrong:
-            texts = [f"{p} has other values" for p in wrong]
-            raise CheckpointError(
-                f"{saved.folder}: trained on another base: {_some(texts)}. Pass the "
-                'base it was trained on (check="structure" skips the comparison of '
-                "values)"
-            )
     both = {p: tuple(x.shape) for p, x in here.items() if p in saved.base}
     grown = {p: saved.grown(p, shape) for p, shape in both.items()}
     return {p: axis for p, axis in grown.items() if axis is not None}
+
+
+def check_values(saved: Saved, given: Slots, met: Slots) -> None:
+    """Raises, naming the leaves, unless the weights have the values that were saved, as
+    far as those here tell.
+
+    given: the base as it came; met: as `as_met` makes it.
+    """
+    here = _weights(saved, given)
+    for p, x in here.items():
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"load: base_params has no values ({p} is a ShapeDtypeStruct) that "
+                'could be compared; pass the arrays, or check="structure" for the '
+                "adapters over these shapes"
+            )
+    wrong = _other_values(saved, here, {p: weight(x) for p, x in met.items()})
+    if wrong:
+        raise CheckpointError(
+            f"{saved.folder}: trained on another base: "
+            f"{_some([f'{p} has other values' for p in wrong])}. Pass the base it was "
+            'trained on (check="structure" skips the comparison of values)'
+        )
 
 
 def _weights(saved: Saved, given: Slots) -> dict[str, Any]:
