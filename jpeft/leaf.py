@@ -27,6 +27,7 @@ from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export
 from jax.sharding import PartitionSpec
 
@@ -241,19 +242,21 @@ class AdaptedLeaf:
         at = {n: axes[n].index(axis) for n in own if axis in axes.get(n, ())}
         if not at:
             return None
-        size = self.shape[axis]
+        # On the host: a base on a mesh and arrays that are on none do not mix.
+        own = {n: np.asarray(own[n]) for n in at}
+        more = {n: self.shape[axis] - own[n].shape[k] for n, k in at.items()}
 
-        def padded(x: jax.Array, k: int) -> jax.Array:
-            return jnp.pad(
-                x, [(0, (size - n) * (j == k)) for j, n in enumerate(x.shape)]
-            )
+        def padded(x: np.ndarray, k: int, n: int) -> np.ndarray:
+            return np.pad(x, [(0, n * (j == k)) for j in range(x.ndim)])
 
-        longer = self.replace(**{n: padded(own[n], k) for n, k in at.items()})
+        longer = self.replace(**{n: padded(own[n], k, more[n]) for n, k in at.items()})
         idle = array_fields(longer.disable())
-        new = lambda n, k: jax.lax.slice_in_dim(idle[n], own[n].shape[k], None, axis=k)
-        return longer.replace(
-            **{n: jnp.concatenate([own[n], new(n, k)], k) for n, k in at.items()}
-        )
+
+        def joined(n: str, k: int) -> jax.Array:
+            new = np.split(np.asarray(idle[n]), [own[n].shape[k]], k)[1]
+            return jnp.asarray(np.concatenate([own[n], new], k))
+
+        return longer.replace(**{n: joined(n, k) for n, k in at.items()})
 
     def weight_box(self) -> Any:
         """Of a leaf that holds the weight: a box with the weight's axis names."""

@@ -383,6 +383,10 @@ def _rebuild(saved: Saved, path: str, slot: Any, arrays: _Arrays) -> Any:
 
 
 def _grown(saved: Saved, path: str, leaf: AdaptedLeaf, axis: int) -> AdaptedLeaf:
+    if isinstance(innermost(leaf), jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"load: base_params has no values, and {path} has grown; pass the arrays"
+        )
     more = leaf.grown(axis)
     if more is None:
         raise CheckpointError(_not_grown(saved, path, leaf.title, axis))

@@ -17,7 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jpeft import compat
 from jpeft.boxes import unbox
 from jpeft.checkpoint.digest import digests
 from jpeft.checkpoint.names import Names, told_by
@@ -267,23 +269,36 @@ def _longer(saved: Saved, path: str, x: Any) -> Quantized:
     new = _quantized(layer, x, double=False)
     if isinstance(x, jax.ShapeDtypeStruct):
         return new
-    shape = saved.base[path]["shape"]
-    before = _quantized(layer, jnp.asarray(x)[tuple(map(slice, shape))])
+    before = _quantized(layer, _old_part(x, saved.base[path]["shape"]))
     old, arrays = array_fields(before.with_plain_scales()), array_fields(new)
-    part = {n: tuple(map(slice, x.shape)) for n, x in old.items()}
-    if not all(_equal(old[n], arrays[n][part[n]]) for n in old if n != "scales"):
+    part = {n: _old_part(arrays[n], x.shape) for n, x in old.items()}
+    if not all(_equal(old[n], part[n]) for n in old if n != "scales"):
         raise CheckpointError(
             f"{saved.folder}: {path} has grown, and in {new.format} with block_size="
             f"{new.block_size!r} its new part would change the codes of the old one; "
             f"pass allow=({QUANTIZATION!r}, {VOCABULARY!r}) for the adapter on the "
             "plain weight"
         )
-    scales = arrays["scales"].at[part["scales"]].set(old["scales"])
-    return new.replace(scales=scales)
+    at = tuple(map(slice, old["scales"].shape))
+    join: Any = lambda all, some: all.at[at].set(some)
+    if (place := compat.typed_sharding(arrays["scales"])) is not None:
+        join = jax.sharding.auto_axes(join, out_sharding=place)
+    return new.replace(scales=join(arrays["scales"], old["scales"]))
 
 
 def _equal(one: Any, two: Any) -> bool:
     return one.shape == two.shape and bool(jnp.all(one == two))
+
+
+def _old_part(x: Any, shape: Sequence[int]) -> jax.Array:
+    """Of an array that has grown."""
+    x, part = jnp.asarray(x), tuple(map(slice, shape))
+    cut: Any = lambda x: x[part]
+    if (place := compat.typed_sharding(x)) is not None:
+        # How rows are cut on a mesh need not fit fewer of them.
+        whole = NamedSharding(place.mesh, PartitionSpec(*[None] * x.ndim))
+        cut = jax.sharding.auto_axes(cut, out_sharding=whole)
+    return cut(x)
 
 
 def _other_storage(layer: Mapping[str, Any] | None, leaf: Any) -> str:
@@ -470,7 +485,7 @@ def _other_values(
         elif same and not quantized and str(x.dtype) == dtype:
             as_it_is[p] = x
         else:  # what is made for this is dropped before the next one is made
-            x = _as_saved(jnp.asarray(x)[tuple(map(slice, shape))], dtype)
+            x = _as_saved(x if same else _old_part(x, shape), dtype)
             layer = saved.storage(p)
             x = _quantized(layer, x) if quantized and layer is not None else x
             found |= _digests({p: x})
