@@ -15,12 +15,28 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
+# What the type of an NNX box says of the array in it.
+PARAMETER, STATISTIC, PASSING = "parameter", "statistic", "passing"
+_DECLARED = {
+    nnx.Param: PARAMETER,
+    nnx.BatchStat: STATISTIC,
+    nnx.RngState: PASSING,
+    nnx.Cache: PASSING,
+    nnx.Intermediate: PASSING,
+}
+
 # Where NNX keeps axis names; the last two are its older spellings.
 _NNX_NAMES = ("out_sharding", "sharding_names", "sharding")
 
 
 def is_box(x: Any) -> bool:
     return isinstance(x, (nn.meta.AxisMetadata, nnx.Variable))
+
+
+def declared(x: Any) -> str:
+    """PARAMETER, STATISTIC (a running mean), PASSING (a random key, a counter, a cache,
+    a value left behind), or "" where no box says it."""
+    return next((kind for t, kind in _DECLARED.items() if isinstance(x, t)), "")
 
 
 def unbox(x: Any) -> Any:

@@ -17,22 +17,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
 from jpeft import compat
-from jpeft.boxes import is_box, unbox
+from jpeft.boxes import PARAMETER, PASSING, STATISTIC, declared, unbox
 from jpeft.leaf import is_leaf
 from jpeft.tree.paths import Keys, Slots, is_array
 
-STATISTIC, PASSING = "statistic", "passing"
-
-_TYPES = {
-    nnx.Param: None,
-    nnx.BatchStat: STATISTIC,
-    nnx.RngState: PASSING,
-    nnx.Cache: PASSING,
-    nnx.Intermediate: PASSING,
-}
 _STATISTICS = "batch_stats"
 # Beside `params` these are collections; elsewhere a module may have such a name.
 _COLLECTIONS = {"cache", "intermediates", "perturbations"}
@@ -61,18 +51,11 @@ def states(flat: Slots) -> dict[str, str]:
     for path, keys, slot in zip(flat.paths, flat.keys, flat.values, strict=True):
         if keys not in shapes:
             continue
-        kind = PASSING if compat.is_key_array(unbox(slot)) else _by_type(slot)
-        if kind == "":
-            kind = _by_name(keys, shapes, roots)
-        if kind:
+        kind = PASSING if compat.is_key_array(unbox(slot)) else declared(slot)
+        kind = kind or _by_name(keys, shapes, roots)
+        if kind not in (None, PARAMETER):
             found[path] = kind
     return found
-
-
-def _by_type(slot: Any) -> str | None:
-    """None: a weight.  "": the type does not say."""
-    kinds = (k for t, k in _TYPES.items() if isinstance(slot, t))
-    return next(kinds, "") if is_box(slot) else ""
 
 
 def _by_name(
