@@ -415,15 +415,17 @@ def _array_differs(
         word = None if grown is None else VOCABULARY
         yield f"{path} has shape {shape}, saved was {saved['shape']}", word
     if dtype != saved["dtype"]:
-        floats = _is_float(dtype) and _is_float(saved["dtype"])
-        yield (
-            f"{path} has dtype {dtype}, saved was {saved['dtype']}",
-            DTYPE if floats else None,
-        )
+        word = DTYPE if _kind(dtype) == _kind(saved["dtype"]) != "" else None
+        yield f"{path} has dtype {dtype}, saved was {saved['dtype']}", word
 
 
-def _is_float(dtype: str) -> bool:
-    return not dtype.startswith("key<") and jnp.issubdtype(dtype, jnp.floating)
+def _kind(dtype: str) -> str:
+    """Among which dtypes a value keeps its meaning."""
+    if not dtype.startswith("key<"):
+        for kind in (jnp.floating, jnp.integer, jnp.complexfloating):
+            if jnp.issubdtype(jnp.dtype(dtype), kind):
+                return kind.__name__
+    return ""
 
 
 def _refusal(
@@ -434,22 +436,22 @@ def _refusal(
 ) -> str:
     text = f"{saved.folder}: trained on another base: {_some([t for t, _ in told])}. "
     needed = {word for _, word in told}
-    if saved.unplaced:
-        extra = [p for p in here if p not in saved.base]
-        renamed = _renamed(list(saved.unplaced), extra)
-        near = suggest(extra or list(here) or ["nothing"], next(iter(saved.unplaced)))
-        if renamed or extra:
-            return text + (
-                f"If only the paths differ, pass names={{{renamed}}}"
-                if renamed
-                else "If only the paths differ, say in names={path here: saved path} "
-                f"what the weights are called; the nearest here are {near}"
-            )
+    every = sorted({*needed, *words} - {None}, key=WORDS.index)  # type: ignore[arg-type]
+    allow = f"allow={every[0]!r}" if len(every) == 1 else f"allow={tuple(every)!r}"
+    extra = [p for p in here if p not in saved.base]
+    if saved.unplaced and extra:
+        advice = "If only the paths differ, "
+        if renamed := _renamed(list(saved.unplaced), extra):
+            advice += f"pass names={{{renamed}}}"
+        else:
+            near = suggest(extra, next(iter(saved.unplaced)))
+            advice += f"say so in names={{path here: saved path}}; nearest here: {near}"
+        if None not in needed:
+            advice += f". If these are other weights, pass {allow}"
+        return text + advice
     if None in needed:
         return text + "Pass the base it was trained on"
-    every = sorted({*needed, *words}, key=WORDS.index)  # type: ignore[arg-type]
-    word = repr(every[0]) if len(every) == 1 else repr(tuple(every))
-    return text + f"If it is the same model otherwise, pass allow={word}"
+    return text + f"If it is the same model otherwise, pass {allow}"
 
 
 def _renamed(saved: Sequence[str], here: Sequence[str]) -> str:

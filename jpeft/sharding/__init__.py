@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jpeft.boxes import same_box, unbox
 from jpeft.kernels import partitioned
@@ -22,31 +22,35 @@ from jpeft.leaf import (
     whole_shards,
 )
 from jpeft.quant.leaf import Quantized
-from jpeft.tree.paths import slots
+from jpeft.tree.paths import is_array, slots, suggest, weight
 from jpeft.types import PyTree
 
 
 def shardings(params: PyTree, base_shardings: PyTree) -> PyTree:
     """Shardings of an adapted tree, from those of its base.
 
-    params: the adapted tree, or its `jax.eval_shape`.  base_shardings: a tree of
-    `NamedSharding` of the base's structure.  Every array of a leaf is sharded as the
-    weight's axes that it has; the rank is never sharded, nor what does not divide, such
-    as the scales of a few blocks.
+    params: the adapted tree, or its `jax.eval_shape`.  base_shardings: one sharding for
+    all, or a tree of them with the base's paths; each a `NamedSharding` or a
+    `SingleDeviceSharding`.  Every array of a leaf is sharded as the weight's axes that
+    it has; the rank is never sharded, nor what does not divide, such as the scales of a
+    few blocks.
     """
-    flat = slots(params)
-    given = jax.tree.leaves(
-        base_shardings, is_leaf=lambda x: isinstance(x, jax.sharding.Sharding)
-    )
-    if len(given) != len(flat.values):
+    flat, told = slots(params), slots(base_shardings)
+    given = dict(zip(told.paths, map(unbox, told.values), strict=True))
+    if isinstance(base_shardings, Sharding):
+        given = dict.fromkeys(flat.paths, base_shardings)
+    if odd := [p for p, x in flat.items() if is_array(weight(x)) and p not in given]:
         raise ValueError(
-            f"shardings: {len(given)} shardings for {len(flat.values)} weights; pass a "
-            "tree of the base's structure"
+            f"shardings: {odd[0]} has none among {len(given)} shardings for "
+            f"{len(flat.values)} weights, nearest: {suggest(told.paths, odd[0])}; pass "
+            "a tree of the base's structure"
         )
 
     def one(path: str, slot: Any, sharding: Any) -> Any:
         if not is_leaf(slot):
             return same_box(slot, sharding)
+        if isinstance(sharding, SingleDeviceSharding):
+            return jax.tree.map(lambda _: sharding, slot)
         if not isinstance(sharding, NamedSharding):
             raise ValueError(
                 f"{path}: expected a NamedSharding, got {type(sharding).__name__}"
@@ -56,9 +60,7 @@ def shardings(params: PyTree, base_shardings: PyTree) -> PyTree:
         place = lambda spec: NamedSharding(sharding.mesh, spec)
         return _boxed(slot, map_fields(place, specs))
 
-    return flat.rebuild(
-        one(p, x, s) for (p, x), s in zip(flat.items(), given, strict=True)
-    )
+    return flat.rebuild(one(p, x, given.get(p)) for p, x in flat.items())
 
 
 def declare(
@@ -93,6 +95,8 @@ def declare(
             "sharding.declare: no quantised weight of params is on a mesh; pass what "
             "jax.device_put(params, shardings) returned"
         )
+    # A path in a call may have more in front, so the longest that ends it is meant.
+    found.sort(key=lambda weight: -len(weight[0]))
     axes = (batch,) if isinstance(batch, str) else tuple(batch)
     for axis in axes:
         if axis not in mesh.axis_names:

@@ -56,6 +56,21 @@ def test_it_loads_without_the_transform(saved):
     assert jpeft.from_config(about["transform"]) == peft()
 
 
+def test_names_in_the_file_do_not_meet(tmp_path):
+    """Orbax joins keys at '.' and '/', which are written otherwise there."""
+    kernel = lambda k: {
+        "kernel": jnp.asarray(np.random.default_rng(k).normal(size=(4, 4)))
+    }
+    odd = ("a:b", "a.b", "a%3Ab", "a%2Eb", "a/b", "a%2Fb", "a:b:0", "a b", "ä")
+    tree = {n: kernel(k) for k, n in enumerate(odd)} | {"a": {"b": kernel(99)}}
+    transform = jpeft.lora(rank=2, init="pissa")  # A and B are each weight's own
+    params = transform(KEY, tree)
+    jpeft.save(tmp_path / "a", params, transform)
+    again = jpeft.load(tmp_path / "a", tree)
+    for a, b in zip(*map(jax.tree.leaves, (again, params)), strict=True):
+        assert np.array_equal(a, b)
+
+
 def test_only_the_adapter_is_written(tmp_path):
     params = {"kernel": jax.random.normal(KEY, (512, 1024))}
     params = jpeft.lora(rank=1)(KEY, params)

@@ -65,7 +65,7 @@ def refusal(folder, tree, **how):
 def remedied(folder, tree, **how):
     """What load gives with what its refusal says to pass."""
     text = refusal(folder, tree, **how)
-    found = re.search(r"pass (allow|names)=(.*)$", text)
+    found = re.search(r"pass (allow|names)=('\w+'|\(.*?\)|\{.*?\})", text)
     assert found, text
     return jpeft.load(folder, tree, **how | {found[1]: ast.literal_eval(found[2])})
 
@@ -274,6 +274,17 @@ def test_another_dtype_is_a_word(tmp_path):
     )
 
 
+def test_integers_of_another_width_are_a_word_and_other_kinds_are_not(tmp_path):
+    tree = base() | {"positions": np.arange(4, dtype=np.int32)}
+    saved(tmp_path / "a", LORA, tree)
+    tree["positions"] = np.arange(4, dtype=np.int16)
+    remedied(tmp_path / "a", tree)
+    tree["positions"] = np.arange(4, dtype=np.float32)
+    text = refusal(tmp_path / "a", tree, allow="dtype")
+    assert "positions has dtype float32, saved was int32" in text
+    assert "Pass the base it was trained on" in text
+
+
 def test_a_wider_base_is_compared_by_rounding_it(tmp_path):
     saved(tmp_path / "a", LORA, cast(base(), jnp.bfloat16))
     jpeft.load(tmp_path / "a", base(), allow="dtype")
@@ -444,8 +455,19 @@ def test_a_refusal_says_how_paths_differ(tmp_path):
     del other["dense"]
     text = refusal(tmp_path / "a", other)
     assert "dense/kernel is missing" in text and "['layer/kernel']" in text
+    assert "allow=" not in text
     loaded = jpeft.load(tmp_path / "a", other, names={"layer/kernel": "dense/kernel"})
     assert jpeft.count(loaded).trainable == 24
+
+
+def test_weights_that_are_others_are_told_apart_from_renamed_ones(tmp_path):
+    """A model of one head that is loaded with another, which no adapter touches."""
+    params = saved(tmp_path / "a", LORA, base())
+    other = base() | {"score": {"kernel": jnp.ones((6, 2))}}
+    del other["head"]
+    text = refusal(tmp_path / "a", other)
+    assert "pass allow=('extra', 'missing')" in text and "names={path here" in text
+    same(remedied(tmp_path / "a", other)["dense"], params["dense"])
 
 
 def test_names_that_fit_nothing_are_refused(tmp_path):

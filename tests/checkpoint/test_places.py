@@ -1,5 +1,7 @@
 """Every array goes where it is told, else beside its base."""
 
+from collections import OrderedDict
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -189,3 +191,18 @@ def test_paths_of_places_are_told_apart(tmp_path):
     loaded = jpeft.load(tmp_path / "a", two, shardings=told)
     for leaf, place in zip(slots(loaded).values, slots(told).values, strict=True):
         assert (leaf.a.sharding, leaf.b.sharding) == (place.a, place.b)
+
+
+def test_places_of_a_base_are_found_by_their_paths():
+    """Two dictionaries of one content may have another order."""
+    tree = OrderedDict(b={"kernel": jnp.ones((8, 4))}, a={"kernel": jnp.ones((8, 4))})
+    on = {n: NamedSharding(mesh(), P(m)) for n, m in (("a", "m"), ("b", None))}
+    there = SingleDeviceSharding(jax.devices()[1])
+    params = jpeft.lora(rank=2)(KEY, tree)
+    told = jpeft.sharding.shardings(params, {n: {"kernel": on[n]} for n in "ab"})
+    assert told["a"]["kernel"].base == on["a"] and told["b"]["kernel"].base == on["b"]
+    assert set(jax.tree.leaves(jpeft.sharding.shardings(params, there))) == {there}
+    with pytest.raises(
+        ValueError, match=r"b/kernel has none among 1 .* \['a/kernel'\]"
+    ):
+        jpeft.sharding.shardings(params, {"a": {"kernel": there}})
