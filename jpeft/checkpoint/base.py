@@ -139,10 +139,11 @@ def seen_from(
     gone = [q for q in parts["base"] if q not in here]
     gone += [q for q in parts["leaves"] if q not in here and q not in gone]
     no_weights = _states_of(parts["base"])
+    adapted = {q for q, x in parts["leaves"].items() if any("holds" not in y for y in x)}
     unplaced = {
-        q: None if parts["leaves"].get(q) else MISSING
+        q: None if q in adapted else MISSING
         for q in gone
-        if parts["leaves"].get(q) or q not in no_weights
+        if q in parts["leaves"] or q not in no_weights
     }
     passing = frozenset(here[q] for q in passing if q in here)
     return Saved(
