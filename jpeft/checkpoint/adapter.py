@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from jpeft.adapt.labels import Labelled, R
-from jpeft.boxes import STATISTIC, same_box, unbox
+from jpeft.boxes import same_box, unbox
 from jpeft.checkpoint import _orbax
 from jpeft.checkpoint.base import (
     Fingerprint,
@@ -60,7 +60,7 @@ from jpeft.transform import Transform, freeze_value, is_adapted
 from jpeft.tree.beside import beside, place_of
 from jpeft.tree.paths import slots, suggest, weight
 from jpeft.tree.split import NOTHING_TRAINS
-from jpeft.tree.state import states
+from jpeft.tree.state import STATISTIC, states
 from jpeft.types import CheckpointError, PyTree, __version__
 
 FORMAT, VERSION = "jpeft-adapter", 2

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft import compat
-from jpeft.boxes import PASSING, STATISTIC, unbox
+from jpeft.boxes import unbox
 from jpeft.checkpoint.digest import digests
 from jpeft.checkpoint.names import Names, told_by
 from jpeft.leaf import KINDS, array_fields, innermost, is_leaf, layers
@@ -28,7 +28,7 @@ from jpeft.methods.quantize import ACTIVATION, Quantize
 from jpeft.quant.leaf import Layout, Quantized, boxed
 from jpeft.transform import freeze_value, place_beside
 from jpeft.tree.paths import Slots, is_array, slots, suggest, weight
-from jpeft.tree.state import states
+from jpeft.tree.state import PASSING, STATISTIC, states
 from jpeft.types import CheckpointError, PyTree
 
 Fingerprint = dict[str, dict[str, Any]]
@@ -139,7 +139,9 @@ def seen_from(
     gone = [q for q in parts["base"] if q not in here]
     gone += [q for q in parts["leaves"] if q not in here and q not in gone]
     no_weights = _states_of(parts["base"])
-    adapted = {q for q, x in parts["leaves"].items() if any("holds" not in y for y in x)}
+    adapted = {
+        q for q, x in parts["leaves"].items() if any("holds" not in y for y in x)
+    }
     unplaced = {
         q: None if q in adapted else MISSING
         for q in gone

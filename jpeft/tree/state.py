@@ -19,7 +19,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from jpeft import compat
-from jpeft.boxes import PARAMETER, PASSING, STATISTIC, declared, unbox
+from jpeft.boxes import PARAMETER, declared, unbox
+from jpeft.boxes import PASSING as PASSING
+from jpeft.boxes import STATISTIC as STATISTIC
 from jpeft.leaf import is_leaf
 from jpeft.tree.paths import Keys, Slots, is_array
 

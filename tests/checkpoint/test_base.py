@@ -11,9 +11,8 @@ import pytest
 from flax import nnx
 
 import jpeft
-from jpeft.boxes import PASSING, STATISTIC
 from jpeft.tree.paths import slots
-from jpeft.tree.state import states
+from jpeft.tree.state import PASSING, STATISTIC, states
 
 KEY = jax.random.key(0)
 
