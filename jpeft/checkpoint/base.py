@@ -41,12 +41,13 @@ WORDS = (DTYPE, QUANTIZATION, VOCABULARY, EXTRA, MISSING)
 
 
 def check_words(allow: str | Iterable[str]) -> frozenset[str]:
-    words = frozenset([allow] if isinstance(allow, str) else allow)
-    if odd := sorted(words - set(WORDS)):
+    several = isinstance(allow, Iterable) and not isinstance(allow, str)
+    words: list[Any] = list(allow) if several else [allow]
+    if odd := [word for word in words if word not in WORDS]:
         raise ValueError(
             f"load: allow={odd[0]!r}: expected some of {', '.join(map(repr, WORDS))}"
         )
-    return words
+    return frozenset(words)
 
 
 # --- what is saved of it -------------------------------------------------------------
@@ -295,7 +296,7 @@ def _equal(one: Any, two: Any) -> bool:
 
 def _old_part(x: Any, shape: Sequence[int]) -> jax.Array:
     """Of an array that has grown."""
-    x, part = jnp.asarray(x), tuple(map(slice, shape))
+    x, part = jnp.asarray(compat.on_device(x)), tuple(map(slice, shape))
     cut: Any = lambda x: x[part]
     if (place := compat.typed_sharding(x)) is not None:
         # How rows are cut on a mesh need not fit fewer of them.
@@ -327,7 +328,7 @@ def _as_saved(x: Any, dtype: str | None) -> Any:
         return x
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)
-    return jnp.asarray(x).astype(dtype)
+    return jnp.asarray(compat.on_device(x)).astype(dtype)
 
 
 def _is_wider(here: Any, saved: str) -> bool:

@@ -110,22 +110,25 @@ def segments(paths: Sequence[Sequence[Any]]) -> tuple[Keys, ...]:
 def spelled(keys: Sequence[Keys]) -> tuple[str, ...]:
     """The path of each place: its keys with '/' between them, told apart.
 
-    What is below one node is spelled alike, so that a bias is found beside its kernel.
-    Places of the same keys, which a node of someone's own may have, are numbered.
+    Nodes that read alike are told apart too, and what is below one is spelled as it is:
+    a bias is found beside its kernel, and beside no other.  Places of the same keys,
+    which a node of someone's own may have, are numbered.
     """
     marked: set[Keys] = set()  # the nodes in whose keys a slash is written /%/
-    while True:
-        paths = tuple(_spelled(k, marked) for k in keys)
-        if len(set(paths)) == len(paths):
-            return paths
-        met: dict[str, list[Keys]] = {}
-        for path, k in zip(paths, keys, strict=True):
-            met.setdefault(path, []).append(k)
-        alike = [k for group in met.values() if len(group) > 1 for k in group]
-        new = {k[: _odd_keys(k)] for k in alike} - marked - {()}
-        if not new:
-            return tuple(_numbered(paths))
-        marked |= new
+    if any("/" in x for k in keys for x in k):
+        nodes = {k[:n] for k in keys for n in range(1, len(k))}
+        while new := _alike(nodes, marked) | _alike(keys, marked):
+            marked |= new
+    return tuple(_numbered(_spelled(k, marked) for k in keys))
+
+
+def _alike(places: Iterable[Keys], marked: Collection[Keys]) -> set[Keys]:
+    """Of places that are spelled alike, the nodes to mark that are not yet."""
+    met: dict[str, set[Keys]] = {}
+    for k in places:
+        met.setdefault(_spelled(k, marked), set()).add(k)
+    alike = (k for group in met.values() if len(group) > 1 for k in group)
+    return {k[: _odd_keys(k)] for k in alike} - {()} - {*marked}
 
 
 def _numbered(paths: Iterable[str]) -> Iterator[str]:

@@ -27,14 +27,15 @@ from jpeft.tree.paths import Keys, Slots, is_array
 
 _STATISTICS = "batch_stats"
 # Beside `params` these are collections; elsewhere a module may have such a name.
-_COLLECTIONS = {"cache", "intermediates", "perturbations"}
+_KEPT = re.compile(r"(.*_)?stats|(model_)?state")
+_PASSED = re.compile(r"cache|intermediates|perturbations|rngs")
 _RUNNING = re.compile(
     r"(running|moving)_(mean|avg|average|var|variance|std|min|max)|num_batches_tracked"
 )
 # Flax' BatchNorm out of its boxes; Haiku's ExponentialMovingAverage.
 _PAIRS = ({"mean", "var"}, {"average", "hidden"})
 _COUNTERS = re.compile(r"count(er)?|steps?|cache_index")
-_KEYS = re.compile(r"(.*_)?(rng|key|seed)s?")
+_KEYS = re.compile(r"(.*_)?(p?rng|key|seed)s?(_(key|state|data))?")
 _CACHED = re.compile(r"cached_(key|value|bias|mask)s?|cache_index")
 
 
@@ -68,20 +69,19 @@ def _by_name(
     modules, name = keys[:-1], keys[-1] if keys else ""
     shape, dtype = shapes[keys]
     counts = jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_
-    if _STATISTICS in modules or _RUNNING.fullmatch(name):
+    beside_params = [s for n, s in enumerate(modules) if keys[:n] in roots]
+    raw_key = dtype == jnp.uint32 and shape[-1:] in ((2,), (4,))
+    if counts and ("rngs" in modules or (raw_key and _KEYS.fullmatch(name))):
+        return PASSING
+    if any(map(_PASSED.fullmatch, beside_params)) or _CACHED.fullmatch(name):
+        return PASSING
+    if _STATISTICS in modules or any(map(_KEPT.fullmatch, beside_params)):
+        return STATISTIC
+    if _RUNNING.fullmatch(name):
         return STATISTIC
     for pair in _PAIRS:
         beside = [shapes.get((*modules, n)) for n in pair]
         if None not in beside and len(set(beside)) == 1:
             if name in pair or (counts and shape == ()):
                 return STATISTIC
-    if any(s in _COLLECTIONS and keys[:n] in roots for n, s in enumerate(modules)):
-        return PASSING
-    if _CACHED.fullmatch(name):
-        return PASSING
-    if not counts:
-        return None
-    raw_key = dtype == jnp.uint32 and shape[-1:] in ((2,), (4,))
-    if shape == () or "rngs" in modules or _COUNTERS.fullmatch(name):
-        return PASSING
-    return PASSING if raw_key and _KEYS.fullmatch(name) else None
+    return PASSING if counts and (shape == () or _COUNTERS.fullmatch(name)) else None

@@ -128,6 +128,8 @@ def test_names_say_it_where_no_type_does():
         },
         "batch_stats": {"bn": {"mean": x}},
         "cache": {"attn": {"index": n, "key": x}},
+        "state": {"ema": x, "rng_state": raw},
+        "constants": {"table": x},
     }
     found = states(slots(tree))
     assert sorted(p for p, kind in found.items() if kind == STATISTIC) == [
@@ -139,6 +141,7 @@ def test_names_say_it_where_no_type_does():
         "params/haiku/~/mean_ema/hidden",
         "params/torch/num_batches_tracked",
         "params/torch/running_mean",
+        "state/ema",
     ]
     assert sorted(p for p, kind in found.items() if kind == PASSING) == [
         "cache/attn/index",
@@ -148,6 +151,7 @@ def test_names_say_it_where_no_type_does():
         "params/dropout/rngs/counts",
         "params/dropout/rngs/key",
         "params/initialized",
+        "state/rng_state",
     ]
 
 

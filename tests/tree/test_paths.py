@@ -47,6 +47,13 @@ def test_other_paths_are_spelled_as_their_keys_are():
     assert slots(tree).paths == ("", "a/b", "a/c/d%", "a/b/%", "a/b/w")
 
 
+def test_a_bias_is_not_found_beside_the_kernel_of_a_layer_that_reads_alike():
+    tree = {"a/b": {"kernel": drawn(0)}, "a": {"b": {"bias": drawn(1, (6,))}}}
+    assert slots(tree).paths == ("a/b/bias", "a/%/b/kernel")
+    params = jpeft.bitfit(where=None, add="linear")(KEY, tree)
+    assert jpeft.count(params).trainable == 6
+
+
 @pytest.mark.parametrize(
     "keys",
     [
