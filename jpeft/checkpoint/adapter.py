@@ -128,7 +128,7 @@ def load(
     check: "content" compares a digest of every weight, "structure" only paths, shapes
     and dtypes; with it the base may be of `jax.ShapeDtypeStruct`.
     allow: in which respects the base may differ, one word or several:
-        "dtype"         other floating-point dtypes; the adapter's arrays keep theirs
+        "dtype"         other dtypes of the same kind; the adapter's arrays keep theirs
         "quantization"  the base stays as it is passed: a plain one under an adapter
                         that was trained on a quantised one, or the other way round
         "vocabulary"    weights that were made longer along one axis: rows of an
