@@ -427,6 +427,21 @@ def test_what_cannot_be_made_longer_is_refused(method, tmp_path):
     jpeft.merge(jpeft.load(tmp_path / "a", base()))
 
 
+def test_a_scale_that_new_rows_would_change_is_refused(tmp_path):
+    """One scale for the whole matrix, whose largest weight is a new one."""
+    t = jpeft.chain(
+        jpeft.quantize("int8", block_size="tensor", where="head/kernel"),
+        jpeft.lora(rank=2, where="head/kernel"),
+    )
+    saved(tmp_path / "a", t, base())
+    here = base(20)
+    here["head"]["kernel"] = here["head"]["kernel"].at[0, 19].set(100.0)
+    text = refusal(tmp_path / "a", here, allow="vocabulary")
+    assert "head/kernel has grown" in text and "codes of the old one" in text
+    leaf = remedied(tmp_path / "a", here, allow="vocabulary")["head"]["kernel"]
+    assert leaf.base.shape == leaf.shape == (6, 20)
+
+
 def test_a_shorter_or_wider_model_is_another_one(tmp_path):
     saved(tmp_path / "a", LORA, base())
     text = refusal(tmp_path / "a", base(10), allow="vocabulary")
