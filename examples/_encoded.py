@@ -115,7 +115,7 @@ def encode(data: _text.Dataset, tokenize: _bert.Encode, vocab_size: int) -> Enco
 
 
 def predict(logits: Callable[..., jax.Array], params: Any, data: Encoded) -> np.ndarray:
-    """Class scores ``[n, classes]``, in batches of one size and texts of like length."""
+    """Class scores ``[n, classes]``, in batches of texts of like length."""
     order = np.argsort(data.lengths, kind="stable")
     found: list[np.ndarray] = []
     for start in range(0, len(data), EVAL_BATCH):
