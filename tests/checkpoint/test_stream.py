@@ -737,6 +737,7 @@ def four_bit(tmp_path):
 NAMES = {r"(.*)/kernel": (r"\1.weight", np.transpose)}
 
 
+@pytest.mark.slow
 def test_codes_of_bitsandbytes_are_taken_over(four_bit):
     *model, made = four_bit
     loaded = load_quantized(*model, names=NAMES)

@@ -112,6 +112,7 @@ def test_embeddings_agree_with_the_reference(golden, hidden):
     np.testing.assert_allclose(found, golden["embeddings"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_hidden_states_agree_with_the_reference(golden, hidden):
     rows, length, _ = golden["hidden"].shape
     real = golden["mask"][:rows, :length, None].astype(np.float32)

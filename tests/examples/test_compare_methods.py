@@ -196,6 +196,7 @@ def nothing_runs(monkeypatch):
         monkeypatch.setattr(compare_methods, name, lambda run, value=value: value)
 
 
+@pytest.mark.slow
 def test_costs_alone_need_no_training(options, tmp_path, nothing_runs, capsys):
     argv = [*options, "--methods", "head", "--costs-only", "--out", str(tmp_path)]
     assert compare_methods.main(argv) == 0
@@ -248,6 +249,7 @@ def test_changed_data_are_other_results(base, data, tmp_path):
     assert _jobs.settings_of(argv) != before
 
 
+@pytest.mark.slow
 def test_a_damaged_result_is_named(options, tmp_path, nothing_runs, capsys):
     argv = [*command(tmp_path, options, methods=["head"]), "--seeds", "0"]
     assert compare_methods.main(argv) == 0

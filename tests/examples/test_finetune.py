@@ -172,6 +172,7 @@ def test_a_run_learns_and_writes_its_files(finished, base):
     assert sorted(steps) == ["00000006", "00000009"]
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_did(command, tmp_path, capsys):
     assert finetune.main(command(tmp_path / "out")) == 0
     printed = capsys.readouterr()
@@ -200,6 +201,7 @@ def test_two_runs_of_one_seed_are_the_same(command, finished, base, tmp_path):
     assert first["history"] == second["history"]
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(command, finished, tmp_path):
     argv = command(tmp_path / "other", "--seed", 1)
     assert finetune.main(argv, stop_after=1) == 130
@@ -242,6 +244,7 @@ def test_a_finished_run_can_be_resumed_to_report_again(finished, command):
     assert read(finished / "metrics.json")["after"] == before["after"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_command_it_prints_resumes(
     command, finished, base, tmp_path
 ):
@@ -281,6 +284,7 @@ def test_resuming_with_another_option_is_refused(command, finished, capsys):
     fails(capsys, argv, "epochs was 3, is 4")
 
 
+@pytest.mark.slow
 def test_a_run_is_replaced_only_on_request(command, tmp_path, capsys):
     assert finetune.main(command(tmp_path), stop_after=1) == 130
     capsys.readouterr()

@@ -45,6 +45,7 @@ def test_docstrings_written_to_files_are_read_as_they_were(default, tmp_path):
         np.testing.assert_array_equal(back.labels, part.labels)
 
 
+@pytest.mark.slow
 def test_docstrings_are_about_three_thousand_in_even_classes(default):
     counts = Counter(default.labels.tolist())
     assert default.classes == tuple(_text.AREAS)
@@ -62,6 +63,7 @@ def test_docstrings_are_distinct_clean_and_of_bounded_length(default):
         assert ">>>" not in text
 
 
+@pytest.mark.slow
 def test_docstrings_do_not_name_their_package(default):
     packages = {name.lstrip("_") for names in _text.AREAS.values() for name in names}
     for text in default.texts:
@@ -111,6 +113,7 @@ def test_docstrings_do_not_depend_on_hash_seed_or_locale():
     assert len(digests) == 1
 
 
+@pytest.mark.slow
 def test_docstrings_import_none_of_the_modules_they_come_from():
     program = (
         "import sys, _text; before = set(sys.modules); _text.docstrings();"

@@ -390,6 +390,7 @@ ZOO = ["bert_remat", "llama", "gpt2", "t5", "jimm_vit", "jimm_dinov3"]
 ALWAYS = [("llama", "parallel")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "placement"),
     [
@@ -457,6 +458,7 @@ def test_bfloat16_models_keep_their_dtype():
         assert got.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_over_a_quantised_weight_and_lora():
     shapes = {"up": {"kernel": (64, 64)}, "down": {"kernel": (64, 64)}}
     params, x = random(shapes), random((4, 64), 1)

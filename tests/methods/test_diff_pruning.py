@@ -39,6 +39,7 @@ def gates_by_numpy(x):
     return np.clip(sigmoid(x) * 3.0 - 1.5, 0, 1)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("structured", [False, True])
 def test_the_weight_is_the_formula(structured):
     f, _, params = setting(structured=structured)

@@ -59,6 +59,7 @@ def test_a_checkpoint_of_a_jitted_start_loads_on_the_plain_base(tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_codes_that_were_saved_stand_only_for_a_base_like_the_one_trained_on(tmp_path):
     t = jpeft.loftq(rank=4, steps=2)
     jpeft.save(tmp_path / "a", t(KEY, {"kernel": W}), t)

@@ -48,6 +48,7 @@ def test_columns_of_products():
 
 
 # Rank 2 acts through 4 columns, rank 4 (16 columns for 24 x 20) is made and joins W.
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("rank", "dense"), [(2, False), (4, True)])
 def test_both_ways_give_the_same_and_keep_nothing_large(rank, dense):
     params, x = attached(24, 20, rank), n(64, 24, k=2)

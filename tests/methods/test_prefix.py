@@ -317,6 +317,7 @@ def test_select_says_what_is_wrong():
         apply(jpeft.select(tasks, jnp.array([0])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", slow_but([""], ["", "scan remat"]))
 @pytest.mark.parametrize("network", slow_but(["mlp"], ["mlp", "lstm"]))
 def test_a_network_is_shared_and_dropped_after_the_training(network, mode, tmp_path):
