@@ -23,6 +23,7 @@ import numpy as np
 
 from jpeft import compat
 from jpeft.boxes import unbox
+from jpeft.checks import check_fields
 from jpeft.leaf import (
     AdaptedLeaf,
     array_fields,
@@ -38,7 +39,6 @@ from jpeft.tree.layout import LeafUse, layouts
 from jpeft.tree.paths import Slots, slots, suggest, weight
 from jpeft.tree.where import Where, select
 from jpeft.types import PyTree
-from jpeft.types import check_float as check_float
 
 # Every method by its name, for configurations.
 METHODS: dict[str, type[Transform]] = {}
@@ -62,6 +62,9 @@ class Transform:
     """A frozen, hashable rewriting of a parameter tree."""
 
     name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_fields(self.name, self)
 
     def __call__(
         self,
@@ -313,51 +316,6 @@ def check_finite(targets: Mapping[str, Any], name: str) -> None:
             f"{bad[0]}{more}: the base holds NaN or infinity, which no {name} adapter "
             "can train away; check how the weights were loaded"
         )
-
-
-def check_positive(
-    method: str, name: str, value: Any, *, integer: bool = False
-) -> None:
-    kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
-        kind = "an integer of at least 1" if integer else "a number above 0"
-        raise ValueError(f"{method}: {name}={value!r}: expected {kind}")
-
-
-def check_dropout(method: str, rate: Any) -> None:
-    kinds = (int, float, np.integer, np.floating)
-    if isinstance(rate, bool) or not isinstance(rate, kinds) or not 0 <= rate < 1:
-        raise ValueError(
-            f"{method}: dropout={rate!r}: expected a rate from 0 up to, not including, "
-            "1"
-        )
-
-
-def dtype_name(dtype: Any) -> str | None:
-    """Its name; what is no dtype as it was typed, for `check_float` to refuse."""
-    if dtype is None:
-        return None
-    try:
-        return jnp.dtype(dtype).name
-    except TypeError:
-        return str(dtype)
-
-
-def check_pattern(
-    method: str, name: str, pattern: Any, *, integer: bool = False
-) -> Pattern:
-    """A {regex: value} mapping as a hashable tuple; the first match wins."""
-    items = pattern.items() if isinstance(pattern, Mapping) else pattern
-    out = tuple((str(k), v) for k, v in items)
-    for regex, value in out:
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise ValueError(
-                f"{method}: {name} key {regex!r} is no regular expression: {error}"
-            ) from None
-        check_positive(method, f"{name}[{regex!r}]", value, integer=integer)
-    return out
 
 
 def matched(pattern: Pattern, path: str, default: Any) -> Any:

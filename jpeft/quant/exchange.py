@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpeft.checks import check_float
 from jpeft.formats import codebooks, double, packing
 from jpeft.formats.blocks import BLOCK_SIZES
 from jpeft.leaf import unboxed
 from jpeft.quant.leaf import Layout, Quantized, as_it_is, nested_order
-from jpeft.types import check_float
 
 STATE = ".quant_state.bitsandbytes__"
 TYPES = ("nf4", "fp4")

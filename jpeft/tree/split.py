@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.boxes import same_box, unbox
+from jpeft.checks import check_float
 from jpeft.compat import Tracer
 from jpeft.leaf import (
     FROZEN,
@@ -28,7 +29,7 @@ from jpeft.leaf import (
 from jpeft.tree.lend import acting
 from jpeft.tree.paths import Slots, is_array, slots
 from jpeft.tree.state import states
-from jpeft.types import PyTree, check_float
+from jpeft.types import PyTree
 
 NOTHING_TRAINS = (
     "nothing in this tree is trainable: no leaf was adapted. Apply a transform first: "
