@@ -141,7 +141,8 @@ check_positive = real(lambda x: x >= LEAST, "a number above 0 that float32 holds
 check_fraction = real(lambda x: 0 < x < 1, "between 0 and 1")
 # In float32, where all but 1 may be 1.
 check_rate = real(
-    lambda x: 0 <= x and np.float32(x) < 1, "a rate from 0 up to, not including, 1"
+    lambda x: 0 <= x and bool(np.float32(x) < 1),
+    "a rate from 0 up to, not including, 1",
 )
 
 Count = Annotated[int, check_count]

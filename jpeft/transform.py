@@ -23,7 +23,7 @@ import numpy as np
 
 from jpeft import compat
 from jpeft.boxes import unbox
-from jpeft.checks import check_fields
+from jpeft.checks import check_fields, shown
 from jpeft.leaf import (
     AdaptedLeaf,
     array_fields,
@@ -88,12 +88,16 @@ class Transform:
 
     def origin(self) -> str:
         """A mark for the leaves this transform makes."""
-        text = json.dumps(self.describe(), sort_keys=True)
+        return self._mark(_whole_as_int(self.describe()))
+
+    def _mark(self, described: Any) -> str:
+        text = json.dumps(described, sort_keys=True)
         return f"{self.name}-{zlib.crc32(text.encode()):08x}"
 
     def origins(self) -> frozenset[str]:
-        """The marks of all leaves this transform makes."""
-        return frozenset({self.origin()})
+        """The marks of all leaves this transform makes, or made when 8.0 and 8 still
+        had marks of their own."""
+        return frozenset({self.origin(), self._mark(self.describe())})
 
     def parts(self) -> tuple[Transform, ...]:
         """The transforms that it applies, one after the other."""
@@ -127,8 +131,9 @@ class Transform:
         for key in fields:
             if key not in known:
                 raise ValueError(
-                    f"{cls.name}: unknown key {key!r}; did you mean "
-                    f"{suggest(known, key, 1)[0]!r}? Known: {', '.join(sorted(known))}"
+                    f"{cls.name}: unknown key {shown(key)}; did you mean "
+                    f"{suggest(known, str(key), 1)[0]!r}? Known: "
+                    f"{', '.join(sorted(known))}"
                 )
         missing = [
             f.name
@@ -343,6 +348,15 @@ def _data(x: Any, of_callable: Callable[[Any], Any]) -> Any:
     return x.item() if isinstance(x, np.generic) else x
 
 
+def _whole_as_int(x: Any) -> Any:
+    """Equal numbers alike, 8.0 and 8: transforms that are equal have one mark."""
+    if isinstance(x, dict):
+        return {k: _whole_as_int(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [_whole_as_int(v) for v in x]
+    return int(x) if isinstance(x, float) and x.is_integer() else x
+
+
 def _callable_name(f: Any) -> str:
     return f"{getattr(f, '__module__', '?')}.{getattr(f, '__qualname__', repr(f))}"
 
@@ -392,7 +406,13 @@ class Chain(Transform):
     def from_fields(cls, fields: Mapping[str, Any]) -> Transform:
         if set(fields) != {"transforms"}:
             raise ValueError(
-                f"chain: expected the one key 'transforms', got {sorted(fields)}"
+                f"chain: expected the one key 'transforms', got "
+                f"{shown(sorted(map(str, fields)))}"
+            )
+        if not isinstance(fields["transforms"], (list, tuple)):
+            raise ValueError(
+                f"chain: transforms={shown(fields['transforms'])}: expected a list of "
+                "tables, one a transform"
             )
         return chain(*map(transform_from_config, fields["transforms"]))
 
@@ -417,13 +437,14 @@ def transform_from_config(config: Mapping[str, Any]) -> Transform:
     if not isinstance(config, Mapping) or "method" not in config:
         raise ValueError(
             f"a transform's configuration needs a key 'method', one of "
-            f"{sorted(METHODS)}; got {config!r}"
+            f"{sorted(METHODS)}; got {shown(config)}"
         )
     name = config["method"]
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         near = suggest(sorted(METHODS), str(name), 1)[0]
         raise ValueError(
-            f"unknown method {name!r}; did you mean {near!r}? Known: {sorted(METHODS)}"
+            f"unknown method {shown(name)}; did you mean {near!r}? Known: "
+            f"{sorted(METHODS)}"
         )
     return METHODS[name].from_fields({k: v for k, v in config.items() if k != "method"})
 

@@ -95,7 +95,7 @@ def check_existing(method: str, name: str, where: Any) -> Any:
 class BitFit(LeafMethod):
     """See `bitfit`."""
 
-    where: Annotated[Where, check_existing] = "bias"
+    where: Annotated[Any, check_existing] = "bias"
     add: Where | None = None
     exclude: Where = ()
     dtype: Floating | None = None

@@ -112,8 +112,8 @@ def adalora_allocator(
     t_init = total_steps // 8 if t_init is None else t_init
     t_final = total_steps // 2 if t_final is None else t_final
     updates = whole(0, "a number of updates, 0 or more")
-    t_init = updates(name, "t_init", t_init)
-    t_final = updates(name, "t_final", t_final)
+    t_init = int(updates(name, "t_init", t_init))
+    t_final = int(updates(name, "t_final", t_final))
     if t_init + t_final >= total_steps:
         raise ValueError(
             f"{name}: t_init={t_init} and t_final={t_final} leave none of "
