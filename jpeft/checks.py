@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import re
 import types
 import typing
@@ -90,6 +91,60 @@ def plain_data(data: Any, at: str) -> Any:
         f"{at}={shown(data)}: expected words, numbers, lists and dicts of them, which "
         f"JSON can hold; a {type(data).__name__} belongs into state="
     )
+
+
+def read_json(data: bytes) -> Any:
+    """What JSON says, as strictly as the format is meant.
+
+    Raises ValueError with the reason for another encoding, a key that is there twice,
+    nesting deeper than 127, numbers that JSON or float64 does not have, and half
+    characters: all of which Python's reader would take.
+    """
+    text = data.decode("utf-8")
+    try:
+        read = json.loads(
+            text,
+            object_pairs_hook=_once,
+            parse_int=lambda x: -0.0 if x == "-0" else int(x),
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if "\\ud" in text.lower():  # escapes of two halves of a character
+        json.dumps(read, ensure_ascii=False).encode("utf-8")
+    level = [read]
+    for _ in range(_DEEPEST):
+        level = [y for x in level for y in _inside(x)]
+    if any(isinstance(x, (dict, list)) for x in level):
+        raise ValueError("nested too deeply")
+    return read
+
+
+# Dicts and lists in one another: as many as the readers written in Rust take.
+_DEEPEST = 127
+
+
+def _inside(x: Any) -> Iterable[Any]:
+    if isinstance(x, dict):
+        return x.values()
+    return x if isinstance(x, list) else ()
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [k for k, _ in pairs]
+        twice = next(k for k in names if names.count(k) > 1)
+        raise ValueError(f"{shown(twice)} is there twice")
+    return out
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not np.isfinite(value):
+        raise ValueError(f"{shown(text)} is no number of JSON")
+    return value
 
 
 # --- switches and numbers ------------------------------------------------------------

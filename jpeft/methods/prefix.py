@@ -379,7 +379,7 @@ def _features_unknown(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
 
 def check_layers(method: str, name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, (str, Mapping)) and isinstance(value, Iterable):
-        numbers = tuple(plain(k) for k in value)
+        value = numbers = tuple(plain(k) for k in value)
         whole = (isinstance(k, int) and not isinstance(k, bool) for k in numbers)
         if numbers and all(whole):
             return numbers
