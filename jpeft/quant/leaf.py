@@ -415,7 +415,8 @@ def quantize_array(
         return leaf(make(x, book))
     # Blocks run across axes as types of shardings cannot: the compiler finds the way,
     # and the result's types are those of the weight's axes.
-    shapes = jax.eval_shape(make, jax.ShapeDtypeStruct(x.shape, x.dtype), book)
+    bare = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
+    shapes = jax.eval_shape(make, *jax.tree.map(bare, (x, book)))
     specs = leaf_specs(leaf(shapes), place.spec)
     types = {
         n: None

@@ -1,10 +1,13 @@
 """`merge(requantize=True)`: what an adapter did not change stays as it is stored."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jpeft
 from jpeft.formats.blocks import FORMATS
@@ -101,3 +104,19 @@ def test_it_runs_inside_jit():
     params = jpeft.chain(jpeft.quantize("quantile4"), jpeft.lora(2))(KEY, {"kernel": W})
     merged = jax.jit(lambda p: jpeft.merge(p, requantize=True))(params)
     assert_stored_alike(merged["kernel"], params["kernel"].base)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh_it_stays_where_it_is(kind):
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(kind,) * 2)
+    w = np.stack([W[:128], W[2:]])[..., :6]
+    f = lambda p, x: jnp.einsum("ecd,edf->ecf", x, p["kernel"])
+    uses = jpeft.find_uses(f, {"kernel": jnp.asarray(w)}, jnp.ones((2, 2, 128)))
+    explicit = jax.set_mesh(mesh) if kind == AxisType.Explicit else nullcontext()
+    with explicit:
+        placed = jax.device_put(w, NamedSharding(mesh, PartitionSpec("a", None, "b")))
+        both = jpeft.chain(jpeft.quantize("quantile4"), jpeft.lora(2))
+        leaf = both(KEY, {"kernel": placed}, uses=uses)["kernel"]
+        merged = jpeft.merge({"kernel": leaf}, requantize=True)["kernel"]
+    assert_stored_alike(merged, leaf.base)
+    assert merged.codes.sharding == leaf.base.codes.sharding
