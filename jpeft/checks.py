@@ -60,39 +60,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-def plain_data(data: Any, at: str) -> Any:
-    """Data of dicts, lists, words and numbers as JSON holds it and gives it back.
-
-    at: what the data is called, for a message.  Raises ValueError for what JSON would
-    lose or change: other objects, keys that are no words, NaN and infinity.
-    """
-    data = plain(data)
-    if data is None or isinstance(data, (bool, str, int)):
-        return data
-    if isinstance(data, float):
-        if not np.isfinite(data):
-            raise ValueError(
-                f"{at}={data!r}: JSON has no such number; leave it out, or write None"
-            )
-        return data
-    if isinstance(data, Mapping):
-        for key in data:
-            if not isinstance(key, str):
-                raise ValueError(
-                    f"{at}: the key {shown(key)} is a {type(key).__name__}, which JSON "
-                    f"would turn into a word; write {str(key)!r}"
-                )
-        return {k: plain_data(x, f"{at}[{k!r}]") for k, x in data.items()}
-    if isinstance(data, (np.ndarray, jax.Array)):
-        data = np.asarray(data).tolist()
-    if isinstance(data, (list, tuple)):
-        return [plain_data(x, f"{at}[{k}]") for k, x in enumerate(data)]
-    raise ValueError(
-        f"{at}={shown(data)}: expected words, numbers, lists and dicts of them, which "
-        f"JSON can hold; a {type(data).__name__} belongs into state="
-    )
-
-
 def read_json(data: bytes) -> Any:
     """What JSON says, as strictly as the format is meant.
 

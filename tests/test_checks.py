@@ -173,24 +173,18 @@ def test_other_numbers_of_numpy_and_jax():
         jpeft.quant.quantize(x, axis="0")
 
 
-def test_data_for_json_is_what_json_gives_back():
-    data = {
-        "step": np.int64(3),
-        "loss": jnp.float32(0.5),
-        "curve": [np.float64(0.25), np.array([1, 2])],
-        "why": None,
-        "best": np.bool_(True),
+@pytest.mark.parametrize("value", ["false", 1, None])
+def test_a_switch_of_a_function_is_true_or_false(value):
+    quantised = {"kernel": jpeft.quant.quantize(jnp.ones((64, 2)))}
+    calls = {
+        "requantize": lambda: jpeft.merge(quantised, requantize=value),
+        "transpose": lambda: jpeft.quant.from_bitsandbytes({}, transpose=value),
+        "double": lambda: jpeft.quant.quantize(jnp.ones((64, 2)), double=value),
+        "vectors": lambda: jpeft.optim.lora_plus(None, vectors=value),
     }
-    plain = checks.plain_data(data, "metadata")
-    assert plain == json.loads(json.dumps(plain))
-    assert plain["step"] == 3 and plain["curve"] == [0.25, [1, 2]]
-    for bad, told in (
-        ({1: "a", "1": "b"}, r"metadata: the key 1 is a int.*write '1'"),
-        ({"loss": np.nan}, r"metadata\['loss'\]=nan: JSON has no such number"),
-        ({"f": [len]}, r"metadata\['f'\]\[0\]=<built-in.*belongs into state="),
-    ):
-        with pytest.raises(ValueError, match=told):
-            checks.plain_data(bad, "metadata")
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"{name}={value!r}: expected True or Fal"):
+            call()
 
 
 def test_a_dropout_that_float32_rounds_to_one_is_refused():

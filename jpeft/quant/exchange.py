@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.checks import (
+    check_flag,
     check_float,
     check_floating,
     check_number,
@@ -57,6 +58,7 @@ def from_bitsandbytes(
     fit together, or a code book that is not bitsandbytes' own.
     """
     check_float("from_bitsandbytes", compute_dtype, "compute_dtype")
+    check_flag("from_bitsandbytes", "transpose", transpose)
     name = _only(state) if name is None else name
     described = [k for k in state if k.startswith(name + STATE)]
     if len(described) > 1:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.boxes import same_box, unbox
-from jpeft.checks import check_float
+from jpeft.checks import check_flag, check_float
 from jpeft.compat import Tracer
 from jpeft.leaf import (
     FROZEN,
@@ -230,6 +230,7 @@ def merge(params: PyTree, *, dtype: Any = None, requantize: bool = False) -> PyT
 
 def check_merge(name: str, dtype: Any, requantize: bool) -> None:
     check_float(name, dtype)
+    check_flag(name, "requantize", requantize)
     if requantize and dtype is not None:
         raise ValueError(
             f"{name}: requantize=True keeps the base's own format, and "
