@@ -217,7 +217,12 @@ def _tensor(file: Path, name: str, x: Any, data: int, size: int) -> _At:
             f"{', '.join(DTYPES)}"
         )
     kind, (begin, end) = np.dtype(DTYPES[dtype]), offsets
-    if end - begin != math.prod(shape) * kind.itemsize or not _fits(shape, kind):
+    if math.prod(max(1, k) for k in shape) * kind.itemsize >= 2**63:
+        raise CheckpointError(
+            f"{file}: {shown(name)} has the shape {shown(tuple(shape))}, beyond any "
+            "array"
+        )
+    if end - begin != math.prod(shape) * kind.itemsize:
         raise CheckpointError(
             f"{file}: damaged: {shown(name)} of shape {shown(tuple(shape))} and {kind} "
             f"has {end - begin} bytes"
@@ -238,11 +243,6 @@ def _counts(x: Any, n: int | None = None) -> bool:
     """Whether it is a list of counts, n of them."""
     whole = isinstance(x, list) and all(type(k) is int and 0 <= k < 2**63 for k in x)
     return whole and n in (None, len(x))
-
-
-def _fits(shape: Iterable[int], dtype: np.dtype[Any]) -> bool:
-    """Whether NumPy has arrays of this shape, empty ones too."""
-    return math.prod(max(1, k) for k in shape) * dtype.itemsize < 2**63
 
 
 def _check_covered(file: Path, found: Mapping[str, _At], data: int, size: int) -> None:

@@ -237,15 +237,16 @@ def changed(data, draw):
 
 @pytest.mark.parametrize("n", [150, pytest.param(2000, marks=pytest.mark.slow)])
 def test_headers_changed_at_random_are_judged_as_the_library_does(tmp_path, n):
-    """None is taken that it refuses, none read as other arrays; ours is stricter in two
-    things only, each said in the message."""
+    """None is taken that it refuses, none read as other arrays; ours is stricter in
+    three things only, each said in the message."""
     draw, found = np.random.default_rng(0), Counter()
     for _ in range(n):
         data = changed(written(draw), draw)
         ours, why = by_us(tmp_path / "a.safetensors", data)
         theirs = by_the_library(data)
         if ours is None and theirs is not None:
-            assert "is there twice" in why or "has dtype F" in why, why
+            told = ("is there twice", "has dtype F", "beyond any")
+            assert any(x in why for x in told), why
             found["stricter"] += 1
             continue
         assert ours == theirs, why
