@@ -15,6 +15,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from jpeft.transform import Chain, Transform, chain, transform_from_config
 from jpeft.tree.paths import suggest
 
 TABLES = ("peft", "train")
+_TOO_DEEP = "transforms are nested too deeply; write one after the other"
 
 
 def from_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> Transform:
@@ -36,10 +38,13 @@ def from_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> Transform
     if isinstance(config, (str, os.PathLike)):
         return read(config)[0]
     if not isinstance(config, Mapping):
-        raise ValueError(f"from_config: expected a dict or a path, got {config!r}")
-    if "method" in config:
-        return transform_from_config(config)
-    return _recipe(config, "the configuration")[0]
+        raise ValueError(f"from_config: expected a dict or a path, got {shown(config)}")
+    try:
+        if "method" in config:
+            return transform_from_config(config)
+        return _recipe(config, "the configuration")[0]
+    except RecursionError:
+        raise ValueError(f"from_config: {_TOO_DEEP}") from None
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Transform, dict[str, Any]]:
@@ -50,7 +55,9 @@ def read(path: str | os.PathLike[str]) -> tuple[Transform, dict[str, Any]]:
         hint = f"; nearest: {suggest(there, file.name)}" if there else ""
         raise FileNotFoundError(f"{file}: no such recipe{hint}")
     try:
-        config = tomllib.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        _check_keys(text)
+        config = tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{file}: not UTF-8, which TOML is written in ({error.reason} at byte "
@@ -63,6 +70,19 @@ def read(path: str | os.PathLike[str]) -> tuple[Transform, dict[str, Any]]:
         return _recipe(config, "the file")
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{file}: {_TOO_DEEP}") from None
+
+
+_QUOTED = re.compile(r""" "[^"]*" | '[^']*' """, re.X)
+
+
+def _check_keys(text: str) -> None:
+    """Raises for a key of very many parts: Python's reader needs their square in time."""
+    for n, line in enumerate(text.splitlines(), 1):
+        for part in re.split(r"[=,{}\[\]#]", _QUOTED.sub("", line)):
+            if part.count(".") > 100:
+                raise ValueError(f"a key of {part.count('.') + 1} parts in line {n}")
 
 
 def _recipe(config: Mapping[str, Any], name: str) -> tuple[Transform, dict[str, Any]]:

@@ -127,6 +127,8 @@ HEAD = '[[peft]]\nmethod = "lora"\nrank = 2\n'
         (HEAD + f"alpha = 0x{'f' * 5000}", ["lora: alpha=", "thousands of digits"]),
         (HEAD + f"where = {'[' * 5000}", ["not TOML"]),
         ("\ufeff" + HEAD, ["not TOML"]),
+        (".".join("a" * 99999) + " = 1", ["not TOML: a key of 99999 parts in line 1"]),
+        (HEAD + f"x = {{{'.'.join(['a', *['q'] * 9999])} = 1}}", ["of 10000 parts in"]),
     ],
 )
 def test_what_is_written_wrong_is_named_with_its_file(tmp_path, text, parts):
@@ -136,6 +138,16 @@ def test_what_is_written_wrong_is_named_with_its_file(tmp_path, text, parts):
         jpeft.from_config(file)
     for part in [str(file), *parts]:
         assert part in str(error.value)
+
+
+def test_transforms_nested_too_deeply_are_refused(tmp_path):
+    config = {"method": "lora", "rank": 2}
+    for _ in range(600):
+        config = {"method": "chain", "transforms": [config]}
+    with pytest.raises(
+        ValueError, match="nested too deeply; write one after the other"
+    ):
+        jpeft.from_config(config)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])

@@ -102,8 +102,9 @@ def check_init(method: str, name: str, init: Any) -> str | tuple[int, ...]:
     """A way to begin, or the ids of a text."""
     if isinstance(init, str) and init in INITS:
         return str(init)
-    listed = isinstance(init, (list, tuple, np.ndarray, jax.Array))
-    ids = [plain(x) for x in np.asarray(init).tolist()] if listed else []
+    if isinstance(init, (np.ndarray, jax.Array)):
+        init = np.asarray(init).tolist()
+    ids = [plain(x) for x in init] if isinstance(init, (list, tuple)) else []
     if not ids or any(isinstance(k, bool) or not isinstance(k, int) for k in ids):
         raise refusal(
             method,
