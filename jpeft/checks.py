@@ -1,4 +1,4 @@
-"""Checks of what is typed: switches, numbers, words, patterns, dtypes.
+"""Checks of what is typed and read: switches, numbers, words, patterns, dtypes, JSON.
 
 A check is `(method, name, value) -> value`: the value as it is kept, or a ValueError
 that names all three.  A field of a transform declares its own by its type,
@@ -31,7 +31,7 @@ Check = Callable[[str, str, Any], Any]
 # All is computed in float32, or more.
 LARGEST = float(np.finfo(np.float32).max)
 LEAST = float(np.finfo(np.float32).tiny)
-# Of a number in a message: a file may hold one of thousands of digits.
+# Characters of a value in a message.
 _MOST_SHOWN = 200
 
 
@@ -44,8 +44,8 @@ def shown(value: Any) -> str:
     """Its repr, of bounded length."""
     try:
         text = repr(value)
-    except ValueError:  # an integer of more digits than Python writes
-        text = f"a {type(value).__name__} of thousands of digits"
+    except (ValueError, RecursionError):  # of more digits or levels than Python writes
+        text = f"a {type(value).__name__} of thousands of digits or levels"
     return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + " ..."
 
 

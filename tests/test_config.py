@@ -124,7 +124,10 @@ HEAD = '[[peft]]\nmethod = "lora"\nrank = 2\n'
             ["train.rate[1] = nan: expected a number"],
         ),
         (HEAD + f"alpha = {'9' * 5000}", ["not TOML"]),
-        (HEAD + f"alpha = 0x{'f' * 5000}", ["lora: alpha=", "thousands of digits"]),
+        (
+            HEAD + f"alpha = 0x{'f' * 5000}",
+            ["lora: alpha=", "thousands of digits or levels"],
+        ),
         (HEAD + f"where = {'[' * 5000}", ["not TOML"]),
         ("\ufeff" + HEAD, ["not TOML"]),
         (".".join("a" * 99999) + " = 1", ["not TOML: a key of 99999 parts in line 1"]),
