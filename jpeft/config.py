@@ -78,7 +78,7 @@ _QUOTED = re.compile(r""" "[^"]*" | '[^']*' """, re.X)
 
 
 def _check_keys(text: str) -> None:
-    """Raises for a key of very many parts: Python's reader needs their square in time."""
+    """Raises for a key of very many parts, for which Python's reader takes minutes."""
     for n, line in enumerate(text.splitlines(), 1):
         for part in re.split(r"[=,{}\[\]#]", _QUOTED.sub("", line)):
             if part.count(".") > 100:

@@ -111,9 +111,8 @@ def test_it_runs_inside_jit():
     assert_stored_alike(merged["kernel"], params["kernel"].base)
 
 
-@pytest.mark.parametrize(
-    "kind", slow_but([AxisType.Explicit], [AxisType.Auto, AxisType.Explicit])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh_it_stays_where_it_is(kind):
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(kind,) * 2)
     w = np.stack([W[:128], W[2:]])[..., :6]
