@@ -82,7 +82,8 @@ def load_quantized(
 
     Raises ValueError for a transform other than quantize, and for `names` that fit no
     path; CheckpointError, naming the weight, for what is missing, misshapen, of another
-    kind of dtype, not finite, or damaged.
+    kind of dtype, not finite, or damaged, and naming the file where it is no file, or
+    not what its format allows.
     """
     formats = _formats(transform)
     flat = slots(like)

@@ -20,6 +20,8 @@ What is special (as bitsandbytes on a CPU unless said):
                        in quantile* of the whole matrix, whose book it spoils
     subnormal numbers  zero, as XLA flushes them; and so are the blocks of linear
                        formats whose step is one (int8: up to 1.5e-36)
+    the largest        finite; in linear formats with a zero point up to a step off,
+    numbers            where half a step would lead beyond float32
     NaN                its block is NaN, in quantile* the whole matrix;
                        `jpeft.quant.quantize` raises outside jit
     last, partial ones bitsandbytes divides by their scale, here they are multiplied by

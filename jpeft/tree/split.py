@@ -209,7 +209,7 @@ def merge(params: PyTree, *, dtype: Any = None, requantize: bool = False) -> PyT
 
     A quantised base is dequantised.  requantize: True stores the result of such a base
     in its own format again, which rounds once more: `jpeft.quant.rounding` says by how
-    much, beside what the adapter changed.
+    much, beside what the adapter changed.  Matrices that it left alone keep their codes.
     """
     check_merge("merge", dtype, requantize)
 
