@@ -209,7 +209,8 @@ def merge(params: PyTree, *, dtype: Any = None, requantize: bool = False) -> PyT
 
     A quantised base is dequantised.  requantize: True stores the result of such a base
     in its own format again, which rounds once more: `jpeft.quant.rounding` says by how
-    much, beside what the adapter changed.  Matrices that it left alone keep their codes.
+    much, beside what the adapter changed.  Matrices that it left as they were keep
+    their codes.
     """
     check_merge("merge", dtype, requantize)
 
