@@ -144,7 +144,7 @@ class Transform:
         ]
         if missing:
             raise ValueError(f"{cls.name}: the configuration lacks {missing}")
-        return cls(**{k: freeze_value(v) for k, v in fields.items()})
+        return cls(**fields)
 
 
 @dataclasses.dataclass(frozen=True)

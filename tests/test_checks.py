@@ -25,7 +25,18 @@ NEEDS = {
     "loftq": {"rank": 2},
 }
 HELD = {"transform", "transforms"}  # fields that hold other transforms
-PATTERNS = [3, [4], "a", {"(a": 2}, {3: 2}, {"a": "2"}, {"a": np.inf}, {"a": True}]
+PATTERNS = [
+    3,
+    [4],
+    [],
+    [["a", 2]],
+    "a",
+    {"(a": 2},
+    {3: 2},
+    {"a": "2"},
+    {"a": np.inf},
+    {"a": True},
+]
 REFUSED = {
     "flag": ["false", "true", "", 0, 1, 0.0, None, [True]],
     "number": ["2", "inf", True, np.inf, -np.inf, np.nan, 10**400, 1e39, [2], {}, 1j],
