@@ -198,6 +198,11 @@ def test_a_switch_of_a_function_is_true_or_false(value):
             call()
 
 
+def test_a_set_of_paths_has_one_order():
+    paths = {f"layers/{k}/kernel" for k in range(9)}
+    assert jpeft.lora(2, where=paths).where == tuple(sorted(paths))
+
+
 def test_a_dropout_that_float32_rounds_to_one_is_refused():
     """1 - rate would be 0, and what is left divided by it NaN."""
     with pytest.raises(ValueError, match="dropout=0.99999999999"):

@@ -81,7 +81,9 @@ def check_where_or_nothing(method: str, name: str, where: Any) -> One | tuple[On
     if _is_one(method, name, where):
         return where
     if isinstance(where, Iterable) and not isinstance(where, (Mapping, bytes)):
-        items = tuple(where)
+        # A set has another order in another process, and the transform another mark.
+        unordered = isinstance(where, (set, frozenset))
+        items = tuple(sorted(where, key=str) if unordered else where)
         if all(_is_one(method, name, w) for w in items):
             return items
     raise refusal(method, name, where, _EXPECTED)
