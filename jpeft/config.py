@@ -12,16 +12,21 @@ they apply, and tables such as `[train]` that belong to the program:
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jpeft.checks import plain, shown
 from jpeft.transform import Chain, Transform, chain, transform_from_config
 from jpeft.tree.paths import suggest
 
 TABLES = ("peft", "train")
+_TOO_DEEP = "transforms are nested too deeply; write one after the other"
 
 
 def from_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> Transform:
@@ -33,10 +38,13 @@ def from_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> Transform
     if isinstance(config, (str, os.PathLike)):
         return read(config)[0]
     if not isinstance(config, Mapping):
-        raise ValueError(f"from_config: expected a dict or a path, got {config!r}")
-    if "method" in config:
-        return transform_from_config(config)
-    return _recipe(config, "the configuration")[0]
+        raise ValueError(f"from_config: expected a dict or a path, got {shown(config)}")
+    try:
+        if "method" in config:
+            return transform_from_config(config)
+        return _recipe(config, "the configuration")[0]
+    except RecursionError:
+        raise ValueError(f"from_config: {_TOO_DEEP}") from None
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Transform, dict[str, Any]]:
@@ -47,39 +55,79 @@ def read(path: str | os.PathLike[str]) -> tuple[Transform, dict[str, Any]]:
         hint = f"; nearest: {suggest(there, file.name)}" if there else ""
         raise FileNotFoundError(f"{file}: no such recipe{hint}")
     try:
-        config = tomllib.loads(file.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        text = file.read_text(encoding="utf-8")
+        _check_keys(text)
+        config = tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file}: not UTF-8, which TOML is written in ({error.reason} at byte "
+            f"{error.start}); save it again as UTF-8"
+        ) from None
+    # An integer of thousands of digits is a ValueError of its own.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not TOML: {error}") from None
     try:
-        return _recipe(config, str(file))
+        return _recipe(config, "the file")
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{file}: {_TOO_DEEP}") from None
+
+
+_QUOTED = re.compile(r""" "[^"]*" | '[^']*' """, re.X)
+
+
+def _check_keys(text: str) -> None:
+    """Raises for a key of very many parts, for which Python's reader takes minutes."""
+    for n, line in enumerate(text.splitlines(), 1):
+        for part in re.split(r"[=,{}\[\]#]", _QUOTED.sub("", line)):
+            if part.count(".") > 100:
+                raise ValueError(f"a key of {part.count('.') + 1} parts in line {n}")
 
 
 def _recipe(config: Mapping[str, Any], name: str) -> tuple[Transform, dict[str, Any]]:
     for key in config:
         if key not in TABLES:
+            near = suggest(TABLES, str(key), 1)[0]
             raise ValueError(
-                f"unknown key {key!r}; did you mean {suggest(TABLES, key, 1)[0]!r}? "
+                f"unknown key {shown(key)}; did you mean {near!r}? "
                 "A recipe has [[peft]] tables and a [train] table"
             )
-    items = config.get("peft")
+    items = config.get("peft", [])
+    items = [items] if isinstance(items, Mapping) else items
+    if not isinstance(items, (list, tuple)):
+        raise ValueError(f"write [[peft]], a table a transform, not {shown(items)}")
     if not items:
         raise ValueError(f"{name} has no [[peft]] table")
     train = config.get("train", {})
     if not isinstance(train, Mapping):
         raise ValueError("write [train], one table, not a list or a value")
-    items = [items] if isinstance(items, Mapping) else items
+    _check_no_nan(train, "train")
     made = [transform_from_config(x) for x in items]
     transform = made[0] if len(made) == 1 else chain(*made)
     return transform, dict(train)
 
 
+def _check_no_nan(x: Any, at: str) -> None:
+    """NaN is no value of anything, and does not equal itself when it is read again."""
+    if isinstance(x, float) and x != x:
+        raise ValueError(f"{at} = nan: expected a number; leave the line out")
+    if isinstance(x, Mapping):
+        for key, value in x.items():
+            _check_no_nan(value, f"{at}.{key}")
+    if isinstance(x, (list, tuple)):
+        for k, value in enumerate(x):
+            _check_no_nan(value, f"{at}[{k}]")
+
+
 def to_toml(transform: Transform, train: Mapping[str, Any] | None = None) -> str:
     """The recipe of a transform; `from_config` of it is the transform again."""
-    parts = transform.transforms if isinstance(transform, Chain) else (transform,)
+    # One table stands for the transform itself, not for a chain of it alone.
+    parts = transform.transforms if isinstance(transform, Chain) else ()
+    parts = parts if len(parts) > 1 else (transform,)
     tables = [_table("[[peft]]", t.to_config()) for t in parts]
     if train:
+        _check_no_nan(train, "train")
         tables.append(_table("[train]", train))
     return "\n".join(tables)
 
@@ -94,6 +142,7 @@ def _key(key: str) -> str:
 
 
 def _value(x: Any) -> str:
+    x = plain(x)
     if isinstance(x, bool):
         return "true" if x else "false"
     if isinstance(x, (int, float)):
@@ -104,9 +153,11 @@ def _value(x: Any) -> str:
         return "{" + ", ".join(f"{_key(k)} = {_value(v)}" for k, v in x.items()) + "}"
     if isinstance(x, (list, tuple)):
         return "[" + ", ".join(map(_value, x)) + "]"
-    raise ValueError(f"a recipe cannot hold {x!r}")
+    if isinstance(x, (datetime.date, datetime.time)):
+        return x.isoformat()
+    raise ValueError(f"a recipe cannot hold {shown(x)}")
 
 
 def _string(x: str) -> str:
-    escaped = x.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'
+    """As a basic string of TOML, whose escapes are JSON's; and DEL needs one."""
+    return json.dumps(x, ensure_ascii=False).replace("\x7f", "\\u007f")

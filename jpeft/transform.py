@@ -23,6 +23,7 @@ import numpy as np
 
 from jpeft import compat
 from jpeft.boxes import unbox
+from jpeft.checks import check_fields, shown
 from jpeft.leaf import (
     AdaptedLeaf,
     array_fields,
@@ -38,7 +39,6 @@ from jpeft.tree.layout import LeafUse, layouts
 from jpeft.tree.paths import Slots, slots, suggest, weight
 from jpeft.tree.where import Where, select
 from jpeft.types import PyTree
-from jpeft.types import check_float as check_float
 
 # Every method by its name, for configurations.
 METHODS: dict[str, type[Transform]] = {}
@@ -63,6 +63,9 @@ class Transform:
 
     name: ClassVar[str]
 
+    def __post_init__(self) -> None:
+        check_fields(self.name, self)
+
     def __call__(
         self,
         key: jax.Array,
@@ -85,12 +88,16 @@ class Transform:
 
     def origin(self) -> str:
         """A mark for the leaves this transform makes."""
-        text = json.dumps(self.describe(), sort_keys=True)
+        return self._mark(_whole_as_int(self.describe()))
+
+    def _mark(self, described: Any) -> str:
+        text = json.dumps(described, sort_keys=True)
         return f"{self.name}-{zlib.crc32(text.encode()):08x}"
 
     def origins(self) -> frozenset[str]:
-        """The marks of all leaves this transform makes."""
-        return frozenset({self.origin()})
+        """The marks of all leaves this transform makes, or made when 8.0 and 8 still
+        had marks of their own."""
+        return frozenset({self.origin(), self._mark(self.describe())})
 
     def parts(self) -> tuple[Transform, ...]:
         """The transforms that it applies, one after the other."""
@@ -124,8 +131,9 @@ class Transform:
         for key in fields:
             if key not in known:
                 raise ValueError(
-                    f"{cls.name}: unknown key {key!r}; did you mean "
-                    f"{suggest(known, key, 1)[0]!r}? Known: {', '.join(sorted(known))}"
+                    f"{cls.name}: unknown key {shown(key)}; did you mean "
+                    f"{suggest(known, str(key), 1)[0]!r}? Known: "
+                    f"{', '.join(sorted(known))}"
                 )
         missing = [
             f.name
@@ -136,7 +144,7 @@ class Transform:
         ]
         if missing:
             raise ValueError(f"{cls.name}: the configuration lacks {missing}")
-        return cls(**{k: freeze_value(v) for k, v in fields.items()})
+        return cls(**fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,51 +323,6 @@ def check_finite(targets: Mapping[str, Any], name: str) -> None:
         )
 
 
-def check_positive(
-    method: str, name: str, value: Any, *, integer: bool = False
-) -> None:
-    kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
-        kind = "an integer of at least 1" if integer else "a number above 0"
-        raise ValueError(f"{method}: {name}={value!r}: expected {kind}")
-
-
-def check_dropout(method: str, rate: Any) -> None:
-    kinds = (int, float, np.integer, np.floating)
-    if isinstance(rate, bool) or not isinstance(rate, kinds) or not 0 <= rate < 1:
-        raise ValueError(
-            f"{method}: dropout={rate!r}: expected a rate from 0 up to, not including, "
-            "1"
-        )
-
-
-def dtype_name(dtype: Any) -> str | None:
-    """Its name; what is no dtype as it was typed, for `check_float` to refuse."""
-    if dtype is None:
-        return None
-    try:
-        return jnp.dtype(dtype).name
-    except TypeError:
-        return str(dtype)
-
-
-def check_pattern(
-    method: str, name: str, pattern: Any, *, integer: bool = False
-) -> Pattern:
-    """A {regex: value} mapping as a hashable tuple; the first match wins."""
-    items = pattern.items() if isinstance(pattern, Mapping) else pattern
-    out = tuple((str(k), v) for k, v in items)
-    for regex, value in out:
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise ValueError(
-                f"{method}: {name} key {regex!r} is no regular expression: {error}"
-            ) from None
-        check_positive(method, f"{name}[{regex!r}]", value, integer=integer)
-    return out
-
-
 def matched(pattern: Pattern, path: str, default: Any) -> Any:
     """The value of the first pattern that matches the whole path."""
     return next((v for regex, v in pattern if re.fullmatch(regex, path)), default)
@@ -383,6 +346,15 @@ def _data(x: Any, of_callable: Callable[[Any], Any]) -> Any:
     if callable(x):
         return of_callable(x)
     return x.item() if isinstance(x, np.generic) else x
+
+
+def _whole_as_int(x: Any) -> Any:
+    """Equal numbers alike, 8.0 and 8: transforms that are equal have one mark."""
+    if isinstance(x, dict):
+        return {k: _whole_as_int(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [_whole_as_int(v) for v in x]
+    return int(x) if isinstance(x, float) and x.is_integer() else x
 
 
 def _callable_name(f: Any) -> str:
@@ -434,7 +406,13 @@ class Chain(Transform):
     def from_fields(cls, fields: Mapping[str, Any]) -> Transform:
         if set(fields) != {"transforms"}:
             raise ValueError(
-                f"chain: expected the one key 'transforms', got {sorted(fields)}"
+                f"chain: expected the one key 'transforms', got "
+                f"{shown(sorted(map(str, fields)))}"
+            )
+        if not isinstance(fields["transforms"], (list, tuple)):
+            raise ValueError(
+                f"chain: transforms={shown(fields['transforms'])}: expected a list of "
+                "tables, one a transform"
             )
         return chain(*map(transform_from_config, fields["transforms"]))
 
@@ -459,13 +437,14 @@ def transform_from_config(config: Mapping[str, Any]) -> Transform:
     if not isinstance(config, Mapping) or "method" not in config:
         raise ValueError(
             f"a transform's configuration needs a key 'method', one of "
-            f"{sorted(METHODS)}; got {config!r}"
+            f"{sorted(METHODS)}; got {shown(config)}"
         )
     name = config["method"]
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         near = suggest(sorted(METHODS), str(name), 1)[0]
         raise ValueError(
-            f"unknown method {name!r}; did you mean {near!r}? Known: {sorted(METHODS)}"
+            f"unknown method {shown(name)}; did you mean {near!r}? Known: "
+            f"{sorted(METHODS)}"
         )
     return METHODS[name].from_fields({k: v for k, v in config.items() if k != "method"})
 

@@ -1,10 +1,8 @@
-"""Names shared by every floor: errors and warnings, and the check of a dtype."""
+"""Names shared by every floor: errors and warnings."""
 
 from __future__ import annotations
 
 from typing import Any
-
-import jax.numpy as jnp
 
 __version__ = "0.1.0"
 
@@ -25,17 +23,3 @@ class CheckpointError(ValueError):
 
 class PromiseError(ValueError):
     """Something an adapter left to a later equation was never taken up."""
-
-
-def check_float(name: str, dtype: Any, argument: str = "dtype") -> None:
-    """Raises ValueError unless dtype is floating, or None."""
-    if dtype is None:
-        return
-    try:
-        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        floating = False
-    if not floating:
-        raise ValueError(
-            f"{name}: {argument}={dtype!r}: expected a floating-point dtype"
-        )

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpeft.checks import check_count, plain
 from jpeft.compat import Tracer
 
 
@@ -67,8 +68,8 @@ def prepend_virtual_tokens(
     >>> out.ids
     array([[100, 101,   7,   8,   9]])
     """
-    _check_count("n", n)
-    template = virtual_template(int(n), ..., vocab_size=vocab_size)
+    n = check_count("virtual tokens", "n", n)
+    template = virtual_template(n, ..., vocab_size=vocab_size)
     return template(
         *(ids, mask, labels, positions), task=task, ignore_index=ignore_index
     )
@@ -79,8 +80,7 @@ def strip_virtual_tokens(x: Any, n: int, *, axis: int = 1) -> Any:
 
     x: (batch, n + length, ...).  axis: that of the positions.
     """
-    _check_count("n", n)
-    return _cut(x, int(n), 0, axis)
+    return _cut(x, check_count("virtual tokens", "n", n), 0, axis)
 
 
 def virtual_template(*pieces: Any, vocab_size: int) -> VirtualTemplate:
@@ -96,22 +96,22 @@ def virtual_template(*pieces: Any, vocab_size: int) -> VirtualTemplate:
     >>> template(np.array([[7, 8]])).ids
     array([[100, 101,   5,   7,   8, 102]])
     """
-    _check_count("vocab_size", vocab_size)
+    vocab_size = check_count("virtual tokens", "vocab_size", vocab_size)
     made: list[int | tuple[int, ...] | None] = []
-    for piece in pieces:
+    for given in pieces:
+        piece = plain(given)
         if piece is ...:
             made.append(None)
         elif isinstance(piece, (Sequence, np.ndarray)) and not isinstance(piece, str):
             made.append(_words(piece, vocab_size))
         else:
-            _check_count("a piece", piece)
-            made.append(int(piece))
+            made.append(check_count("virtual tokens", "a piece", piece))
     if made.count(None) != 1 or not any(isinstance(p, int) for p in made):
         raise ValueError(
             f"virtual_template: {pieces!r}: expected one `...` for the text and at "
             "least one number of virtual tokens, such as virtual_template(3, [12], ...)"
         )
-    return VirtualTemplate(tuple(made), int(vocab_size))
+    return VirtualTemplate(tuple(made), vocab_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,13 +263,6 @@ def _words(piece: Any, vocab_size: int) -> tuple[int, ...]:
             f"{vocab_size}"
         )
     return tuple(words.tolist())
-
-
-def _check_count(name: str, n: Any) -> None:
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-        raise ValueError(
-            f"virtual tokens: {name}={n!r}: expected an integer of at least 1"
-        )
 
 
 def _size(piece: Any) -> int:

@@ -12,6 +12,7 @@ FLOORS = {
     "jpeft": 9,
     "jpeft.types": 0,
     "jpeft.compat": 0,
+    "jpeft.checks": 0,
     "jpeft.boxes": 1,
     "jpeft.virtual": 1,
     "jpeft.formats": 1,

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jpeft.tree.paths import segments, spelled
 from jpeft.types import CheckpointError
 
 
@@ -77,6 +78,8 @@ class Leaves:
 
     A name is the array's path, joined by '/', without the `value` of a Flax box.
     stored: shape and dtype of every array.
+    boxed: {the whole path: the name}, where the two differ: it is no box but a weight
+        called `value` if that is what is asked for.
     """
 
     def __init__(self, path: Path, folder: Path):
@@ -94,12 +97,16 @@ class Leaves:
         flat, _ = jax.tree_util.tree_flatten_with_path(found)
         self._keys: dict[str, Keys] = {}
         self.stored: dict[str, jax.ShapeDtypeStruct] = {}
-        for path_, x in flat:
+        self.boxed: dict[str, str] = {}
+        wholes = spelled(segments([p for p, _ in flat]))
+        for (path_, x), whole in zip(flat, wholes, strict=True):
             keys = tuple(getattr(k, "key", getattr(k, "idx", None)) for k in path_)
             if getattr(x, "shape", None) is None or getattr(x, "dtype", None) is None:
                 continue  # a string, an empty subtree
-            name = "/".join(map(str, keys)).removesuffix("/value")
-            name = name if name not in self._keys else f"{name}/value"
+            name = whole.removesuffix("/value")
+            name = name if name not in self._keys else whole
+            if name != whole:
+                self.boxed[whole] = name
             self._keys[name] = keys
             self.stored[name] = jax.ShapeDtypeStruct(tuple(x.shape), x.dtype)
         if not self.stored:  # what Orbax says when it cannot read them

@@ -7,8 +7,10 @@ memory can be loaded if its quantised form fits.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,7 +82,8 @@ def load_quantized(
 
     Raises ValueError for a transform other than quantize, and for `names` that fit no
     path; CheckpointError, naming the weight, for what is missing, misshapen, of another
-    kind of dtype, not finite, or damaged.
+    kind of dtype, not finite, or damaged, and naming the file where it is no file, or
+    not what its format allows.
     """
     formats = _formats(transform)
     flat = slots(like)
@@ -112,10 +115,14 @@ Chosen = tuple[Quantize, LeafUse]
 
 
 class Source(Protocol):
-    """Arrays by name, read one by one."""
+    """Arrays by name, read one by one.
+
+    boxed: {another name: the stored one}, of what may be a box or a level more.
+    """
 
     path: Path
     stored: dict[str, jax.ShapeDtypeStruct]
+    boxed: dict[str, str]
 
     def read(self, name: str) -> np.ndarray: ...
 
@@ -210,14 +217,19 @@ def _places(shardings: Any, flat: Slots) -> dict[str, Sharding | None]:
 
 
 def _open(path: Path) -> Source:
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
-    found = open_tensors(path) or open_leaves(path)
+    expected = f"{path}: expected *.safetensors, or a folder that Orbax saved a tree in"
+    try:
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file or folder")
+        if not path.is_file() and not path.is_dir():
+            raise CheckpointError(f"{expected}; this is neither file nor folder")
+        found = open_tensors(path) or open_leaves(path)
+        there = [] if found else sorted(p.name for p in path.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if found is None:
-        there = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         raise CheckpointError(
-            f"{path}: expected *.safetensors, or a folder that Orbax saved a tree in; "
-            f"there is {there}"
+            f"{expected}; there is {', '.join(there[:5]) or 'nothing'}"
         )
     return found
 
@@ -225,43 +237,100 @@ def _open(path: Path) -> Source:
 def _origins(source: Source, flat: Slots, names: Names) -> dict[str, _Origin]:
     paths = [p for p, x in flat.items() if is_array(weight(x))]
     told = told_by(names, paths, "load_quantized", "like=")
-    stored = source.stored
     out, missing = {}, []
     for path in paths:
-        given, function = _as_origin(path, told(path))
-        found = [_find(stored, n) for n in given]
+        said = told(path)
+        given, function = _as_origin(path, said)
+        found = [_find(source, n) for n in given]
+        if said is None:
+            _check_one(source, path)
         missing += [(path, n) for n, f in zip(given, found, strict=True) if f is None]
         out[path] = _Origin(tuple(f for f in found if f is not None), function)
     if missing:
-        raise CheckpointError(_missing(source, missing))
+        raise CheckpointError(_missing(source, missing, paths))
     return out
 
 
-def _find(stored: Mapping[str, Any], name: str) -> str | None:
+def _find(source: Source, name: str) -> str | None:
     """The name as it is stored: with '/' or '.' between its parts."""
-    spellings = (name, name.replace("/", "."), name.replace(".", "/"))
-    return next((n for n in spellings if n in stored), None)
+    return next(iter(_spellings(source, name)), None)
 
 
-def _missing(source: Source, missing: Sequence[tuple[str, str]]) -> str:
+def _spellings(source: Source, name: str) -> list[str]:
+    """The names under which it is stored, as it was typed first."""
+    spelled = (name, name.replace("/", "."), name.replace(".", "/"))
+    known = (n if n in source.stored else source.boxed.get(n) for n in spelled)
+    return [n for n in dict.fromkeys(known) if n is not None]
+
+
+def _check_one(source: Source, path: str) -> None:
+    """Raises if a path is there under two names, either of which may be meant."""
+    found = _spellings(source, path)
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{path}: {source.path} has {' and '.join(map(repr, found))}; say which is "
+            f"meant, names={{{path!r}: {found[0]!r}}}"
+        )
+
+
+def _missing(
+    source: Source, missing: Sequence[tuple[str, str]], paths: Sequence[str]
+) -> str:
     path, name = missing[0]
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    ends = [n for n in source.stored if _bare(n).endswith("/" + _bare(name))]
+    levels = _levels(source, [n for _, n in missing])
     if advice := _as_torch(source, [p for p, _ in missing]):
         advice = f"PyTorch wrote it, it seems: names={{{advice}}}"
-    elif ends:
-        level = ends[0][: len(ends[0]) - len(name)]
-        advice = f"it has {ends[0]!r}: names={{'(.*)': r'{level}\\1'}}"
+    elif levels:
+        there, *others = (_find(source, x + name) or x + name for x in levels)
+        also = f" (and {', '.join(map(repr, others))})" if others else ""
+        level = levels[0].replace("\\", r"\\")
+        whole = all(_find(source, levels[0] + p) for p in paths)
+        given = f"'(.*)': r'{level}\\1'" if whole else f"{path!r}: {there!r}, ..."
+        advice = f"it has {there!r}{also}: names={{{given}}}"
     else:
-        near = suggest(list(source.stored), name) or "nothing"
+        weights = [n for n in source.stored if not _says(_TRAINING, n)]
+        near = suggest(weights, name) or "nothing"
         advice = f"nearest: {near}; say where it is in names="
     return f"{path}: {source.path} has no {name!r}{more}; {advice}"
+
+
+# What a training keeps beside the weights, under the same names and in the same shapes:
+# moments and sums of Optax and PyTorch, gradients, running averages.
+_TRAINING = re.compile(
+    r"opt(im|imi[sz]er)?_?states?|optimi[sz]ers?|tx|inner_(opt_)?state|mu|nu|trace"
+    r"|(max_)?exp_avg(_sq)?|momentum(_buffer)?|velocity|moments?|[mv]_?hat"
+    r"|acc_grads?|grads?|gradients?|sum_of_squares|v_row|v_col|updates?",
+    re.I,
+)
+# Weights too, but not those that were trained.
+_AVERAGES = re.compile(r"(.*_)?(ema|swa|averaged?|polyak|shadow|slow)(_.*)?", re.I)
+
+
+def _levels(source: Source, names: Sequence[str]) -> list[str]:
+    """What stands before every one of these names, that of weights first.
+
+    Under what only a training keeps they are not looked for.
+    """
+    first = "/" + _bare(names[0])
+    ends = [n for n in (*source.stored, *source.boxed) if _bare(n).endswith(first)]
+    levels = dict.fromkeys(n[: len(n) - len(names[0])] for n in ends)
+    fits = [x for x in levels if all(_find(source, x + n) for n in names)]
+    return sorted(
+        (x for x in fits or levels if not _says(_TRAINING, x)),
+        key=lambda x: (_says(_AVERAGES, x), "params" not in _bare(x).split("/")),
+    )
+
+
+def _says(words: re.Pattern[str], name: str) -> bool:
+    """Whether a level of a stored name is one of these words."""
+    return any(map(words.fullmatch, _bare(name).split("/")[:-1]))
 
 
 def _as_torch(source: Source, missing: Sequence[str]) -> str:
     """Entries of names= for paths that are there under PyTorch's name `weight`."""
     split = [p.rpartition("/") for p in missing]
-    there = {last for to, _, last in split if _find(source.stored, f"{to}/weight")}
+    there = {last for to, _, last in split if _find(source, f"{to}/weight")}
     entries = [
         f"r'(.*)/{n}': r'\\1/weight'" for n in ("scale", "embedding") if n in there
     ]
@@ -455,10 +524,17 @@ def _taken_over(w: _Weight, source: Source) -> Quantized:
     (name,), (transform, _) = w.origin.names, w.chosen
     own = [n for n in source.stored if n == name or n.startswith(name + ".")]
     state = {n: np.array(source.read(n)) for n in own}
-    compute = transform.inside
-    leaf = from_bitsandbytes(state, name, compute_dtype=compute)
-    if _transposes(w, leaf.shape, source):
-        leaf = from_bitsandbytes(state, name, transpose=True, compute_dtype=compute)
+    take = functools.partial(
+        from_bitsandbytes, state, name, compute_dtype=transform.inside
+    )
+    try:
+        leaf = take()
+        turned = _transposes(w, leaf.shape, source)
+        leaf = take(transpose=True) if turned else leaf
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{w.path}: {w.at(source)}: {error}") from error
     if (leaf.format, leaf.block_size) != (transform.format, transform.block_size):
         raise CheckpointError(
             f"{w.path}: {w.at(source)} is stored by bitsandbytes in {leaf.format} with "

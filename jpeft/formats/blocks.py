@@ -20,6 +20,8 @@ What is special (as bitsandbytes on a CPU unless said):
                        in quantile* of the whole matrix, whose book it spoils
     subnormal numbers  zero, as XLA flushes them; and so are the blocks of linear
                        formats whose step is one (int8: up to 1.5e-36)
+    the largest        finite; in linear formats with a zero point up to a step off,
+    numbers            where half a step would lead beyond float32
     NaN                its block is NaN, in quantile* the whole matrix;
                        `jpeft.quant.quantize` raises outside jit
     last, partial ones bitsandbytes divides by their scale, here they are multiplied by
@@ -111,8 +113,13 @@ def quantize(
     block_size: int | str,
     axis: int,
     stack: int = 0,
+    book: Float[Array, "..."] | None = None,
 ) -> Blocks:
-    """x quantised along `axis`; the first `stack` axes count matrices."""
+    """x quantised along `axis`; the first `stack` axes count matrices.
+
+    book: of a learned format, one to use again; its ends move out where the data needs
+    it.  None: it is learned.
+    """
     x, size = x.astype(jnp.float32), x.shape[axis]
     if format.packed:
         x = _fill(x, packing.padded(size), axis)
@@ -120,14 +127,15 @@ def quantize(
     blocks = view.split(x)
     if format.zero_point:
         codes, scales, zeros = _linear_with_zero(blocks, format.bits, view)
-        book = None
     else:
         scales = view.reduce(jnp.max, jnp.abs(blocks))
         unit = scaled(blocks, scales)
-        book = None
         if format.learned:  # from the data, not from what fills it up
             data = jax.lax.slice_in_dim(view.join(unit), 0, size, axis=axis)
-            book = _learn(data, format, stack)
+            if book is None:
+                book = _learn(data, format, stack)
+            else:
+                book = _widened(book, data, stack)
         codes, zeros = _encode(unit, format, book, stack), None
     codes = view.join(codes)
     if format.packed:
@@ -325,12 +333,22 @@ def _linear_with_zero(
     top = float(2**bits - 1)
     low = jnp.minimum(view.reduce(jnp.min, blocks), 0.0)
     high = jnp.maximum(view.reduce(jnp.max, blocks), 0.0)
+    # Of the largest numbers half is taken, that their distance be finite.
+    big = (high > 2.0**126) | (low < -(2.0**126))
+    down = jnp.where(big, np.float32(0.5), np.float32(1.0))
+    up = jnp.where(big, np.float32(2.0), np.float32(1.0))
     # Times the inverse: XLA divides by a constant so in some programs, not in others.
     # The maximum changes nothing but that it cannot be fused with what is subtracted
     # from the step when that is quantised in turn: the last bit would depend on it.
-    step = jnp.maximum((high - low) * np.float32(1.0 / top), 0.0)
+    step = jnp.maximum((high * down - low * down) * np.float32(1.0 / top) * up, 0.0)
     inverse = jnp.where(step > 0, 1.0 / jnp.where(step > 0, step, 1.0), 0.0)
     zero = jnp.clip(jnp.round(-low * inverse), 0.0, top)
+    # Zero is a code, so an end may lie half a step beyond the data: not beyond float32,
+    # with room for a step that is quantised in turn.
+    most = np.float32(0.97) * np.finfo(np.float32).max / jnp.maximum(zero, top - zero)
+    beyond = big & (step > most) & (step < jnp.inf)
+    step = jnp.where(beyond, most, step)
+    inverse = jnp.where(beyond, 1.0 / step, inverse)
     codes = jnp.clip(jnp.round(blocks * inverse) + zero, 0.0, top)
     as_u8 = lambda x: x.astype(jnp.int32).astype(jnp.uint8)
     return as_u8(codes), step, as_u8(zero)
@@ -364,6 +382,14 @@ def _learn(unit: jax.Array, format: Format, stack: int) -> jax.Array:
     for _ in range(stack):
         of_matrix = jax.vmap(of_matrix)
     return of_matrix(unit)
+
+
+def _widened(book: jax.Array, unit: jax.Array, stack: int) -> jax.Array:
+    """A learned book whose ends hold all of the data."""
+    axes = tuple(range(stack, unit.ndim))
+    low = jnp.minimum(book[..., 0], jnp.min(unit, axes))
+    high = jnp.maximum(book[..., -1], jnp.max(unit, axes))
+    return book.at[..., 0].set(low).at[..., -1].set(high)
 
 
 # --- where the blocks are ------------------------------------------------------------

@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jpeft import compat
+from jpeft.checks import refusal
 from jpeft.leaf import wide_dtype
 
 DRAWN, PISSA, OLORA = ("gaussian", "kaiming"), "pissa", "olora"
@@ -37,12 +38,13 @@ def iterations(init: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def check_init(method: str, init: str) -> None:
+def check_init(method: str, name: str, init: Any) -> str:
     known = isinstance(init, str) and (
         init in (*DRAWN, PISSA, OLORA) or iterations(init) is not None
     )
     if not known:
-        raise ValueError(f"{method}: init={init!r}: expected one of {INITS}")
+        raise refusal(method, name, init, f"one of {INITS}")
+    return init
 
 
 def draw_a(

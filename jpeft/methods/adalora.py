@@ -36,11 +36,12 @@ from jaxtyping import Array, Float
 from jpeft import compat
 from jpeft.adapt.labels import Label, R
 from jpeft.boxes import same_box, unbox
+from jpeft.checks import Positive, Rate
 from jpeft.leaf import adapted_leaf, is_leaf, layers, static, trainable
 from jpeft.methods._low_rank import ActsAsLowRank, LowRank
 from jpeft.methods._ranked import Ranked
 from jpeft.methods.lora import check_rank, factor_shapes
-from jpeft.transform import check_dropout, check_positive, dtype_name, method
+from jpeft.transform import method
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.paths import slots
 from jpeft.tree.where import Where
@@ -123,13 +124,8 @@ def triplets(tree: PyTree) -> list[Triplets]:
 class AdaLoRA(Ranked):
     """See `adalora`."""
 
-    dropout: float = 0.0
-    std: float = STD
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("adalora", "std", self.std)
-        check_dropout("adalora", self.dropout)
+    dropout: Rate = 0.0
+    std: Positive = STD
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Triplets:
         rank, alpha = self.rank_of(path), self.alpha_of(path)
@@ -195,9 +191,9 @@ def adalora(
         alpha=alpha,
         dropout=dropout,
         std=std,
-        dtype=dtype_name(dtype),
-        rank_pattern=tuple((rank_pattern or {}).items()),
-        alpha_pattern=tuple((alpha_pattern or {}).items()),
+        dtype=dtype,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
         where=where,
         exclude=exclude,
     )

@@ -27,29 +27,33 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
 from jpeft.adapt.labels import R
+from jpeft.checks import (
+    Count,
+    Counts,
+    Floating,
+    Positive,
+    check_positive,
+    one_of,
+    refusal,
+)
 from jpeft.leaf import AdaptedLeaf, Path
 from jpeft.methods._bottleneck import ACTIVATIONS, Bottleneck, BranchEnd, BranchStart
 from jpeft.transform import (
     LeafMethod,
-    Pattern,
-    check_float,
-    check_pattern,
-    check_positive,
     check_target,
-    dtype_name,
     matched,
     method,
 )
 from jpeft.tree.layout import LeafUse, layouts
 from jpeft.tree.paths import Slots, suggest
 from jpeft.tree.sublayers import SubLayer, parts_of
-from jpeft.tree.where import Where, check_where
+from jpeft.tree.where import Where
 
 INITS = ("near_identity", "houlsby", "bert", "lora")
 LEARNED = "learned"
@@ -88,60 +92,42 @@ class _Target(LeafUse):
 _AFTER, _START, _END = "after", "start", "end"
 
 
+def check_scale(method: str, name: str, value: Any) -> float | str:
+    if isinstance(value, str) and value == LEARNED:
+        return LEARNED
+    if isinstance(value, str):
+        raise refusal(method, name, value, f"a number above 0 or {LEARNED!r}")
+    return check_positive(method, name, value)
+
+
+Scale = Annotated[float | str, check_scale]
+
+
 @method("adapter")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapter(LeafMethod):
     """See `adapter`."""
 
-    bottleneck: int | None = None
-    reduction: float | None = None
-    placement: str = "houlsby"
-    activation: str | None = None
-    scale: float | str | None = None
+    bottleneck: Count | None = None
+    reduction: Positive | None = None
+    placement: Annotated[str, one_of(PLACEMENTS)] = "houlsby"
+    activation: Annotated[str, one_of(ACTIVATIONS)] | None = None
+    scale: Scale | None = None
     gate: bool = False
     late: bool = True
-    init: str | None = None
-    dtype: str | None = None
-    bottleneck_pattern: Pattern = ()
+    init: Annotated[str, one_of(INITS)] | None = None
+    dtype: Floating | None = None
+    bottleneck_pattern: Counts = ()
     where: Where | None = None
     exclude: Where = ()
 
     def __post_init__(self) -> None:
-        one_of("placement", self.placement, PLACEMENTS)
+        super().__post_init__()
         if self.bottleneck is not None and self.reduction is not None:
             raise ValueError(
                 f"adapter: bottleneck={self.bottleneck!r} and reduction="
                 f"{self.reduction!r} both say how wide the bottleneck is; give one"
             )
-        if self.bottleneck is not None:
-            check_positive("adapter", "bottleneck", self.bottleneck, integer=True)
-        if self.reduction is not None:
-            check_positive("adapter", "reduction", self.reduction)
-        if self.activation is not None:
-            one_of("activation", self.activation, ACTIVATIONS)
-        if self.init is not None:
-            one_of("init", self.init, INITS)
-        if isinstance(self.scale, str) and self.scale != LEARNED:
-            raise ValueError(
-                f"adapter: scale={self.scale!r}: expected a number above 0 or "
-                f"{LEARNED!r}"
-            )
-        if self.scale is not None and self.scale != LEARNED:
-            check_positive("adapter", "scale", self.scale)
-        for name in ("gate", "late"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(
-                    f"adapter: {name}={getattr(self, name)!r}: expected True or False"
-                )
-        check_float("adapter", self.dtype)
-        pattern = check_pattern(
-            "adapter", "bottleneck_pattern", self.bottleneck_pattern, integer=True
-        )
-        object.__setattr__(self, "bottleneck_pattern", pattern)
-        for name in ("where", "exclude"):
-            if getattr(self, name) is not None:
-                value = check_where(getattr(self, name), name)
-                object.__setattr__(self, name, value)
 
     @property
     def of_paper(self) -> _Placement:
@@ -254,11 +240,6 @@ def _at_end(part: SubLayer, known: Mapping[str, LeafUse]) -> LeafUse:
     return dataclasses.replace(bias, axes="".join(last.axes[k] for k in kept), doubt="")
 
 
-def one_of(name: str, value: Any, known: Any) -> None:
-    if value not in known:
-        raise ValueError(f"adapter: {name}={value!r}: expected one of {list(known)}")
-
-
 def adapter(
     bottleneck: int | None = None,
     reduction: float | None = None,
@@ -321,8 +302,8 @@ def adapter(
         gate=gate,
         late=late,
         init=init,
-        dtype=dtype_name(dtype),
-        bottleneck_pattern=tuple((bottleneck_pattern or {}).items()),
+        dtype=dtype,
+        bottleneck_pattern=bottleneck_pattern,
         where=where,
         exclude=exclude,
     )

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import Label, Labelled, align, operand_labels
+from jpeft.checks import Floating
 from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, trainable, wide_dtype
-from jpeft.transform import LeafMethod, check_float, dtype_name, method
+from jpeft.transform import LeafMethod, method
 from jpeft.tree.layout import BIAS, LINEAR, MATRIX, LeafUse
 from jpeft.tree.paths import Slots
-from jpeft.tree.where import Where, check_where
+from jpeft.tree.where import Where, check_where_or_nothing
 
 
 @adapted_leaf
@@ -84,32 +85,32 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     return y + bias.reshape(shape).astype(y.dtype)
 
 
+def check_existing(method: str, name: str, where: Any) -> Any:
+    """None, no bias that the model has, is kept as (): a recipe has no None."""
+    return check_where_or_nothing(method, name, () if where is None else where)
+
+
 @method("bitfit")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitFit(LeafMethod):
     """See `bitfit`."""
 
-    where: Where | None = "bias"
+    where: Annotated[Any, check_existing] = "bias"
     add: Where | None = None
     exclude: Where = ()
-    dtype: str | None = None
+    dtype: Floating | None = None
 
     needs_axes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_float("bitfit", self.dtype)
-        if self.where is None and self.add is None:
+        super().__post_init__()
+        if self.where == () and self.add is None:
             raise ValueError(
                 "bitfit: where=None and add=None leave nothing to train; where= "
                 "selects biases the model has, add= weights that get one"
             )
-        for name in ("where", "add", "exclude"):
-            if getattr(self, name) is not None:
-                value = check_where(getattr(self, name), name)
-                object.__setattr__(self, name, value)
 
     def selection(self) -> tuple[Where, Where]:
-        assert self.where is not None
         return self.where, self.exclude
 
     def accepts(self, use: LeafUse) -> bool:
@@ -121,7 +122,7 @@ class BitFit(LeafMethod):
     def targets(
         self, flat: Slots, uses: Mapping[str, LeafUse] | None
     ) -> dict[str, LeafUse]:
-        if self.where is None:
+        if self.where == ():
             return {}
         return super().targets(flat, uses)
 
@@ -204,5 +205,4 @@ def bitfit(
     >>> jpeft.count(params)
     Count(trainable=5, frozen=40)
     """
-    dtype = dtype_name(dtype)
     return BitFit(where=where, add=add, exclude=exclude, dtype=dtype)

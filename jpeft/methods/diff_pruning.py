@@ -43,6 +43,7 @@ from jaxtyping import Array, Float
 
 from jpeft import compat
 from jpeft.boxes import unbox
+from jpeft.checks import Floating, Positive, real
 from jpeft.leaf import (
     AdaptedLeaf,
     adapted_leaf,
@@ -59,15 +60,12 @@ from jpeft.leaf import (
 )
 from jpeft.transform import (
     LeafMethod,
-    check_float,
-    check_positive,
-    dtype_name,
     method,
     place_beside,
 )
 from jpeft.tree.layout import UNUSED, LeafUse
 from jpeft.tree.paths import slots
-from jpeft.tree.where import Where, check_where
+from jpeft.tree.where import Where
 from jpeft.types import PyTree
 
 LOW, HIGH, ALPHA = -1.5, 1.5, 5.0  # the paper's stretch; the authors' first alpha
@@ -191,14 +189,13 @@ class DiffPruning(LeafMethod):
     alpha: float = ALPHA
     low: float = LOW
     high: float = HIGH
-    temperature: float = 1.0
-    dtype: str | None = None
+    temperature: Positive = 1.0
+    dtype: Floating | None = None
 
     needs_axes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_float("diff_pruning", self.dtype)
-        check_positive("diff_pruning", "temperature", self.temperature)
+        super().__post_init__()
         if not self.low < 0.0:
             raise ValueError(
                 f"diff_pruning: low={self.low!r}: expected below 0, or no gate ever "
@@ -209,10 +206,6 @@ class DiffPruning(LeafMethod):
                 f"diff_pruning: high={self.high!r}: expected above 1, or no gate is "
                 "ever fully open"
             )
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"diff_pruning: alpha={self.alpha!r}: expected a number")
-        object.__setattr__(self, "where", check_where(self.where))
-        object.__setattr__(self, "exclude", check_where(self.exclude, "exclude"))
 
     def selection(self) -> tuple[Where, Where]:
         return self.where, self.exclude
@@ -279,7 +272,7 @@ def diff_pruning(
         low=low,
         high=high,
         temperature=temperature,
-        dtype=dtype_name(dtype),
+        dtype=dtype,
     )
 
 
@@ -314,6 +307,11 @@ def expected_l0(params: PyTree) -> Float[Array, ""]:
     return functools.reduce(jnp.add, sums)
 
 
+_check_density = real(
+    lambda x: 0 < x <= 1, "above 0, up to 1 (0.005 keeps one difference in 200)"
+)
+
+
 def sparsify(params: PyTree, density: float) -> PyTree:
     """The tree with only the largest differences, at fixed places.
 
@@ -325,11 +323,7 @@ def sparsify(params: PyTree, density: float) -> PyTree:
     Raises ValueError for a density outside (0, 1], where no difference is left, and
     under `jit`, because the shapes of the result depend on values.
     """
-    if isinstance(density, bool) or not 0.0 < density <= 1.0:
-        raise ValueError(
-            f"sparsify: density={density!r}: expected above 0, up to 1 (0.005 keeps "
-            "one difference in 200)"
-        )
+    density = _check_density("sparsify", "density", density)
     flat = slots(params)
     found = gated(params)
     if not found:

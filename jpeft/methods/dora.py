@@ -42,7 +42,7 @@ from jpeft.methods import _init
 from jpeft.methods._low_rank import LowRank
 from jpeft.methods._scaled import ScaledOutput, spread
 from jpeft.methods.lora import LoRA
-from jpeft.transform import dtype_name, method
+from jpeft.transform import method
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.where import Where
 
@@ -300,9 +300,9 @@ def dora(
         rank_stabilized=rank_stabilized,
         dropout=dropout,
         init=init,
-        dtype=dtype_name(dtype),
-        rank_pattern=tuple((rank_pattern or {}).items()),
-        alpha_pattern=tuple((alpha_pattern or {}).items()),
+        dtype=dtype,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
         where=where,
         exclude=exclude,
     )

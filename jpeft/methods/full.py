@@ -15,10 +15,11 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from jpeft.checks import Floating
 from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, trainable
-from jpeft.transform import LeafMethod, check_float, dtype_name, method
+from jpeft.transform import LeafMethod, method
 from jpeft.tree.layout import LeafUse
-from jpeft.tree.where import Where, check_where
+from jpeft.tree.where import Where
 
 
 @adapted_leaf
@@ -51,14 +52,9 @@ class Full(LeafMethod):
 
     where: Where
     exclude: Where = ()
-    dtype: str | None = None
+    dtype: Floating | None = None
 
     needs_axes: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_float("full", self.dtype)
-        object.__setattr__(self, "where", check_where(self.where))
-        object.__setattr__(self, "exclude", check_where(self.exclude, "exclude"))
 
     def selection(self) -> tuple[Where, Where]:
         return self.where, self.exclude
@@ -91,5 +87,4 @@ def full(where: Where, *, exclude: Where = (), dtype: Any = None) -> Full:
     >>> jpeft.count(params).trainable
     16
     """
-    dtype = dtype_name(dtype)
     return Full(where=where, exclude=exclude, dtype=dtype)

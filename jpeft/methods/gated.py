@@ -217,9 +217,10 @@ class Gated(Transform):
     replace_scale: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         inner = self.transform
         if not isinstance(inner, (LoRA, PrefixTuning, Adapter)):
-            raise TypeError(
+            raise ValueError(
                 "gated: expected jpeft.lora(...), jpeft.prefix(...) or "
                 f"jpeft.adapter(...), got {inner!r}"
             )

@@ -28,13 +28,14 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from jpeft.checks import Floating
 from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, static, transient, wide_dtype
 from jpeft.methods._scaled import ScaledInput, ScaledOutput
-from jpeft.transform import LeafMethod, Transform, check_float, dtype_name, method
+from jpeft.transform import LeafMethod, Transform, method
 from jpeft.tree.layout import BIAS, CONV, LINEAR, MATRIX, LeafUse
 from jpeft.tree.paths import Slots, slots
 from jpeft.tree.sublayers import MLP, SubLayer, sublayers
-from jpeft.tree.where import Where, check_where
+from jpeft.tree.where import Where, WhereOrNothing
 from jpeft.types import PyTree
 
 # --- the bias beside a rescaled weight -----------------------------------------------
@@ -84,18 +85,13 @@ class ScaledBias(AdaptedLeaf):
 class IA3(Transform):
     """See `ia3`."""
 
-    where: Where | None = None
-    feedforward: Where | None = None
+    where: WhereOrNothing | None = None
+    feedforward: WhereOrNothing | None = None
     exclude: Where = ()
-    dtype: str | None = None
+    dtype: Floating | None = None
 
     def __post_init__(self) -> None:
-        check_float("ia3", self.dtype)
-        for name in ("where", "feedforward", "exclude"):
-            value = getattr(self, name)
-            if value is not None:
-                value = () if value in ((), []) else check_where(value, name)
-                object.__setattr__(self, name, value)
+        super().__post_init__()
         if self.where == () and self.feedforward == ():
             raise ValueError("ia3: where=() and feedforward=() leave nothing to train")
 
@@ -272,5 +268,4 @@ def ia3(
     >>> jpeft.count(ia3(jax.random.key(0), params)).trainable
     5
     """
-    dtype = dtype_name(dtype)
     return IA3(where=where, feedforward=feedforward, exclude=exclude, dtype=dtype)

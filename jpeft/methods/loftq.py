@@ -21,14 +21,21 @@ import jax.numpy as jnp
 
 from jpeft import compat
 from jpeft.boxes import unbox
+from jpeft.checks import Count
 from jpeft.leaf import AdaptedLeaf, box_of, boxed_like
 from jpeft.methods._init import PISSA, draw_a, factors
 from jpeft.methods._low_rank import LowRank, low_rank_product
 from jpeft.methods.lora import LowRankMethod, check_rank
-from jpeft.methods.quantize import Quantize, check_plain, quantize
+from jpeft.methods.quantize import (
+    BlockSize,
+    ComputeDtype,
+    FormatName,
+    Quantize,
+    check_plain,
+)
 from jpeft.quant.arrays import check_in_float32
 from jpeft.quant.leaf import Quantized, arrangement, boxed
-from jpeft.transform import check_positive, dtype_name, method, place_beside
+from jpeft.transform import method, place_beside
 from jpeft.tree.layout import EMBEDDING, LeafUse
 from jpeft.tree.paths import weight
 from jpeft.tree.where import Where
@@ -39,17 +46,11 @@ from jpeft.tree.where import Where
 class LoftQ(LowRankMethod):
     """See `loftq`."""
 
-    steps: int = 1
-    format: str = "nf4"
+    steps: Count = 1
+    format: FormatName = "nf4"
     double: bool = True
-    block_size: int | str = 64
-    compute_dtype: str = "bfloat16"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("loftq", "steps", self.steps, integer=True)
-        of = self.quantizer()
-        self._set(block_size=of.block_size, compute_dtype=of.compute_dtype)
+    block_size: BlockSize = 64
+    compute_dtype: ComputeDtype = "bfloat16"
 
     def quantizer(self) -> Quantize:
         return Quantize(
@@ -129,7 +130,6 @@ def loftq(
     >>> error(params) < error(jpeft.unload(params))
     True
     """
-    of = quantize(format, double, block_size, compute_dtype=compute_dtype)
     return LoftQ(
         rank=rank,
         alpha=alpha,
@@ -139,12 +139,12 @@ def loftq(
         double=double,
         block_size=block_size,
         dropout=dropout,
-        dtype=dtype_name(dtype),
-        rank_pattern=tuple((rank_pattern or {}).items()),
-        alpha_pattern=tuple((alpha_pattern or {}).items()),
+        dtype=dtype,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
         where=where,
         exclude=exclude,
-        compute_dtype=of.compute_dtype,
+        compute_dtype=compute_dtype,
     )
 
 

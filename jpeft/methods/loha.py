@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +36,13 @@ from jaxtyping import Array, Float
 
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import Label, R, align, contract, operand_labels
+from jpeft.checks import one_of
 from jpeft.leaf import adapted_leaf, is_leaf, static, trainable, wide_dtype
 from jpeft.methods import _init
 from jpeft.methods._low_rank import ActsAsLowRank, LowRank, low_rank_product, through
 from jpeft.methods._ranked import Ranked
 from jpeft.methods.lora import check_rank, factor_shapes
-from jpeft.transform import dtype_name, method
+from jpeft.transform import method
 from jpeft.tree.layout import CONV, LINEAR, MATRIX, LeafUse
 from jpeft.tree.where import Where
 
@@ -214,12 +215,7 @@ def draw(
 class LoHa(Ranked):
     """See `loha`."""
 
-    init: str = LYCORIS
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.init not in INITS:
-            raise ValueError(f"loha: init={self.init!r}: expected one of {INITS}")
+    init: Annotated[str, one_of(INITS)] = LYCORIS
 
     def accepts(self, use: LeafUse) -> bool:
         return use.kind in (LINEAR, MATRIX, CONV)
@@ -282,9 +278,9 @@ def loha(
         rank=rank,
         alpha=alpha,
         init=init,
-        dtype=dtype_name(dtype),
-        rank_pattern=tuple((rank_pattern or {}).items()),
-        alpha_pattern=tuple((alpha_pattern or {}).items()),
+        dtype=dtype,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
         where=where,
         exclude=exclude,
     )

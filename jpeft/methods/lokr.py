@@ -25,7 +25,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +45,12 @@ from jpeft.adapt.labels import (
     operand_labels,
     reshaped,
 )
+from jpeft.checks import check_count, one_of, plain
 from jpeft.leaf import adapted_leaf, is_leaf, static, trainable, wide_dtype
 from jpeft.methods import _init
 from jpeft.methods._ranked import Ranked
 from jpeft.methods._scaled import ScaledInput, ScaledOutput
-from jpeft.transform import check_positive, dtype_name, method
+from jpeft.transform import method
 from jpeft.tree.layout import LINEAR, MATRIX, LeafUse
 from jpeft.tree.where import Where
 
@@ -372,21 +373,18 @@ def draw(
 # --- the method ----------------------------------------------------------------------
 
 
+def check_factor(method: str, name: str, value: Any) -> int:
+    return -1 if plain(value) == -1 else check_count(method, name, value)
+
+
 @method("lokr")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoKr(Ranked):
     """See `lokr`."""
 
-    factor: int = -1
+    factor: Annotated[int, check_factor] = -1
     decompose_both: bool = False
-    init: str = LYCORIS
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.factor != -1:
-            check_positive("lokr", "factor", self.factor, integer=True)
-        if self.init not in INITS:
-            raise ValueError(f"lokr: init={self.init!r}: expected one of {INITS}")
+    init: Annotated[str, one_of(INITS)] = LYCORIS
 
     def accepts(self, use: LeafUse) -> bool:
         return use.kind in (LINEAR, MATRIX)
@@ -465,9 +463,9 @@ def lokr(
         factor=factor,
         decompose_both=decompose_both,
         init=init,
-        dtype=dtype_name(dtype),
-        rank_pattern=tuple((rank_pattern or {}).items()),
-        alpha_pattern=tuple((alpha_pattern or {}).items()),
+        dtype=dtype,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
         where=where,
         exclude=exclude,
     )

@@ -28,17 +28,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import jax
 import jax.numpy as jnp
 
 from jpeft.adapt.labels import Label, R
+from jpeft.checks import Rate
 from jpeft.leaf import adapted_leaf, frozen, is_leaf, static, trainable
 from jpeft.methods import _init
 from jpeft.methods._low_rank import ActsAsLowRank, LowRank
 from jpeft.methods._ranked import Ranked
-from jpeft.transform import check_dropout, dtype_name, method
+from jpeft.transform import method
 from jpeft.tree.layout import CONV, EMBEDDING, LeafUse
 from jpeft.tree.where import Where
 
@@ -97,16 +98,15 @@ class ShiftedLowRank(ActsAsLowRank):
 # --- the method ----------------------------------------------------------------------
 
 
+Init = Annotated[str, _init.check_init]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRankMethod(Ranked):
     """A method whose delta is s A B; see `lora` for the fields."""
 
     rank_stabilized: bool = False
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_dropout(self.name, self.dropout)
+    dropout: Rate = 0.0
 
     def scale_of(self, path: str) -> float:
         rank, alpha = self.rank_of(path), self.alpha_of(path)
@@ -119,11 +119,7 @@ class LowRankMethod(Ranked):
 class LoRA(LowRankMethod):
     """See `lora`."""
 
-    init: str = "gaussian"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _init.check_init(self.name, self.init)
+    init: Init = "gaussian"
 
     def _instead(self, base: Any) -> str:
         if is_leaf(base) and base.holds_weight:
@@ -219,9 +215,9 @@ def lora(
         rank_stabilized=rank_stabilized,
         dropout=dropout,
         init=init,
-        dtype=dtype_name(dtype),
-        rank_pattern=tuple((rank_pattern or {}).items()),
-        alpha_pattern=tuple((alpha_pattern or {}).items()),
+        dtype=dtype,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
         where=where,
         exclude=exclude,
     )

@@ -16,10 +16,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from jpeft.checks import Count, Floating, Positive
 from jpeft.methods._recipe import Recipe
-from jpeft.methods.adapter import adapter
-from jpeft.methods.prefix import prefix
-from jpeft.transform import Transform, chain, dtype_name, method
+from jpeft.methods.adapter import Scale, adapter
+from jpeft.methods.prefix import Network, prefix
+from jpeft.transform import Transform, chain, method
 from jpeft.tree.where import Where
 
 
@@ -28,18 +29,19 @@ from jpeft.tree.where import Where
 class MixAndMatch(Recipe):
     """See `mam`."""
 
-    prefix_length: int = 30
-    bottleneck: int | None = None
-    reduction: float | None = None
-    scale: float | str = 4.0
-    reparametrization: str | None = None
-    width: int = 800
+    prefix_length: Count = 30
+    bottleneck: Count | None = None
+    reduction: Positive | None = None
+    scale: Scale = 4.0
+    reparametrization: Network | None = None
+    width: Count = 800
     attention: Where = "attention"
     mlp: Where = "mlp"
-    dtype: str | None = None
+    dtype: Floating | None = None
 
     def __post_init__(self) -> None:
-        self.composed()  # each part checks its own
+        super().__post_init__()
+        self.composed()  # each part checks how its fields go together
 
     def composed(self) -> Transform:
         return chain(
@@ -99,5 +101,5 @@ def mam(
         width=width,
         attention=attention,
         mlp=mlp,
-        dtype=dtype_name(dtype),
+        dtype=dtype,
     )

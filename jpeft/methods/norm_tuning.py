@@ -16,10 +16,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jpeft.checks import Floating
 from jpeft.methods.bitfit import Delta
-from jpeft.transform import LeafMethod, check_float, dtype_name, method
+from jpeft.transform import LeafMethod, method
 from jpeft.tree.layout import BIAS, NORM, LeafUse, in_norm
-from jpeft.tree.where import Where, check_where
+from jpeft.tree.where import Where
 
 
 @method("norm_tuning")
@@ -29,14 +30,9 @@ class NormTuning(LeafMethod):
 
     where: Where = "norm"
     exclude: Where = ()
-    dtype: str | None = None
+    dtype: Floating | None = None
 
     needs_axes: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_float("norm_tuning", self.dtype)
-        object.__setattr__(self, "where", check_where(self.where))
-        object.__setattr__(self, "exclude", check_where(self.exclude, "exclude"))
 
     def selection(self) -> tuple[Where, Where]:
         return self.where, self.exclude
@@ -65,5 +61,4 @@ def norm_tuning(
     >>> jpeft.count(jpeft.norm_tuning()(jax.random.key(0), params))
     Count(trainable=7, frozen=12)
     """
-    dtype = dtype_name(dtype)
     return NormTuning(where=where, exclude=exclude, dtype=dtype)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jpeft.boxes import unbox
+from jpeft.checks import Count, one_of
 from jpeft.leaf import (
     AdaptedLeaf,
     adapted_leaf,
@@ -37,7 +38,7 @@ from jpeft.leaf import (
 )
 from jpeft.methods._virtual import Prompt
 from jpeft.methods.prompt import VirtualMethod
-from jpeft.transform import check_positive, dtype_name, method
+from jpeft.transform import method
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.where import Where
 
@@ -147,19 +148,9 @@ class MlpPrompt(EncodedPrompt):
 class PTuning(VirtualMethod):
     """See `p_tuning`."""
 
-    length: int
-    encoder: str = LSTM
-    hidden: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self.name, "length", self.length, integer=True)
-        if self.hidden is not None:
-            check_positive(self.name, "hidden", self.hidden, integer=True)
-        if self.encoder not in ENCODERS:
-            raise ValueError(
-                f"p_tuning: encoder={self.encoder!r}: expected one of {ENCODERS}"
-            )
+    length: Count
+    encoder: Annotated[str, one_of(ENCODERS)] = LSTM
+    hidden: Count | None = None
 
     def virtual_tokens(self) -> int:
         return self.length
@@ -240,7 +231,7 @@ def p_tuning(
         where=where,
         exclude=exclude,
         one_hot=one_hot,
-        dtype=dtype_name(dtype),
+        dtype=dtype,
     )
 
 

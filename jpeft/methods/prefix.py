@@ -31,8 +31,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ from jaxtyping import Float
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import Label, Labelled, operand_labels
 from jpeft.boxes import unbox
+from jpeft.checks import Count, Floating, one_of, plain, refusal
 from jpeft.leaf import (
     AdaptedLeaf,
     adapted_leaf,
@@ -63,9 +64,6 @@ from jpeft.methods.p_tuning import linear, lstm
 from jpeft.transform import (
     Transform,
     check_finite,
-    check_float,
-    check_positive,
-    dtype_name,
     method,
     path_key,
     place_beside,
@@ -73,9 +71,10 @@ from jpeft.transform import (
 from jpeft.tree.layout import LeafUse, layouts
 from jpeft.tree.paths import slots, weight
 from jpeft.tree.sublayers import parts_of
-from jpeft.tree.where import Where, check_where
+from jpeft.tree.where import Where
 
 INITS = ("gaussian", "unit", "zeros")
+Network = Annotated[str, one_of(("mlp", "lstm"))]
 NETWORK_ELSEWHERE = (
     "the network that makes this prefix is held by another weight of the same "
     "transform; pass the whole tree"
@@ -378,58 +377,44 @@ def _features_unknown(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
 # --- the method ----------------------------------------------------------------------
 
 
+def check_layers(method: str, name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, (str, Mapping)) and isinstance(value, Iterable):
+        value = numbers = tuple(plain(k) for k in value)
+        whole = (isinstance(k, int) and not isinstance(k, bool) for k in numbers)
+        if numbers and all(whole):
+            return numbers
+    raise refusal(method, name, value, "layer numbers such as (0, 1, -1)")
+
+
 @method("prefix")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixTuning(Transform):
     """See `prefix`."""
 
-    length: int
-    mode: str = "kv"
+    length: Count
+    mode: Annotated[str, one_of(("kv", "tokens"))] = "kv"
     where: Where = "attention"
     exclude: Where = ()
-    reparametrization: str | None = None
-    width: int = 512
-    init: str = "gaussian"
-    layers: tuple[int, ...] | None = None
-    tasks: int = 1
-    heads: int | None = None
-    dtype: str | None = None
+    reparametrization: Network | None = None
+    width: Count = 512
+    init: Annotated[str, one_of(INITS)] = "gaussian"
+    layers: Annotated[Sequence[int], check_layers] | None = None
+    tasks: Count = 1
+    heads: Count | None = None
+    dtype: Floating | None = None
 
     def __post_init__(self) -> None:
-        check_positive(self.name, "length", self.length, integer=True)
-        check_positive(self.name, "width", self.width, integer=True)
-        check_positive(self.name, "tasks", self.tasks, integer=True)
-        if self.heads is not None:
-            check_positive(self.name, "heads", self.heads, integer=True)
-        check_float(self.name, self.dtype)
-        for name, known in (
-            ("mode", ("kv", "tokens")),
-            ("reparametrization", (None, "mlp", "lstm")),
-            ("init", INITS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{self.name}: {name}={getattr(self, name)!r}: expected one of "
-                    f"{known}"
-                )
+        super().__post_init__()
         if self.reparametrization == "lstm" and self.width % 2:
             raise ValueError(
                 f"{self.name}: width={self.width}: an LSTM of two directions needs an "
                 "even width"
             )
-        if self.layers is not None:
-            if not self.layers or any(
-                isinstance(k, bool) or not isinstance(k, int) for k in self.layers
-            ):
-                raise ValueError(
-                    f"{self.name}: layers={self.layers!r}: expected layer numbers such "
-                    "as (0, 1, -1)"
-                )
-            if self.mode == "tokens":
-                raise ValueError(
-                    f"{self.name}: layers= is for mode='kv'; in mode='tokens' choose "
-                    "sub-layers with where="
-                )
+        if self.layers is not None and self.mode == "tokens":
+            raise ValueError(
+                f"{self.name}: layers= is for mode='kv'; in mode='tokens' choose "
+                "sub-layers with where="
+            )
         if self.mode == "tokens" and self.reparametrization is not None:
             raise ValueError(
                 f"{self.name}: mode='tokens' and reparametrization= exclude each "
@@ -440,8 +425,6 @@ class PrefixTuning(Transform):
                 f"{self.name}: tasks= and reparametrization= exclude each other; train "
                 "one prefix a task, jpeft.finalize each"
             )
-        for name in ("where", "exclude"):
-            object.__setattr__(self, name, check_where(getattr(self, name), name))
 
     def virtual_tokens(self) -> int:
         return self.length if self.mode == "tokens" else 0
@@ -605,10 +588,10 @@ def prefix(
         reparametrization=reparametrization,
         width=width,
         init=init,
-        layers=None if layers is None else tuple(layers),
+        layers=layers,
         tasks=tasks,
         heads=heads,
-        dtype=dtype_name(dtype),
+        dtype=dtype,
     )
 
 
@@ -658,10 +641,10 @@ def p_tuning_v2(
         reparametrization=reparametrization,
         width=width,
         init=init,
-        layers=None if layers is None else tuple(layers),
+        layers=layers,
         tasks=tasks,
         heads=heads,
-        dtype=dtype_name(dtype),
+        dtype=dtype,
     )
 
 

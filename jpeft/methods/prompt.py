@@ -24,13 +24,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jpeft.checks import Count, Floating, plain, refusal
 from jpeft.leaf import is_leaf, layers, wide_dtype
 from jpeft.methods._virtual import (
     Prompt,
@@ -41,16 +42,12 @@ from jpeft.methods._virtual import (
 )
 from jpeft.transform import (
     LeafMethod,
-    check_float,
-    check_positive,
     check_target,
-    dtype_name,
-    freeze_value,
     method,
 )
 from jpeft.tree.layout import LeafUse, layouts
 from jpeft.tree.paths import Slots
-from jpeft.tree.where import Where, check_where, select
+from jpeft.tree.where import Where, select
 
 RANDOM, NORMAL, VOCAB = INITS = ("random", "normal", "vocab")
 
@@ -62,13 +59,7 @@ class VirtualMethod(LeafMethod):
     where: Where | None = None
     exclude: Where = ()
     one_hot: bool = False
-    dtype: str | None = None
-
-    def __post_init__(self) -> None:
-        check_float(self.name, self.dtype)
-        if self.where is not None:
-            object.__setattr__(self, "where", check_where(self.where))
-        object.__setattr__(self, "exclude", check_where(self.exclude, "exclude"))
+    dtype: Floating | None = None
 
     def selection(self) -> tuple[Where, Where]:
         return self.where or ".*", self.exclude
@@ -107,36 +98,39 @@ class VirtualMethod(LeafMethod):
         return use.sizes("i")[0]
 
 
+def check_init(method: str, name: str, init: Any) -> str | tuple[int, ...]:
+    """A way to begin, or the ids of a text."""
+    if isinstance(init, str) and init in INITS:
+        return str(init)
+    if isinstance(init, (np.ndarray, jax.Array)):
+        init = np.asarray(init).tolist()
+    ids = [plain(x) for x in init] if isinstance(init, (list, tuple)) else []
+    if not ids or any(isinstance(k, bool) or not isinstance(k, int) for k in ids):
+        raise refusal(
+            method,
+            name,
+            init,
+            f"one of {INITS} or the token ids of a text, a list of integers",
+        )
+    return tuple(ids)
+
+
 @method("prompt")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptTuning(VirtualMethod):
     """See `prompt`."""
 
-    length: int
-    init: str | tuple[int, ...] = RANDOM
-    tasks: int = 1
+    length: Count
+    init: Annotated[str | Sequence[int], check_init] = RANDOM
+    tasks: Count = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self.name, "length", self.length, integer=True)
-        check_positive(self.name, "tasks", self.tasks, integer=True)
-        if isinstance(self.init, str):
-            if self.init not in INITS:
-                raise ValueError(
-                    f"prompt: init={self.init!r}: expected one of {INITS} or the token "
-                    "ids of a text"
-                )
-            return
-        ids = np.asarray(self.init)
-        if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+        if isinstance(self.init, tuple) and len(self.init) > self.length:
             raise ValueError(
-                f"prompt: init={self.init!r}: expected one of {INITS} or the token ids "
-                "of a text, a list of integers"
-            )
-        if ids.size > self.length:
-            raise ValueError(
-                f"prompt: init= is a text of {ids.size} tokens, longer than the prompt "
-                f"of length {self.length}; shorten it, or pass length={ids.size}"
+                f"prompt: init= is a text of {len(self.init)} tokens, longer than the "
+                f"prompt of length {self.length}; shorten it, or pass "
+                f"length={len(self.init)}"
             )
 
     def virtual_tokens(self) -> int:
@@ -213,12 +207,12 @@ def prompt(
     """
     return PromptTuning(
         length=length,
-        init=init if isinstance(init, str) else freeze_value(np.asarray(init).tolist()),
+        init=init,
         tasks=tasks,
         where=where,
         exclude=exclude,
         one_hot=one_hot,
-        dtype=dtype_name(dtype),
+        dtype=dtype,
     )
 
 

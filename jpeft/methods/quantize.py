@@ -10,28 +10,35 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
 from jpeft.boxes import unbox
+from jpeft.checks import check_floating
 from jpeft.leaf import AdaptedLeaf, box_of, layers
 from jpeft.quant import rules as _rules  # noqa: F401  enters its rules
-from jpeft.quant.arrays import (
-    check_block_size,
-    check_double,
-    check_format,
-    check_in_float32,
-)
+from jpeft.quant.arrays import check_block_size, check_format, check_in_float32
 from jpeft.quant.leaf import Layout, Quantized, arrangement, boxed, quantize_array
-from jpeft.transform import LeafMethod, check_float, method, place_beside
+from jpeft.transform import LeafMethod, method, place_beside
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.paths import Slots, weight
-from jpeft.tree.where import Where, check_where
+from jpeft.tree.where import Where
 
 # In a configuration: products in the activation's own dtype.
 ACTIVATION = "activation"
+
+
+def check_compute_dtype(method: str, name: str, value: Any) -> str:
+    if value is None or (isinstance(value, str) and value == ACTIVATION):
+        return ACTIVATION
+    return check_floating(method, name, value)
+
+
+FormatName = Annotated[str, check_format]
+BlockSize = Annotated[int | str, check_block_size]
+ComputeDtype = Annotated[Any, check_compute_dtype]
 
 
 @method("quantize")
@@ -39,24 +46,12 @@ ACTIVATION = "activation"
 class Quantize(LeafMethod):
     """See `quantize`."""
 
-    format: str = "nf4"
+    format: FormatName = "nf4"
     double: bool = True
-    block_size: int | str = 64
+    block_size: BlockSize = 64
     where: Where = "linear"
     exclude: Where = ()
-    compute_dtype: str = "bfloat16"
-
-    def __post_init__(self) -> None:
-        check_format("quantize", self.format)
-        size = check_block_size("quantize", self.block_size)
-        object.__setattr__(self, "block_size", size)
-        check_double("quantize", self.double)
-        if self.compute_dtype is None:
-            object.__setattr__(self, "compute_dtype", ACTIVATION)
-        if self.compute_dtype != ACTIVATION:
-            check_float("quantize", self.compute_dtype, "compute_dtype")
-        object.__setattr__(self, "where", check_where(self.where))
-        object.__setattr__(self, "exclude", check_where(self.exclude, "exclude"))
+    compute_dtype: ComputeDtype = "bfloat16"
 
     def selection(self) -> tuple[Where, Where]:
         return self.where, self.exclude
@@ -174,14 +169,11 @@ def quantize(
     >>> leaf.shape, leaf.codes.shape, leaf.codes.dtype.name
     ((64, 128), (32, 128), 'uint8')
     """
-    as_it_comes = compute_dtype is None or compute_dtype == ACTIVATION
-    if not as_it_comes:
-        check_float("quantize", compute_dtype, "compute_dtype")
     return Quantize(
         format=format,
         double=double,
         block_size=block_size,
         where=where,
         exclude=exclude,
-        compute_dtype=ACTIVATION if as_it_comes else jnp.dtype(compute_dtype).name,
+        compute_dtype=compute_dtype,
     )

@@ -15,12 +15,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from jpeft.checks import Count, CountOrZero, Floating, Positive
 from jpeft.methods._recipe import Recipe
 from jpeft.methods.adapter import adapter
 from jpeft.methods.gated import gated
 from jpeft.methods.lora import lora
 from jpeft.methods.prefix import prefix
-from jpeft.transform import Transform, chain, dtype_name, method
+from jpeft.transform import Transform, chain, method
 from jpeft.tree.where import Where
 
 QUERY_VALUE = r"(.*/)?(query|value|q_proj|v_proj|q|v|wq|wv)/(kernel|w|weight)"
@@ -31,19 +32,20 @@ QUERY_VALUE = r"(.*/)?(query|value|q_proj|v_proj|q|v|wq|wv)/(kernel|w|weight)"
 class UniPELT(Recipe):
     """See `unipelt`."""
 
-    rank: int = 8
-    alpha: float = 16
+    rank: CountOrZero = 8
+    alpha: Positive = 16
     replace_scale: bool = False
-    prefix_length: int = 10
-    bottleneck: int | None = None
-    reduction: float | None = None
+    prefix_length: CountOrZero = 10
+    bottleneck: Count | None = None
+    reduction: Positive | None = None
     projections: Where = QUERY_VALUE
     attention: Where = "attention"
     mlp: Where = "mlp"
-    dtype: str | None = None
+    dtype: Floating | None = None
 
     def __post_init__(self) -> None:
-        self.composed()  # each part checks its own
+        super().__post_init__()
+        self.composed()  # each part checks how its fields go together
 
     def composed(self) -> Transform:
         parts: list[Transform] = []
@@ -107,5 +109,5 @@ def unipelt(
         projections=projections,
         attention=attention,
         mlp=mlp,
-        dtype=dtype_name(dtype),
+        dtype=dtype,
     )

@@ -31,6 +31,7 @@ from jaxtyping import Array, Float
 
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import Label, R, align, contract, operand_labels
+from jpeft.checks import Count, Floating, Positive, Rate
 from jpeft.leaf import (
     AdaptedLeaf,
     adapted_leaf,
@@ -45,16 +46,12 @@ from jpeft.methods._scaled import ScaledOutput, spread, times
 from jpeft.transform import (
     LeafMethod,
     Transform,
-    check_dropout,
-    check_float,
-    check_positive,
-    dtype_name,
     method,
     path_key,
 )
 from jpeft.tree.layout import LINEAR, MATRIX, LeafUse
 from jpeft.tree.paths import slots
-from jpeft.tree.where import Where, check_where
+from jpeft.tree.where import Where
 from jpeft.types import PyTree
 
 _HELD = ("shared_a", "shared_b")
@@ -239,20 +236,12 @@ def draw(
 class VeRA(Transform):
     """See `vera`."""
 
-    rank: int
-    d_initial: float = 0.1
-    dropout: float = 0.0
-    dtype: str | None = None
+    rank: Count
+    d_initial: Positive = 0.1
+    dropout: Rate = 0.0
+    dtype: Floating | None = None
     where: Where = "linear"
     exclude: Where = ()
-
-    def __post_init__(self) -> None:
-        check_positive("vera", "rank", self.rank, integer=True)
-        check_positive("vera", "d_initial", self.d_initial)
-        check_dropout("vera", self.dropout)
-        check_float("vera", self.dtype)
-        object.__setattr__(self, "where", check_where(self.where))
-        object.__setattr__(self, "exclude", check_where(self.exclude, "exclude"))
 
     def __call__(
         self,
@@ -345,7 +334,7 @@ def vera(
         rank=rank,
         d_initial=d_initial,
         dropout=dropout,
-        dtype=dtype_name(dtype),
+        dtype=dtype,
         where=where,
         exclude=exclude,
     )

@@ -36,9 +36,9 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jpeft.boxes import same_box, unbox
+from jpeft.checks import check_count, check_fraction, check_positive, whole
 from jpeft.leaf import is_leaf
 from jpeft.methods.adalora import NO_TRIPLETS, Triplets, triplets
-from jpeft.transform import check_positive
 from jpeft.tree.paths import slots
 from jpeft.types import PyTree
 
@@ -106,24 +106,21 @@ def adalora_allocator(
     >>> state = tx.init(jpeft.partition(params)[0])
     """
     name = "adalora_allocator"
-    check_positive(name, "target_rank", target_rank)
-    check_positive(name, "total_steps", total_steps, integer=True)
-    check_positive(name, "delta_t", delta_t, integer=True)
+    target_rank = check_positive(name, "target_rank", target_rank)
+    total_steps = check_count(name, "total_steps", total_steps)
+    delta_t = check_count(name, "delta_t", delta_t)
     t_init = total_steps // 8 if t_init is None else t_init
     t_final = total_steps // 2 if t_final is None else t_final
-    for option, t in {"t_init": t_init, "t_final": t_final}.items():
-        if isinstance(t, bool) or not isinstance(t, (int, np.integer)) or t < 0:
-            raise ValueError(
-                f"{name}: {option}={t!r}: expected a number of updates, 0 or more"
-            )
+    updates = whole(0, "a number of updates, 0 or more")
+    t_init = int(updates(name, "t_init", t_init))
+    t_final = int(updates(name, "t_final", t_final))
     if t_init + t_final >= total_steps:
         raise ValueError(
             f"{name}: t_init={t_init} and t_final={t_final} leave none of "
             f"total_steps={total_steps} to prune in; lower one of them"
         )
-    for option, beta in {"beta1": beta1, "beta2": beta2}.items():
-        if not 0.0 < beta < 1.0:
-            raise ValueError(f"{name}: {option}={beta!r}: expected between 0 and 1")
+    beta1 = check_fraction(name, "beta1", beta1)
+    beta2 = check_fraction(name, "beta2", beta2)
     if variant not in (PAPER, PEFT):
         raise ValueError(f"{name}: variant={variant!r}: expected {PAPER!r} or {PEFT!r}")
     inner = optax.with_extra_args_support(inner)

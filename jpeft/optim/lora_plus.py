@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import optax
 
+from jpeft.checks import check_flag, check_positive
 from jpeft.leaf import STATIC, TRAINABLE, is_leaf, roles
-from jpeft.transform import check_positive
 from jpeft.tree.paths import slots
 from jpeft.types import PyTree
 
@@ -43,7 +43,8 @@ def lora_plus(
     >>> import jpeft, optax
     >>> tx = jpeft.optim.lora_plus(optax.adamw(1e-4), ratio=16)
     """
-    check_positive("lora_plus", "ratio", ratio)
+    ratio = check_positive("lora_plus", "ratio", ratio)
+    vectors = check_flag("lora_plus", "vectors", vectors)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> Any:

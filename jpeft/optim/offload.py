@@ -19,6 +19,7 @@ import optax
 from jax import lax
 
 from jpeft import compat
+from jpeft.checks import check_index
 from jpeft.types import PyTree
 
 HOST, DEVICE, HOST_KIND = jax.memory.Space.Host, jax.memory.Space.Device, "pinned_host"
@@ -66,6 +67,7 @@ def offload(
     >>> state[0].mu["kernel"].sharding.memory_kind
     'pinned_host'
     """
+    min_size = check_index("offload", "min_size", min_size)
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise ValueError(
             f"offload: expected an Optax transformation, such as optax.adam(1e-3), got "

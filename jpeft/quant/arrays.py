@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft import compat
+from jpeft.checks import check_flag, check_float, check_whole, plain, shown
 from jpeft.formats import blocks
 from jpeft.formats.blocks import BLOCK_SIZES, CHANNEL, FORMATS, TENSOR
 from jpeft.leaf import is_leaf, unboxed
 from jpeft.quant.leaf import Layout, Quantized, as_it_is, quantize_array
-from jpeft.types import check_float
+from jpeft.tree.paths import suggest
 
 
 def quantize(
@@ -48,9 +48,9 @@ def quantize(
     >>> q.codes.shape, q.scales.shape, float(jpeft.quant.dequantize(q)[-1])
     ((64,), (2,), 1.0)
     """
-    check_format("quant.quantize", format)
-    block_size = check_block_size("quant.quantize", block_size)
-    check_double("quant.quantize", double)
+    check_format("quant.quantize", "format", format)
+    block_size = check_block_size("quant.quantize", "block_size", block_size)
+    double = check_flag("quant.quantize", "double", double)
     check_float("quant.quantize", compute_dtype, "compute_dtype")
     if is_leaf(x):
         raise ValueError(
@@ -108,7 +108,9 @@ def _layout(
         if block_size != CHANNEL or x.ndim < 2:
             return as_it_is(x.ndim)
         axis = tuple(range(x.ndim - 1))  # as a kernel's inputs: a scale an output
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    axis = plain(axis)
+    given = axis if isinstance(axis, (list, tuple)) else (axis,)
+    axes = tuple(check_whole("quant.quantize", "axis", k) for k in given)
     if not all(-x.ndim <= k < x.ndim for k in axes):
         raise ValueError(f"quant.quantize: axis={axis!r} for an array of {x.ndim} axes")
     blocked = tuple(k % x.ndim for k in axes)
@@ -138,7 +140,7 @@ def codebook(name: str) -> np.ndarray:
     Learned formats keep theirs with each array (`.book`); those with a zero point have
     one for each block.
     """
-    check_format("quant.codebook", name)
+    check_format("quant.codebook", "format", name)
     kind = FORMATS[name]
     if kind.learned or kind.zero_point:
         raise ValueError(
@@ -153,28 +155,25 @@ def codebook(name: str) -> np.ndarray:
 # --- checks --------------------------------------------------------------------------
 
 
-def check_format(name: str, format: Any) -> None:
+def check_format(method: str, name: str, format: Any) -> str:
     if not isinstance(format, str) or format not in FORMATS:
-        near = difflib.get_close_matches(str(format), list(FORMATS), 1, cutoff=0)[0]
+        near = suggest(list(FORMATS), shown(format), 1)[0]
         raise ValueError(
-            f"{name}: format={format!r}: did you mean {near!r}? Known: "
+            f"{method}: {name}={shown(format)}: did you mean {near!r}? Known: "
             f"{', '.join(FORMATS)}"
         )
+    return str(format)
 
 
-def check_double(name: str, double: Any) -> None:
-    if not isinstance(double, bool):
-        raise ValueError(f"{name}: double={double!r}: expected True or False")
-
-
-def check_block_size(name: str, block_size: Any) -> int | str:
+def check_block_size(method: str, name: str, block_size: Any) -> int | str:
     """As a Python number or a word; raises ValueError for what is no block size."""
-    if isinstance(block_size, str) and block_size in (CHANNEL, TENSOR):
-        return block_size
-    whole = isinstance(block_size, (int, np.integer))
-    if not whole or isinstance(block_size, bool) or block_size not in BLOCK_SIZES:
+    size = plain(block_size)
+    if isinstance(size, str) and size in (CHANNEL, TENSOR):
+        return str(size)
+    whole = isinstance(size, int) and not isinstance(size, bool)
+    if not whole or size not in BLOCK_SIZES:
         raise ValueError(
-            f"{name}: block_size={block_size!r} does not fit: expected one of "
+            f"{method}: {name}={shown(size)} does not fit: expected one of "
             f"{', '.join(map(str, BLOCK_SIZES))}, {CHANNEL!r} or {TENSOR!r}"
         )
-    return int(block_size)
+    return size

@@ -21,11 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpeft.checks import (
+    check_flag,
+    check_float,
+    check_floating,
+    check_number,
+    read_json,
+    shown,
+)
 from jpeft.formats import codebooks, double, packing
 from jpeft.formats.blocks import BLOCK_SIZES
 from jpeft.leaf import unboxed
 from jpeft.quant.leaf import Layout, Quantized, as_it_is, nested_order
-from jpeft.types import check_float
 
 STATE = ".quant_state.bitsandbytes__"
 TYPES = ("nf4", "fp4")
@@ -51,8 +58,14 @@ def from_bitsandbytes(
     fit together, or a code book that is not bitsandbytes' own.
     """
     check_float("from_bitsandbytes", compute_dtype, "compute_dtype")
+    check_flag("from_bitsandbytes", "transpose", transpose)
     name = _only(state) if name is None else name
     described = [k for k in state if k.startswith(name + STATE)]
+    if len(described) > 1:
+        raise ValueError(
+            f"from_bitsandbytes: {' and '.join(map(repr, described))} both say what "
+            f"{name!r} is; the state is put together from two"
+        )
     if not described:
         near = difflib.get_close_matches(name, list(state), 3, cutoff=0.3)
         raise ValueError(
@@ -86,10 +99,10 @@ def from_bitsandbytes(
 def _info(key: str, text: Any) -> dict[str, Any]:
     """What is written beside the arrays."""
     try:
-        info = json.loads(np.asarray(text).astype(np.uint8).tobytes())
+        info = read_json(np.asarray(text).astype(np.uint8).tobytes())
         if not isinstance(info, dict):
-            raise ValueError(f"it says {info!r}")
-    except ValueError as error:
+            raise ValueError(f"it says {shown(info)}")
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"from_bitsandbytes: {key!r} is damaged: it is not the JSON object that "
             f"bitsandbytes writes ({error})"
@@ -129,12 +142,21 @@ def _read(
     transpose: bool,
     compute_dtype: Any,
 ) -> Quantized:
-    kind, size, shape = info["quant_type"], info["blocksize"], tuple(info["shape"])
-    if kind not in TYPES or size not in BLOCK_SIZES:
+    kind, size, shape = info["quant_type"], info["blocksize"], info["shape"]
+    if kind not in TYPES or type(size) is not int or size not in BLOCK_SIZES:
         raise ValueError(
-            f"from_bitsandbytes: {name!r} is {kind!r} in blocks of {size}; expected "
-            f"{' or '.join(TYPES)} in blocks of {', '.join(map(str, BLOCK_SIZES))}"
+            f"from_bitsandbytes: {name!r} is {shown(kind)} in blocks of {shown(size)}; "
+            f"expected {' or '.join(TYPES)} in blocks of "
+            f"{', '.join(map(str, BLOCK_SIZES))}"
         )
+    whole = isinstance(shape, list) and all(type(k) is int and k > 0 for k in shape)
+    if not whole or not shape:
+        raise ValueError(
+            f"from_bitsandbytes: {name!r} has the shape {shown(shape)}; expected whole "
+            "numbers above 0"
+        )
+    shape = tuple(shape)
+    check_floating(f"from_bitsandbytes: {name!r}", "dtype", info["dtype"])
     n = math.prod(shape)
     count = -(-n // size)
     packed, absmax = arrays[name].reshape(-1), arrays[name + ".absmax"].reshape(-1)
@@ -174,8 +196,16 @@ def _read(
                 f"{double.NESTED_BLOCK}, for which {groups.shape[0]} scales of their "
                 "own were found; the state is truncated"
             )
+        offset = check_number(
+            f"from_bitsandbytes: {name!r}", "nested_offset", info["nested_offset"]
+        )
+        if groups.dtype != np.float32:
+            raise ValueError(
+                f"from_bitsandbytes: {name + '.nested_absmax'!r} is {groups.dtype}, "
+                "expected float32"
+            )
         more["nested"] = jnp.asarray(groups, jnp.float32)
-        more["offset"] = jnp.asarray(info["nested_offset"], jnp.float32)
+        more["offset"] = jnp.asarray(offset, jnp.float32)
         if not all(np.all(np.isfinite(x)) for x in more.values()):
             raise ValueError(
                 f"from_bitsandbytes: what the scales of {name!r} were quantised by "
@@ -205,7 +235,9 @@ def _read(
 
 
 def _same_book(name: str, found: np.ndarray, own: np.ndarray) -> None:
-    if found.shape != own.shape or np.abs(found - own).max() > 1e-6:
+    same = found.shape == own.shape and found.dtype == own.dtype
+    # NaN is within no bounds.
+    if not same or not np.abs(found - own).max() <= 1e-6:
         raise ValueError(
             f"from_bitsandbytes: {name!r} comes with a code book of its own, which "
             "jpeft cannot keep; dequantise it with bitsandbytes and quantise it anew"

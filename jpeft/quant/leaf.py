@@ -35,6 +35,7 @@ from jpeft.leaf import (
     frozen,
     leaf_specs,
     static,
+    unboxed,
     whole_shards,
 )
 from jpeft.tree.layout import EMBEDDING
@@ -238,16 +239,26 @@ class Quantized(QuantizedValue):
         return self.value(self.dtype if dtype is None else dtype)
 
     def with_value(self, x: jax.Array) -> Self:
-        """x, (float32) of the weight's shape, in this leaf's format and boxes."""
-        layout = Layout(self.order, self.stack, self.lead, len(self.inner))
-        leaf = quantize_array(
+        """x, (float32) of the weight's shape, in this leaf's format and boxes.
+
+        A matrix that is this leaf's own, but for rounding, keeps its codes and scales:
+        to quantise what was quantised would move it where no code stands for -1
+        ("dynamic8") or scales are quantised too.  Of a learned format the book is used
+        again where a new one is no nearer.
+        """
+        own: Any = unboxed(self)
+        make = functools.partial(
+            quantize_array,
             x,
-            layout,
+            Layout(self.order, self.stack, self.lead, len(self.inner)),
             format=self.format,
             block_size=self.block_size,
             double_scales=self.nested is not None,
         )
-        leaf = boxed(self.weight_box(), leaf)
+        leaf = make()
+        if self.kind.learned:
+            leaf = _nearer(make(book=own.book), leaf, x)
+        leaf = boxed(self.weight_box(), _own_where_same(own, leaf, x))
         return self.replace(**array_fields(leaf))
 
     def disable(self) -> Self:
@@ -372,8 +383,12 @@ def quantize_array(
     block_size: int | str,
     double_scales: bool,
     compute_dtype: str | None = None,
+    book: jax.Array | None = None,
 ) -> Quantized:
-    """x as a leaf.  The arithmetic is one jitted program a shape."""
+    """x as a leaf.  The arithmetic is one jitted program a shape.
+
+    book: see `jpeft.formats.blocks.quantize`.
+    """
     x = compat.on_device(x)
     order, stack, lead, blocked = layout
     make = functools.partial(
@@ -397,10 +412,11 @@ def quantize_array(
     )
     place = compat.typed_sharding(x)
     if place is None:
-        return leaf(make(x))
+        return leaf(make(x, book))
     # Blocks run across axes as types of shardings cannot: the compiler finds the way,
     # and the result's types are those of the weight's axes.
-    shapes = jax.eval_shape(make, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    bare = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
+    shapes = jax.eval_shape(make, *jax.tree.map(bare, (x, book)))
     specs = leaf_specs(leaf(shapes), place.spec)
     types = {
         n: None
@@ -410,11 +426,13 @@ def quantize_array(
         )
         for n, shape in shapes.items()
     }
-    return leaf(jax.sharding.auto_axes(make, out_sharding=types)(x))
+    run: Any = jax.sharding.auto_axes(make, out_sharding=types)
+    return leaf(run(x, book))
 
 
 def _quantized_arrays(
     x: jax.Array,
+    book: jax.Array | None,
     *,
     layout: Layout,
     format: str,
@@ -424,7 +442,7 @@ def _quantized_arrays(
     order, stack, lead, blocked = layout
     x = jnp.transpose(x, order)
     x = x.reshape(*x.shape[:lead], -1, *x.shape[lead + blocked :])
-    q = blocks.quantize(x, FORMATS[format], block_size, lead, stack)
+    q = blocks.quantize(x, FORMATS[format], block_size, lead, stack, book)
     made = {"codes": q.codes, "scales": q.scales, "zeros": q.zeros, "book": q.book}
     if double_scales and isinstance(block_size, int):
         nested = double.quantize_scales(q.scales, lead, stack)
@@ -440,6 +458,43 @@ _arrays = jax.jit(
     _quantized_arrays,
     static_argnames=("layout", "format", "block_size", "double_scales"),
 )
+
+
+@jax.jit
+def _own_where_same(own: Quantized, made: Quantized, x: jax.Array) -> Quantized:
+    """What was made of x; `own` for the matrices in which x is its value."""
+    value = own.materialize(jnp.float32)
+    # What an adapter that learned nothing adds is the rounding of a few sums.
+    near = 8 * np.finfo(np.float32).eps * _of_matrices(own, jnp.max, jnp.abs(value))
+    far = _of_matrices(own, jnp.max, jnp.abs(x.astype(jnp.float32) - value))
+    return _either(far <= near, own, made)
+
+
+@jax.jit
+def _nearer(a: Quantized, b: Quantized, x: jax.Array) -> Quantized:
+    """Of each matrix the one whose squared distance from x is less, a if equal."""
+
+    def error(q: Quantized) -> jax.Array:
+        off = jnp.square(x.astype(jnp.float32) - q.materialize(jnp.float32))
+        return _of_matrices(q, jnp.mean, off)
+
+    return _either(error(a) <= error(b), a, b)
+
+
+def _of_matrices(q: Quantized, f: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    """f over each matrix of x, of the weight's shape; in the order of the codes."""
+    stack = q.order[: q.stack]
+    found = f(x, tuple(k for k in range(x.ndim) if k not in stack))
+    return jnp.transpose(found, tuple(map(sorted(stack).index, stack)))
+
+
+def _either(first: jax.Array, a: Quantized, b: Quantized) -> Quantized:
+    """The arrays of a for the matrices where `first` is true, those of b elsewhere."""
+    of = lambda x: jnp.expand_dims(first, tuple(range(first.ndim, x.ndim)))
+    arrays = array_fields(a)
+    return b.replace(
+        **{n: jnp.where(of(x), arrays[n], x) for n, x in array_fields(b).items()}
+    )
 
 
 def boxed(box: Any, leaf: Quantized) -> Quantized:

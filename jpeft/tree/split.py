@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.boxes import same_box, unbox
+from jpeft.checks import check_flag, check_float
 from jpeft.compat import Tracer
 from jpeft.leaf import (
     FROZEN,
@@ -28,7 +29,7 @@ from jpeft.leaf import (
 from jpeft.tree.lend import acting
 from jpeft.tree.paths import Slots, is_array, slots
 from jpeft.tree.state import states
-from jpeft.types import PyTree, check_float
+from jpeft.types import PyTree
 
 NOTHING_TRAINS = (
     "nothing in this tree is trainable: no leaf was adapted. Apply a transform first: "
@@ -208,7 +209,8 @@ def merge(params: PyTree, *, dtype: Any = None, requantize: bool = False) -> PyT
 
     A quantised base is dequantised.  requantize: True stores the result of such a base
     in its own format again, which rounds once more: `jpeft.quant.rounding` says by how
-    much, beside what the adapter changed.
+    much, beside what the adapter changed.  Matrices that it left as they were keep
+    their codes.
     """
     check_merge("merge", dtype, requantize)
 
@@ -229,6 +231,7 @@ def merge(params: PyTree, *, dtype: Any = None, requantize: bool = False) -> PyT
 
 def check_merge(name: str, dtype: Any, requantize: bool) -> None:
     check_float(name, dtype)
+    check_flag(name, "requantize", requantize)
     if requantize and dtype is not None:
         raise ValueError(
             f"{name}: requantize=True keeps the base's own format, and "

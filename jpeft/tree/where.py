@@ -7,9 +7,10 @@ nothing is an error; so is a selected weight whose axes are in doubt.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any
 
+from jpeft.checks import check_regex, refusal, shown
 from jpeft.tree.layout import (
     BIAS,
     EMBEDDING,
@@ -21,10 +22,11 @@ from jpeft.tree.layout import (
 )
 from jpeft.tree.paths import suggest
 
-One = str | Callable[[str, Any], bool]
-Where = One | Sequence[Any]
-
 PRESETS = ("attention", "mlp", "linear", "embedding", "bias", "norm", "all")
+_EXPECTED = (
+    f"one of {PRESETS}, a regular expression for the whole path, a callable "
+    "(path, leaf) -> bool, or a list of these"
+)
 
 _ATTENTION = re.compile(
     r"attn|attention|^(q|k|v|o|query|key|value|qkv|kv|q_proj|k_proj|v_proj|o_proj"
@@ -66,30 +68,42 @@ def _preset(name: str, use: LeafUse) -> bool:
     return True
 
 
-def check_where(where: Any, name: str = "where") -> Where:
+def check_where(method: str, name: str, where: Any) -> One | tuple[One, ...]:
     """`where` as a str, a callable or a tuple of these; raises on anything else."""
-    if _is_one(where, name):
+    checked = check_where_or_nothing(method, name, where)
+    if checked == () and name != "exclude":
+        raise refusal(method, name, where, _EXPECTED)
+    return checked
+
+
+def check_where_or_nothing(method: str, name: str, where: Any) -> One | tuple[One, ...]:
+    """The same, or an empty tuple, which selects nothing."""
+    if _is_one(method, name, where):
         return where
-    if isinstance(where, Iterable):
-        items = tuple(where)
-        if all(_is_one(w, name) for w in items) and (items or name == "exclude"):
+    if isinstance(where, Iterable) and not isinstance(where, (Mapping, bytes)):
+        # A set has another order in another process, and the transform another mark.
+        unordered = isinstance(where, (set, frozenset))
+        items = tuple(sorted(where, key=str) if unordered else where)
+        if all(_is_one(method, name, w) for w in items):
             return items
-    raise ValueError(
-        f"{name}={where!r}: expected one of {PRESETS}, a regular expression for the "
-        "whole path, a callable (path, leaf) -> bool, or a list of these"
-    )
+    raise refusal(method, name, where, _EXPECTED)
 
 
-def _is_one(where: Any, name: str) -> bool:
+def _is_one(method: str, name: str, where: Any) -> bool:
     if isinstance(where, str) and where not in PRESETS:
         try:
-            re.compile(where)
-        except re.error as error:
+            check_regex(where)
+        except ValueError as error:
             raise ValueError(
-                f"{name}={where!r} is neither one of {PRESETS} nor a regular "
-                f"expression: {error}"
+                f"{method}: {name}={shown(where)} is neither one of {PRESETS} nor a "
+                f"regular expression: {error}"
             ) from None
     return isinstance(where, str) or callable(where)
+
+
+One = str | Callable[[str, Any], bool]
+Where = Annotated[One | Sequence[Any], check_where]
+WhereOrNothing = Annotated[One | Sequence[Any], check_where_or_nothing]
 
 
 def select(

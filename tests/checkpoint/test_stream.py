@@ -10,6 +10,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.flax
@@ -466,6 +467,97 @@ def test_pytorch_is_recognised_by_its_names(tmp_path):
     assert_same(loaded, model[1](KEY, params))
 
 
+# What a training saves beside its weights, under their names and in their shapes.
+BESIDE = {
+    "moments": lambda p: {"opt_state": optax.adam(1e-3).init(p)},
+    "moments alone": lambda p: {"mu": p, "nu": p},
+    "a chain": lambda p: {"opt_state": optax.chain(optax.trace(0.9)).init(p)},
+    "PyTorch's": lambda p: {"optimizer": {"exp_avg": p, "exp_avg_sq": p}},
+    "an average": lambda p: {"ema": p, "ema_params": p, "params_ema": p},
+    "gradients": lambda p: {"grads": p, "acc_grads": p},
+}
+
+
+@pytest.mark.parametrize("level", ["params", "model/params", "zmodel"])
+@pytest.mark.parametrize("what", BESIDE)
+def test_the_weights_are_advised_and_not_what_is_saved_beside_them(
+    tmp_path, what, level
+):
+    params = {"dense": {"kernel": jax.random.normal(KEY, (64, 4))}}
+    tree = params
+    for name in reversed(level.split("/")):
+        tree = {name: tree}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    tree = {"step": jnp.int32(5)} | tree | BESIDE[what](zero)
+    names = {jax.tree_util.keystr(k, simple=True, separator="/"): x
+             for k, x in jax.tree_util.tree_flatten_with_path(tree)[0]}  # fmt: skip
+    safetensors.flax.save_file(names, tmp_path / "a.safetensors")
+    model = tmp_path / "a.safetensors", jpeft.quantize("nf4"), abstract(params)
+    assert_same(as_advised(*model), model[1](KEY, params))
+
+
+def as_advised(*model):
+    """What the names= of the refusal load."""
+    with pytest.raises(jpeft.CheckpointError) as raised:
+        load_quantized(*model)
+    return load_quantized(*model, names=eval(str(raised.value).partition("names=")[2]))
+
+
+def test_moments_alone_are_not_advised(tmp_path):
+    params = {"dense": {"kernel": jnp.ones((64, 4))}}
+    folder = write_orbax(tmp_path / "a", {"opt_state": optax.adam(1e-3).init(params)})
+    refused(
+        jpeft.CheckpointError,
+        ["has no 'dense/kernel'; nearest: nothing; say where it is in names="],
+        *(folder, jpeft.quantize("nf4"), abstract(params)),
+    )
+
+
+def test_a_training_state_of_orbax_advises_its_weights(tmp_path):
+    params = {"dense": {"kernel": jax.random.normal(KEY, (64, 4))}}
+    state = {"opt_state": optax.adam(1e-3).init(params), "params": params, "step": 5}
+    model = write_orbax(tmp_path / "a", state), jpeft.quantize("nf4"), abstract(params)
+    refused(jpeft.CheckpointError, [r"names={'(.*)': r'params/\1'}"], *model)
+    assert_same(as_advised(*model), model[1](KEY, params))
+
+
+def test_where_some_paths_are_there_as_they_are_the_advice_is_of_the_others(tmp_path):
+    params = {"dense": {"kernel": jax.random.normal(KEY, (64, 4))}, "s": jnp.ones(3)}
+    flat = {"params.dense.kernel": params["dense"]["kernel"], "s": params["s"]}
+    safetensors.flax.save_file(flat, tmp_path / "a.safetensors")
+    model = tmp_path / "a.safetensors", jpeft.quantize("nf4"), abstract(params)
+    with pytest.raises(jpeft.CheckpointError) as raised:
+        load_quantized(*model)
+    advice = str(raised.value).partition("names=")[2]
+    assert advice == "{'dense/kernel': 'params.dense.kernel', ...}"
+    names = eval(advice.replace(", ...", ""))
+    assert_same(load_quantized(*model, names=names), model[1](KEY, params))
+
+
+def test_a_weight_that_is_called_value_is_found(tmp_path):
+    params = {
+        "dense": {"kernel": jax.random.normal(KEY, (64, 4))},
+        "scale": {"value": jnp.ones(64)},
+        "value": {"kernel": jax.random.normal(KEY, (64, 4))},
+    }
+    quantize, like = jpeft.quantize("nf4"), abstract(params)
+    made = quantize(KEY, params)
+    folder = write_orbax(tmp_path / "plain", params)
+    assert_same(load_quantized(folder, quantize, like), made)
+    boxed = jax.tree.map(lambda x: {"value": x}, params)
+    folder = write_orbax(tmp_path / "boxed", boxed)
+    assert_same(load_quantized(folder, quantize, like), made)
+    folder = write_orbax(tmp_path / "below", {"params": params})
+    assert_same(as_advised(folder, quantize, like), made)
+
+
+def test_two_arrays_whose_paths_read_alike_stay_two(tmp_path):
+    w = jax.random.normal(KEY, (64, 4))
+    tree = {"a/b": {"kernel": w}, "a": {"b": {"kernel": 2 * w}}}
+    model = write_orbax(tmp_path / "a", tree), jpeft.quantize("nf4"), abstract(tree)
+    assert_same(load_quantized(*model), model[1](KEY, tree))
+
+
 @pytest.mark.parametrize(
     ("names", "parts"),
     [
@@ -751,6 +843,45 @@ def test_codes_of_bitsandbytes_are_taken_over(four_bit):
     other = load_quantized(*model, names=names)
     assert np.array_equal(
         jpeft.merge(other)["up"]["kernel"], jpeft.merge(made)["up"]["kernel"].T
+    )
+
+
+def as_json(change):
+    def changed(state, key="up.weight.quant_state.bitsandbytes__nf4"):
+        text = change(bytes(state[key]))
+        return state | {key: np.frombuffer(text, np.uint8)}
+
+    return changed
+
+
+BROKEN = {
+    "a letter of its dtype": (
+        as_json(lambda x: x.replace(b"float32", b"floet32", 1)),
+        "dtype='floet32': expected a floating-point dtype",
+    ),
+    "cut": (as_json(lambda x: x[:-5]), "is damaged"),
+    "integers for scales": (
+        lambda s: s | {"up.weight.nested_absmax": np.ones(1, np.int32)},
+        "nested_absmax' is int32, expected float32",
+    ),
+    "no book": (
+        lambda s: {k: x for k, x in s.items() if k != "up.weight.quant_map"},
+        "lacks up.weight.quant_map",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_damaged_state_of_bitsandbytes_names_weight_and_file(four_bit, what):
+    folder, transform, like, _ = four_bit
+    change, told = BROKEN[what]
+    file = folder / "model.safetensors"
+    safetensors.numpy.save_file(change(safetensors.numpy.load_file(file)), file)
+    refused(
+        jpeft.CheckpointError,
+        ["up/kernel: ", f"'up.weight' of {folder}", told],
+        *(folder, transform, like),
+        names=NAMES,
     )
 
 

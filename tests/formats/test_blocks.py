@@ -238,6 +238,30 @@ def test_a_power_of_two_scales_the_values_and_not_the_codes(power):
     np.testing.assert_allclose(back, dequantize(a, "nf4", 64, 64), atol=0.32)
 
 
+LARGEST = float(np.finfo(np.float32).max)
+
+
+@pytest.mark.parametrize("format", ["int4_asymmetric", "int8_asymmetric"])
+def test_a_block_that_spans_more_than_float32_holds_stays_finite(format):
+    """As `finfo.min` in a mask beside positive numbers, and what is near to it."""
+    x = normal(64, 5) / 4
+    x[:, 0] = LARGEST * np.where(np.arange(64) % 3, 1, -1)
+    x[7, 1], x[8, 1] = -LARGEST, 1.0
+    x[7, 2], x[8, 2] = LARGEST, -2.0
+    x[:, 3] = x[:, 3].astype(np.float64) / np.abs(x[:, 3]).max() * LARGEST
+    q = quantize(x, format, 64)
+    got = np.asarray(dequantize(q, format, 64, 64), np.float64)
+    assert np.isfinite(got).all()
+    # Half a step; where that would lead beyond float32 one, and the room that is left.
+    span = np.maximum(x.max(0), 0).astype(np.float64) - np.minimum(x.min(0), 0)
+    step = span / (2 ** FORMATS[format].bits - 1)
+    assert (np.abs(got - x) <= 1.01 * step + 0.04 * np.abs(x)).all()
+    # Where nothing is large, nothing is changed.
+    np.testing.assert_array_equal(
+        got[:, 4], dequantize(quantize(x[:, 4:], format, 64), format, 64, 64)[:, 0]
+    )
+
+
 # --- code books learned from the data ------------------------------------------------
 
 

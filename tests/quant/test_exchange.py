@@ -378,6 +378,10 @@ def nothing(state):
     pass
 
 
+def text_of(words, encoding="utf-8"):
+    return np.frombuffer(words.encode(encoding), np.uint8)
+
+
 READING = {
     "no state at all": (lambda: {}, {}, ["no key of the state ends in"]),
     "nothing that says what it is": (
@@ -464,6 +468,70 @@ READING = {
         edited(nothing, nested_blocksize=128),
         {},
         ["nested blocks of 128, expected 256"],
+    ),
+    "two descriptions": (
+        edited(lambda s: s.update({STATE + "fp4": s[STATE + "nf4"]})),
+        {},
+        ["both say what 'weight' is", "put together from two"],
+    ),
+    "JSON that is there twice": (
+        edited(lambda s: s.update({STATE + "nf4": text_of('{"a": 1, "a": 2}')})),
+        {},
+        ["is damaged", "'a' is there twice"],
+    ),
+    "JSON in another encoding": (
+        edited(lambda s: s.update({STATE + "nf4": text_of("{}", "utf-16")})),
+        {},
+        ["is damaged"],
+    ),
+    "JSON nested too deeply": (
+        edited(lambda s: s.update({STATE + "nf4": text_of("[" * 99999)})),
+        {},
+        ["is damaged", "nested too deeply"],
+    ),
+    "no dtype of its own": (
+        edited(nothing, dtype="floet32"),
+        {},
+        ["'weight': dtype='floet32': expected a floating-point dtype"],
+    ),
+    "a dtype of integers": (edited(nothing, dtype="int8"), {}, ["dtype='int8'"]),
+    "a dtype that is a number": (edited(nothing, dtype=3), {}, ["dtype=3"]),
+    "a shape of words": (
+        edited(nothing, shape=["24", 128]),
+        {},
+        ["has the shape ['24', 128]"],
+    ),
+    "a shape that is none": (edited(nothing, shape=24), {}, ["has the shape 24"]),
+    "a negative shape": (edited(nothing, shape=[-24, -128]), {}, ["has the shape"]),
+    "blocks of 64.0": (edited(nothing, blocksize=64.0), {}, ["in blocks of 64.0"]),
+    "an offset that is a word": (
+        edited(nothing, nested_offset="0.1"),
+        {},
+        ["nested_offset='0.1': expected a finite number"],
+    ),
+    "an offset beyond float32": (
+        edited(nothing, nested_offset=1e39),
+        {},
+        ["nested_offset=1e+39: expected a finite number"],
+    ),
+    **{
+        f"{key} of {dtype}": (
+            edited(lambda s, k=key, d=dtype: s.update({k: s[k].astype(d)})),
+            {},
+            [told],
+        )
+        for key, told in {
+            "weight.nested_absmax": "is {}, expected float32",
+            "weight.nested_quant_map": "code book of its own",
+            "weight.quant_map": "code book of its own",
+            "weight.absmax": "is {}, expected uint8",
+        }.items()
+        for dtype, told in [(d, told.format(d)) for d in ("int32", "uint32", "bool")]
+    },
+    "a book of NaN": (
+        edited(lambda s: s.update({"weight.quant_map": np.full(16, np.nan, "f4")})),
+        {},
+        ["code book of its own"],
     ),
     "transposing what is no matrix": (
         lambda: serialized("normal_101-nf4-64-nested"),
