@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import Label, Labelled, align, operand_labels
 from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, trainable, wide_dtype
+from jpeft.methods._draw import filled
 from jpeft.transform import LeafMethod, check_float, dtype_name, method
 from jpeft.tree.layout import BIAS, LINEAR, MATRIX, LeafUse
 from jpeft.tree.paths import Slots
@@ -116,7 +117,7 @@ class BitFit(LeafMethod):
         return use.kind == BIAS
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> AdaptedLeaf:
-        return Delta(base=base, delta=jnp.zeros(use.shape, self.adapter_dtype(base)))
+        return Delta(base=base, delta=filled(use.shape, 0, self.adapter_dtype(base)))
 
     def targets(
         self, flat: Slots, uses: Mapping[str, LeafUse] | None
@@ -178,7 +179,7 @@ class _AddBias(LeafMethod):
         assert use.axes is not None
         labels = AddedBias.labels_of(use.axes)["bias"]
         shape = tuple(use.shape[k] for k in labels)  # type: ignore[index]
-        bias = jnp.zeros(shape, self.adapter_dtype(base))
+        bias = filled(shape, 0, self.adapter_dtype(base))
         return AddedBias(base=base, axes=use.axes, bias=bias)
 
 

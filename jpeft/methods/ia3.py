@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, static, transient, wide_dtype
+from jpeft.methods._draw import filled
 from jpeft.methods._scaled import ScaledInput, ScaledOutput
 from jpeft.transform import LeafMethod, Transform, check_float, dtype_name, method
 from jpeft.tree.layout import BIAS, CONV, LINEAR, MATRIX, LeafUse
@@ -236,8 +237,8 @@ class _Rescale(LeafMethod):
         assert use.axes is not None
         kind = ScaledOutput if self.part == OUTPUT else ScaledInput
         labels = kind.labels_of(use.axes)["scale"]
-        sizes = [use.shape[k] for k in labels]  # type: ignore[index]
-        scale = jnp.ones(sizes, self.adapter_dtype(base))
+        sizes = tuple(use.shape[k] for k in labels)  # type: ignore[index]
+        scale = filled(sizes, 1, self.adapter_dtype(base))
         return kind(base=base, axes=use.axes, scale=scale, link=link)
 
 

@@ -14,8 +14,8 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
+from jpeft.methods._draw import filled
 from jpeft.methods.bitfit import Delta
 from jpeft.transform import LeafMethod, check_float, dtype_name, method
 from jpeft.tree.layout import BIAS, NORM, LeafUse, in_norm
@@ -45,7 +45,7 @@ class NormTuning(LeafMethod):
         return use.kind == NORM or (use.kind == BIAS and in_norm(use.path))
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Delta:
-        return Delta(base=base, delta=jnp.zeros(use.shape, self.adapter_dtype(base)))
+        return Delta(base=base, delta=filled(use.shape, 0, self.adapter_dtype(base)))
 
 
 def norm_tuning(
