@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jpeft.boxes import same_box, unbox
 from jpeft.compat import Tracer
@@ -34,6 +35,12 @@ NOTHING_TRAINS = (
     "nothing in this tree is trainable: no leaf was adapted. Apply a transform first: "
     "params = jpeft.lora(rank=8, alpha=16)(jax.random.key(0), params)"
 )
+NOTHING_IN_STATE = (
+    "nothing in this nnx.State is trainable: no leaf was adapted, or nnx.Optimizer took "
+    "the variables out of their adapted leaves; there pass the optimiser as it is, "
+    "without jpeft.freeze: nnx.Optimizer(model, optax.adam(1e-3), "
+    "wrt=jpeft.trainable_filter(model))"
+)
 
 
 def _marked(x: Any, role: str) -> Any:
@@ -56,10 +63,30 @@ def trainable_mask(params: PyTree) -> PyTree:
     Beware of `optax.masked(tx, mask)`: it passes the raw gradient through to what it
     masks out.  `jpeft.freeze(tx)` does what is wanted.
     """
+    if is_placeholder(params):
+        return params
     mask = jax.tree.map(lambda r: r == TRAINABLE, _role_tree(params))
     if not any(jax.tree.leaves(mask)):
-        raise ValueError(NOTHING_TRAINS)
+        of_nnx = isinstance(params, nnx.State)
+        raise ValueError(NOTHING_IN_STATE if of_nnx else NOTHING_TRAINS)
     return mask
+
+
+def is_placeholder(tree: PyTree) -> bool:
+    """Whether it is what `optax.tree_map_params` calls `init` with, to see where in a
+    state the parameters stand: a node of Optax' own without an array."""
+    return type(tree).__module__.startswith("optax.") and not jax.tree.leaves(tree)
+
+
+def beside(params: PyTree) -> str:
+    """The end of a message of an optimiser that asks the adapted leaves, which
+    `nnx.Optimizer` takes away."""
+    if not isinstance(params, nnx.State):
+        return ""
+    return (
+        " (nnx.Optimizer took the variables out of their leaves: use the optimiser "
+        "without it, state = tx.init(jpeft.partition(model)[0]))"
+    )
 
 
 def partition(params: PyTree) -> tuple[PyTree, PyTree]:
