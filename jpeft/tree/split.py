@@ -36,8 +36,8 @@ NOTHING_TRAINS = (
     "params = jpeft.lora(rank=8, alpha=16)(jax.random.key(0), params)"
 )
 NOTHING_IN_STATE = (
-    "nothing in this nnx.State is trainable: no leaf was adapted, or nnx.Optimizer took "
-    "the variables out of their adapted leaves; there pass the optimiser as it is, "
+    "nothing in this nnx.State is trainable: no leaf was adapted, or nnx.Optimizer "
+    "took the variables out of their leaves; there pass the optimiser as it is, "
     "without jpeft.freeze: nnx.Optimizer(model, optax.adam(1e-3), "
     "wrt=jpeft.trainable_filter(model))"
 )
