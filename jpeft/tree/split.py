@@ -19,6 +19,7 @@ from jpeft.leaf import (
     array_fields,
     box_of,
     boxed_like,
+    cast_array,
     check_whole,
     innermost,
     is_leaf,
@@ -214,6 +215,32 @@ def _table(rows: list[tuple[str, ...]]) -> str:
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     lines = [line(r) for r in rows]
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def cast(params: PyTree, dtype: Any) -> PyTree:
+    """The tree with its floating-point numbers in `dtype`, such as "bfloat16".
+
+    What `jax.tree.map(lambda x: x.astype(dtype), params)` is meant to do, where codes
+    are no numbers: a quantised weight keeps its codes and scales, and acts as a weight
+    of that dtype.  Integers and keys stay.  Raises ValueError for a dtype that is not
+    floating.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = jpeft.quantize("nf4")(jax.random.key(0), {"kernel": jnp.ones((64, 5))})
+    >>> leaf = jpeft.cast(params, "bfloat16")["kernel"]
+    >>> leaf.dtype, leaf.codes.dtype, leaf.scales.dtype
+    (dtype(bfloat16), dtype('uint8'), dtype('uint8'))
+    """
+    check_float("cast", dtype)
+    if dtype is None:
+        raise ValueError('cast: dtype=None: expected a dtype, such as "bfloat16"')
+    one = lambda x: (
+        x.cast(dtype) if is_leaf(x) else jax.tree.map(lambda y: cast_array(y, dtype), x)
+    )
+    flat = slots(params)
+    for path, x in flat.items():
+        check_whole(x, path, "cast")
+    return flat.rebuild(map(one, flat.values))
 
 
 # --- leaving the adapters ------------------------------------------------------------
