@@ -11,13 +11,13 @@ import jpeft
 KEY = jax.random.key(3)
 BASE = {"up": {"kernel": jnp.ones((64, 5))}, "bias": jnp.zeros(5)}
 X = jnp.ones((2, 64))
-FN = lambda p, x: {"y": x @ p["up"]["kernel"] + p["bias"][None], "p": p, "n": "name"}
+FN = lambda p, x: {"y": x @ p["up"]["kernel"] + p["bias"][None], "p": p}
 TRANSFORMS = {
     "lora": jpeft.lora(rank=2, dropout=0.1),
     "qlora": jpeft.chain(jpeft.quantize("nf4"), jpeft.lora(rank=2)),
     "bitfit": jpeft.bitfit(),
     "vera": jpeft.vera(rank=2),
-    "adapter": jpeft.adapter(2),
+    "dora": jpeft.dora(rank=2),
 }
 
 
