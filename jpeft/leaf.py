@@ -28,11 +28,11 @@ from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, serialization
 from jax import export
 from jax.sharding import PartitionSpec
 
-from jpeft.boxes import is_box, rebox, same_box, unbox
+from jpeft.boxes import is_box, rebox, unbox
+from jpeft.serialization import let_serialize
 
 TRAINABLE, FROZEN, STATIC, TRANSIENT = "trainable", "frozen", "static", "transient"
 T = TypeVar("T")
@@ -101,7 +101,7 @@ def adapted_leaf(cls: type[T]) -> type[T]:
     )
     with contextlib.suppress(ValueError):  # the name is known, of a cell run before
         _let_export(cls, statics)
-    serialization.register_serialization_state(cls, _to_state, _from_state)
+    let_serialize(cls, stored)
     KINDS[cls.__name__] = cls  # type: ignore[assignment]
     return cls
 
@@ -138,55 +138,6 @@ def _let_export(cls: type, statics: list[str]) -> None:
         serialize_auxdata=write,
         deserialize_auxdata=read,
     )
-
-
-# --- flax.serialization --------------------------------------------------------------
-
-
-def _to_state(leaf: AdaptedLeaf) -> dict[str, Any]:
-    """The base and the arrays by the names of their fields, as Flax has dataclasses."""
-    return {n: serialization.to_state_dict(_out(x)) for n, x in _stored(leaf).items()}
-
-
-def _from_state(leaf: AdaptedLeaf, state: Any) -> AdaptedLeaf:
-    """The leaf with the arrays of `state`; everything else is the leaf's own."""
-    path, stored = serialization.current_path(), _stored(leaf)
-    if not isinstance(state, Mapping) or set(state) != set(stored):
-        came = sorted(state) if isinstance(state, Mapping) else "an array"
-        raise ValueError(
-            f"{path}: the target has a {leaf.title} with {sorted(stored)}, the state "
-            f"has {came}; restore into a tree of the transform that was saved, "
-            "from_bytes(transform(key, base), data), or a plain one into the base"
-        )
-    new = {}
-    for name, x in stored.items():
-        old = _out(x)
-        value = serialization.from_state_dict(old, state[name], name)
-        _check_same(f"{path}/{name}", old, value)
-        new[name] = same_box(x, value) if isinstance(x, nnx.Variable) else value
-    return leaf.replace(**new)
-
-
-def _check_same(path: str, old: Any, new: Any) -> None:
-    if is_node(old) or not (hasattr(old, "shape") and hasattr(new, "shape")):
-        return
-    floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (old, new))
-    if old.shape != new.shape or (old.dtype != new.dtype and not floats):
-        raise ValueError(
-            f"{path}: the target has {_brief(old)}, the state has {_brief(new)}; "
-            "restore into a tree of the transform that was saved, "
-            "from_bytes(transform(key, base), data)"
-        )
-
-
-def _stored(leaf: AdaptedLeaf) -> dict[str, Any]:
-    base = {} if leaf.base is None else {"base": leaf.base}
-    return {**base, **array_fields(leaf)}
-
-
-def _out(x: Any) -> Any:
-    """Out of a variable, of which Flax' serialisation knows nothing."""
-    return unbox(x) if isinstance(x, nnx.Variable) else x
 
 
 def _out_of_boxes(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -523,6 +474,12 @@ def array_fields(leaf: AdaptedLeaf) -> dict[str, Any]:
         for n, role in roles(leaf).items()
         if n != "base" and role in (TRAINABLE, FROZEN) and getattr(leaf, n) is not None
     }
+
+
+def stored(leaf: AdaptedLeaf) -> dict[str, Any]:
+    """What a file of the whole tree holds of it: the method's arrays, and the base."""
+    base = {} if leaf.base is None else {"base": leaf.base}
+    return {**base, **array_fields(leaf)}
 
 
 def transients(leaf: AdaptedLeaf) -> dict[str, Any]:

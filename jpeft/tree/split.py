@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from jpeft.boxes import same_box, unbox
+from jpeft.boxes import is_nnx_state, same_box, unbox
 from jpeft.compat import Tracer
 from jpeft.leaf import (
     FROZEN,
@@ -68,7 +67,7 @@ def trainable_mask(params: PyTree) -> PyTree:
         return params
     mask = jax.tree.map(lambda r: r == TRAINABLE, _role_tree(params))
     if not any(jax.tree.leaves(mask)):
-        of_nnx = isinstance(params, nnx.State)
+        of_nnx = is_nnx_state(params)
         raise ValueError(NOTHING_IN_STATE if of_nnx else NOTHING_TRAINS)
     return mask
 
@@ -82,7 +81,7 @@ def is_placeholder(tree: PyTree) -> bool:
 def beside(params: PyTree) -> str:
     """The end of a message of an optimiser that asks the adapted leaves, which
     `nnx.Optimizer` takes away."""
-    if not isinstance(params, nnx.State):
+    if not is_nnx_state(params):
         return ""
     return (
         " (nnx.Optimizer took the variables out of their leaves: use the optimiser "

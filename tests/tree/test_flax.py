@@ -75,13 +75,13 @@ def test_a_state_of_another_transform_is_refused():
     assert "the state has an array" in str(e.value)
     with pytest.raises(ValueError, match="up/kernel: the target has a Triplets"):
         serialization.from_bytes(jpeft.adalora(rank=2)(KEY, BASE), data)
-    with pytest.raises(ValueError, match=r"up/kernel/a: .*float32\[64,3\], the state"):
+    with pytest.raises(ValueError, match=r"up/kernel/a: .*float32\[64, 3\], the state"):
         serialization.from_bytes(jpeft.lora(rank=3)(KEY, BASE), data)
     int8 = jpeft.quantize("int8", block_size=32, double=False)(KEY, BASE)
     uint8 = jpeft.quantize("int8_asymmetric", block_size=32, double=False)(KEY, BASE)
     state = serialization.to_state_dict(uint8)
     del state["up"]["kernel"]["zeros"]
-    with pytest.raises(ValueError, match=r"codes: the target has int8\[64,5\]"):
+    with pytest.raises(ValueError, match=r"codes: the target has int8\[64, 5\]"):
         serialization.from_state_dict(int8, state)
     # What the message says to do.
     again = serialization.from_bytes(LORA(jax.random.key(9), BASE), data)
