@@ -78,12 +78,12 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
             )
         halves = _Halves(params)
         new, of_inner = inner.update(
-            halves.own(halves.filled(updates)),
+            halves.own(updates),
             state.inner_states[True].inner_state,
             halves.own(params),
             **{name: halves.given(x) for name, x in extra.items()},
         )
-        return halves.whole(new, jax.tree.map(_nothing, params)), _state(of_inner)
+        return halves.whole(new, _nothing), _state(of_inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -106,19 +106,20 @@ class _Halves:
         self.own_treedef = jax.tree.structure(self.own(params))
 
     def own(self, whole: PyTree) -> PyTree:
-        flat = zip(self.trains, self.treedef.flatten_up_to(whole), strict=True)
-        return self.treedef.unflatten(x if t else optax.MaskedNode() for t, x in flat)
-
-    def whole(self, own: PyTree, other: PyTree) -> PyTree:
-        """With the frozen leaves of `other`."""
-        mine, rest = iter(jax.tree.leaves(own)), jax.tree.leaves(other)
+        """whole: may have None where it is frozen, as gradients have."""
+        flat = zip(
+            self.trains, self.treedef.flatten_up_to(whole), self.flat, strict=True
+        )
         return self.treedef.unflatten(
-            next(mine) if t else x for t, x in zip(self.trains, rest, strict=True)
+            (_nothing(p) if _is_none(x) else x) if t else optax.MaskedNode()
+            for t, x, p in flat
         )
 
-    def filled(self, grads: PyTree) -> PyTree:
-        """Gradients of the whole structure, with zeros where there are none."""
-        return jax.tree.map(_filled, grads, self.params, is_leaf=_is_none)
+    def whole(self, own: PyTree, frozen: Callable[[Any], Any]) -> PyTree:
+        """frozen: makes what stands where a parameter is frozen."""
+        mine = iter(jax.tree.leaves(own))
+        pairs = zip(self.trains, self.flat, strict=True)
+        return self.treedef.unflatten(next(mine) if t else frozen(p) for t, p in pairs)
 
     def given(self, x: Any) -> Any:
         """An extra argument of the whole tree, as `tx` is to see it."""
@@ -136,7 +137,7 @@ class _Halves:
         """What `tx` hands to a function of the whole tree."""
         if jax.tree.structure(x) != self.own_treedef:
             return x
-        return self.whole(x, self.params)
+        return self.whole(x, lambda p: p)
 
     def back(self, x: Any) -> Any:
         """What such a function, or a caller, hands to `tx`: a tree, or a tuple (as
@@ -145,20 +146,11 @@ class _Halves:
             return tuple(map(self.back, x))
         if _places(x) != _places(self.params):
             return x
-        return self.own(self.filled(x))
+        return self.own(x)
 
 
 def _places(tree: PyTree) -> Any:
     return jax.tree.structure(tree, is_leaf=_is_none)
-
-
-def _filled(grad: Any, param: Any) -> Any:
-    """A gradient for a frozen leaf that has none, or one of dtype float0."""
-    if param is None:
-        return None
-    if grad is None or grad.dtype == jax.dtypes.float0:
-        return _nothing(param)
-    return grad
 
 
 def _nothing(x: Any) -> jax.Array:
