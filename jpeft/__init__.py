@@ -43,6 +43,8 @@ from jpeft.optim.freeze import freeze as freeze
 from jpeft.optim.freeze import value_and_grad as value_and_grad
 from jpeft.transform import Transform as Transform
 from jpeft.transform import chain as chain
+from jpeft.tree.filter import trainable_filter as trainable_filter
+from jpeft.tree.split import cast as cast
 from jpeft.tree.split import combine as combine
 from jpeft.tree.split import count as count
 from jpeft.tree.split import disable as disable

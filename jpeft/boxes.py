@@ -39,6 +39,11 @@ def declared(x: Any) -> str:
     return next((kind for t, kind in _DECLARED.items() if isinstance(x, t)), "")
 
 
+def is_nnx_state(x: Any) -> bool:
+    """Whether a tree is what `nnx.split` and `nnx.state` give."""
+    return isinstance(x, nnx.State)
+
+
 def unbox(x: Any) -> Any:
     """The value inside, whatever the number of boxes around it."""
     while is_box(x):

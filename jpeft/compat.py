@@ -168,9 +168,21 @@ def is_key_array(x: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
+def draws_by_number() -> bool:
+    """Whether a random entry depends on its number alone, not on the array's size."""
+    return getattr(jax.config, "jax_threefry_partitionable", True)
+
+
+def waits_on_host(x: Any) -> bool:
+    """Whether an array lies in the memory of its device's host."""
+    return (
+        isinstance(x, jax.Array) and jax.typeof(x).memory_space == jax.memory.Space.Host
+    )
+
+
 def on_device(x: Any) -> Any:
     """A weight that waits in its host's memory, brought to where it computes."""
-    if isinstance(x, jax.Array) and jax.typeof(x).memory_space == jax.memory.Space.Host:
+    if waits_on_host(x):
         return jax.device_put(x, jax.memory.Space.Device)
     return x
 

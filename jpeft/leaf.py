@@ -32,6 +32,7 @@ from jax import export
 from jax.sharding import PartitionSpec
 
 from jpeft.boxes import is_box, rebox, unbox
+from jpeft.serialization import let_serialize
 
 TRAINABLE, FROZEN, STATIC, TRANSIENT = "trainable", "frozen", "static", "transient"
 T = TypeVar("T")
@@ -100,6 +101,7 @@ def adapted_leaf(cls: type[T]) -> type[T]:
     )
     with contextlib.suppress(ValueError):  # the name is known, of a cell run before
         _let_export(cls, statics)
+    let_serialize(cls, stored)
     KINDS[cls.__name__] = cls  # type: ignore[assignment]
     return cls
 
@@ -262,6 +264,21 @@ class AdaptedLeaf:
         """Of a leaf that holds the weight: a box with the weight's axis names."""
         return None
 
+    def check_stored(self, path: str) -> None:
+        """Raises for arrays that can no longer mean what they stand for."""
+
+    def cast(self, dtype: Any) -> Self:
+        """The leaf whose floating-point numbers, and so its weight, are `dtype`."""
+
+        def one(x: Any) -> Any:
+            if is_leaf(x):
+                return x.cast(dtype)
+            return jax.tree.map(lambda y: cast_array(y, dtype), x)
+
+        return self.replace(
+            base=one(self.base), **{n: one(x) for n, x in array_fields(self).items()}
+        )
+
     @property
     def keeps_arrays(self) -> bool:
         """Of a leaf that holds the weight: whether the plain weight does not give its
@@ -344,9 +361,14 @@ class AdaptedLeaf:
             "or make plain arrays of them with jpeft.merge(params)"
         )
 
-    def __array__(self, *_: Any, **__: Any) -> Any:
-        """NumPy would else make an array of one object."""
+    def _no_array(self, *_: Any, **__: Any) -> Any:
         return self.__jax_array__()
+
+    # NumPy would else make an array of one object, and Python and Flax' modules (which
+    # read `self.kernel[...]`) say that something is missing here.
+    __array__ = __getitem__ = __matmul__ = __rmatmul__ = _no_array
+    __add__ = __radd__ = __mul__ = __rmul__ = _no_array
+    __sub__ = __rsub__ = __truediv__ = __neg__ = _no_array
 
 
 # --- values with something owed ------------------------------------------------------
@@ -454,6 +476,12 @@ def array_fields(leaf: AdaptedLeaf) -> dict[str, Any]:
     }
 
 
+def stored(leaf: AdaptedLeaf) -> dict[str, Any]:
+    """What a file of the whole tree holds of it: the method's arrays, and the base."""
+    base = {} if leaf.base is None else {"base": leaf.base}
+    return {**base, **array_fields(leaf)}
+
+
 def transients(leaf: AdaptedLeaf) -> dict[str, Any]:
     """What `adapt` put into the leaf for this call."""
     fields = {n: getattr(leaf, n) for n, r in roles(leaf).items() if r == TRANSIENT}
@@ -461,7 +489,8 @@ def transients(leaf: AdaptedLeaf) -> dict[str, Any]:
 
 
 def check_whole(x: Any, path: str, caller: str) -> None:
-    """Raises for a leaf without its arrays, as half of a partitioned tree holds it."""
+    """Raises for a leaf without its arrays, as half of a partitioned tree holds it, or
+    with arrays that something was done to."""
     for leaf in layers(x):
         for f in dataclasses.fields(leaf):
             needed = f.default is f.default_factory is dataclasses.MISSING
@@ -472,6 +501,13 @@ def check_whole(x: Any, path: str, caller: str) -> None:
                     f"{type(leaf).__name__} has no {f.name!r}: this is one half of "
                     "jpeft.partition(params); pass jpeft.combine(trainable, frozen)"
                 )
+        leaf.check_stored(path)
+
+
+def cast_array(x: Any, dtype: Any) -> Any:
+    """Real floating-point numbers in `dtype`, everything else as it is."""
+    found = getattr(x, "dtype", np.dtype(bool))
+    return x.astype(dtype) if jnp.issubdtype(found, jnp.floating) else x
 
 
 def map_fields(f: Callable[[Any], Any], leaf: AdaptedLeaf) -> AdaptedLeaf:

@@ -24,6 +24,7 @@ import numpy as np
 from jpeft import compat
 from jpeft.boxes import unbox
 from jpeft.checks import check_fields, shown
+from jpeft.finite import all_finite
 from jpeft.leaf import (
     AdaptedLeaf,
     array_fields,
@@ -311,9 +312,7 @@ def check_finite(targets: Mapping[str, Any], name: str) -> None:
         if isinstance(x, compat.Tracer) or not isinstance(x, (jax.Array, np.ndarray)):
             continue
         if jnp.issubdtype(x.dtype, jnp.floating):
-            # Also of arrays that a program which JAX traces closes over.
-            with jax.ensure_compile_time_eval():
-                found[path] = jnp.all(jnp.isfinite(compat.on_device(x)))
+            found[path] = all_finite(x)
     bad = [p for p, ok in jax.device_get(found).items() if not ok]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""

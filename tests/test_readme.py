@@ -14,7 +14,9 @@ from flax.training.train_state import TrainState
 import jpeft
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-LINEN, NNX, STATE, EXPORT, QUANTIZED = re.findall(r"```python\n(.*?)```", README, re.S)
+LINEN, NNX, FILTER, STATE, EXPORT, QUANTIZED = re.findall(
+    r"```python\n(.*?)```", README, re.S
+)
 
 
 class Model(nn.Module):
@@ -64,6 +66,23 @@ def test_the_nnx_lines():
     }
     exec(NNX, names)
     assert names["model"](names["x"]).shape == names["y"].shape == (2, 19)
+
+
+def test_the_nnx_optimizer_lines():
+    names = {
+        "jax": jax,
+        "jnp": jnp,
+        "jpeft": jpeft,
+        "nnx": nnx,
+        "optax": optax,
+        "model": nnx.Linear(24, 19, rngs=nnx.Rngs(0)),
+        "x": jnp.ones((2, 24)),
+    }
+    with jax.numpy_dtype_promotion("standard"):
+        exec(FILTER, names)
+    _, adapter, base = nnx.split(names["model"], names["wrt"], ...)
+    assert bool((adapter["kernel"]["b"][...] != 0).any())
+    assert sorted(base["kernel"]) == ["base"]
 
 
 def test_the_train_state_lines():

@@ -134,17 +134,16 @@ class Program:
                 full[k] = same_box(box_of(values[k]), x) if is_leaf(values[k]) else x
             a, kw = jax.tree.unflatten(treedef, full)
             out, out_tree = jax.tree.flatten(fn(*a, **kw))
-            outputs["tree"], outputs["flat"] = out_tree, out
+            # Tracers must not outlive the trace; the rest are values of `fn`'s own.
+            outputs["tree"] = out_tree
+            outputs["static"] = [None if is_array(x) else x for x in out]
             outputs["traced"] = [k for k, x in enumerate(out) if is_array(x)]
             return [out[k] for k in outputs["traced"]]
 
         self.closed = jax.make_jaxpr(call)(*map(stand_in, self.inputs))
         self.out_tree = outputs["tree"]
         self.out_traced = set(outputs["traced"])
-        # Tracers must not outlive the trace; the rest are Python values of `fn`'s own.
-        self.out_static = [
-            None if k in self.out_traced else x for k, x in enumerate(outputs["flat"])
-        ]
+        self.out_static = outputs["static"]
 
     def result(self, it: Interpreter, outs: list[Any], values: list[Any]) -> Any:
         """The function's own output structure, filled."""

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from jpeft import compat
 from jpeft.checks import refusal
 from jpeft.leaf import wide_dtype
+from jpeft.methods._draw import drawn
 
 DRAWN, PISSA, OLORA = ("gaussian", "kaiming"), "pissa", "olora"
 INITS = (*DRAWN, PISSA, f"{PISSA}_niter_<n>", OLORA)
@@ -51,12 +52,16 @@ def draw_a(
     key: jax.Array, shape: tuple[int, ...], fan_in: int, init: str, dtype: Any
 ) -> jax.Array:
     """A's first values, drawn in float32."""
-    if init == "gaussian":
-        x = jax.random.normal(key, shape, jnp.float32) / math.sqrt(fan_in)
-    else:
-        limit = 1.0 / math.sqrt(fan_in)
-        x = jax.random.uniform(key, shape, jnp.float32, -limit, limit)
-    return x.astype(dtype)
+    root = math.sqrt(fan_in)
+
+    def entries(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        if init == "gaussian":
+            x = jax.random.normal(key, shape, jnp.float32) / root
+        else:
+            x = jax.random.uniform(key, shape, jnp.float32, -1.0 / root, 1.0 / root)
+        return x.astype(dtype)
+
+    return drawn(entries, key, shape)
 
 
 def factors_of(

@@ -38,6 +38,7 @@ from jpeft.adapt.labels import Label, R
 from jpeft.boxes import same_box, unbox
 from jpeft.checks import Positive, Rate
 from jpeft.leaf import adapted_leaf, is_leaf, layers, static, trainable
+from jpeft.methods._draw import drawn, filled
 from jpeft.methods._low_rank import ActsAsLowRank, LowRank
 from jpeft.methods._ranked import Ranked
 from jpeft.methods.lora import check_rank, factor_shapes
@@ -134,14 +135,13 @@ class AdaLoRA(Ranked):
         assert use.axes is not None
         shapes = factor_shapes(use.shape, use.axes, rank)
         of_p, of_q = jax.random.split(key)
-        draw = lambda k, n: (
-            self.std * jax.random.normal(k, shapes[n], jnp.float32)
-        ).astype(dtype)
+        normal = lambda k, s: self.std * jax.random.normal(k, s, jnp.float32)
+        draw = lambda k, n: drawn(normal, k, shapes[n]).astype(dtype)
         return Triplets(
             base=base,
             axes=use.axes,
             p=draw(of_p, "a"),
-            lam=jnp.zeros((*use.sizes("s"), rank), dtype),
+            lam=filled((*use.sizes("s"), rank), 0, dtype),
             q=draw(of_q, "b"),
             scale=float((rank if alpha is None else alpha) / rank),
             dropout=float(self.dropout),

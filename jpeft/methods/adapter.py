@@ -44,6 +44,7 @@ from jpeft.checks import (
 )
 from jpeft.leaf import AdaptedLeaf, Path
 from jpeft.methods._bottleneck import ACTIVATIONS, Bottleneck, BranchEnd, BranchStart
+from jpeft.methods._draw import drawn, filled
 from jpeft.transform import (
     LeafMethod,
     check_target,
@@ -189,7 +190,7 @@ class Adapter(LeafMethod):
         if use.role != _START:
             fields["late"] = self.late
             if scale == LEARNED:
-                fields["gain"] = jnp.ones(shape["gain"], dtype)
+                fields["gain"] = filled(shape["gain"], 1, dtype)
             else:
                 fields["scale"] = float(scale)
         if use.role != _AFTER:
@@ -200,13 +201,13 @@ class Adapter(LeafMethod):
             if self.gate:
                 width = math.prod(shape["gate"]) // math.prod(shape["gate_bias"])
                 fields["gate"] = draw(keys["up"], "bert", shape["gate"], width, dtype)
-                fields["gate_bias"] = jnp.zeros(shape["gate_bias"], dtype)
+                fields["gate_bias"] = filled(shape["gate_bias"], 0, dtype)
         for name in ("down", "up"):
             if name not in shape:
                 continue
-            fields[f"{name}_bias"] = jnp.zeros(shape[f"{name}_bias"], dtype)
+            fields[f"{name}_bias"] = filled(shape[f"{name}_bias"], 0, dtype)
             if name == "up" and init in ("near_identity", "lora"):
-                fields[name] = jnp.zeros(shape[name], dtype)
+                fields[name] = filled(shape[name], 0, dtype)
                 continue
             stack = math.prod(shape[f"{name}_bias"][: use.axes.count("s")])
             fan_in = (
@@ -313,11 +314,14 @@ def draw(
     key: jax.Array, init: str, shape: tuple[int, ...], fan_in: int, dtype: Any
 ) -> jax.Array:
     """The first values of a projection, drawn in float32."""
-    if init == "lora":
-        limit = 1.0 / math.sqrt(fan_in)
-        x = jax.random.uniform(key, shape, jnp.float32, -limit, limit)
-    elif init == "bert":
-        x = 0.02 * jax.random.normal(key, shape, jnp.float32)
-    else:  # two standard deviations at most, of 0.01, as Houlsby et al. have it
-        x = 0.01 * jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
-    return x.astype(dtype)
+    limit, wide = 1.0 / math.sqrt(fan_in), jnp.float32
+
+    def entries(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        if init == "lora":
+            return jax.random.uniform(key, shape, wide, -limit, limit)
+        if init == "bert":
+            return 0.02 * jax.random.normal(key, shape, wide)
+        # Two standard deviations at most, of 0.01, as Houlsby et al. have it.
+        return 0.01 * jax.random.truncated_normal(key, -2.0, 2.0, shape, wide)
+
+    return drawn(entries, key, shape).astype(dtype)

@@ -23,6 +23,7 @@ from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import Label, Labelled, align, operand_labels
 from jpeft.checks import Floating
 from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, trainable, wide_dtype
+from jpeft.methods._draw import filled
 from jpeft.transform import LeafMethod, method
 from jpeft.tree.layout import BIAS, LINEAR, MATRIX, LeafUse
 from jpeft.tree.paths import Slots
@@ -117,7 +118,7 @@ class BitFit(LeafMethod):
         return use.kind == BIAS
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> AdaptedLeaf:
-        return Delta(base=base, delta=jnp.zeros(use.shape, self.adapter_dtype(base)))
+        return Delta(base=base, delta=filled(use.shape, 0, self.adapter_dtype(base)))
 
     def targets(
         self, flat: Slots, uses: Mapping[str, LeafUse] | None
@@ -179,7 +180,7 @@ class _AddBias(LeafMethod):
         assert use.axes is not None
         labels = AddedBias.labels_of(use.axes)["bias"]
         shape = tuple(use.shape[k] for k in labels)  # type: ignore[index]
-        bias = jnp.zeros(shape, self.adapter_dtype(base))
+        bias = filled(shape, 0, self.adapter_dtype(base))
         return AddedBias(base=base, axes=use.axes, bias=bias)
 
 

@@ -58,6 +58,7 @@ from jpeft.leaf import (
     unboxed,
     wide_dtype,
 )
+from jpeft.methods._draw import filled
 from jpeft.transform import (
     LeafMethod,
     method,
@@ -219,8 +220,8 @@ class DiffPruning(LeafMethod):
         dtype = self.adapter_dtype(base)
         common: dict[str, Any] = {
             "base": base,
-            "delta": jnp.zeros(use.shape, dtype),
-            "alpha": jnp.full(use.shape, self.alpha, dtype),
+            "delta": filled(use.shape, 0, dtype),
+            "alpha": filled(use.shape, self.alpha, dtype),
             "low": float(self.low),
             "high": float(self.high),
             "temperature": float(self.temperature),
@@ -229,7 +230,7 @@ class DiffPruning(LeafMethod):
             return GatedDelta(**common)
         axes = use.axes or "?" * len(use.shape)
         groups = [n if c == "s" else 1 for n, c in zip(use.shape, axes, strict=True)]
-        return GroupedDelta(group=jnp.full(groups, self.alpha, dtype), **common)
+        return GroupedDelta(group=filled(tuple(groups), self.alpha, dtype), **common)
 
 
 def diff_pruning(

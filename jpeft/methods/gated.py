@@ -44,6 +44,7 @@ from jpeft.leaf import (
     trainable,
     wide_dtype,
 )
+from jpeft.methods._draw import drawn, filled
 from jpeft.methods._gate import gate_labels, open_gate
 from jpeft.methods._low_rank import LowRank, dropped, through
 from jpeft.methods.adapter import Adapter
@@ -291,17 +292,17 @@ class Gated(Transform):
         if not own:
             return kind(**fields)
         s, i = ([k for k, c in enumerate(leaf.axes) if c == g] for g in "si")
-        shape = {n: [leaf.shape[k] for k in x] for n, x in gate_labels(s, i).items()}  # type: ignore[index]
+        shape = {
+            n: tuple(leaf.shape[k] for k in x)  # type: ignore[index]
+            for n, x in gate_labels(s, i).items()
+        }
         of = jax.tree.leaves(next(iter(array_fields(leaf).values())))[0].dtype
         dtype = wide_dtype(of) if of == jnp.float64 else of
-        drawn = 0.02 * jax.random.normal(
-            jax.random.fold_in(key, math.prod(shape["gate"])),
-            shape["gate"],
-            wide_dtype(dtype),
-        )
+        normal = lambda k, s: 0.02 * jax.random.normal(k, s, wide_dtype(dtype))
+        own_key = jax.random.fold_in(key, math.prod(shape["gate"]))
         gate = {
-            "gate": drawn.astype(dtype),
-            "gate_bias": jnp.zeros(shape["gate_bias"], dtype),
+            "gate": drawn(normal, own_key, shape["gate"]).astype(dtype),
+            "gate_bias": filled(shape["gate_bias"], 0, dtype),
         }
         base = unbox(innermost(leaf))
         empty = {n: None for n in array_fields(leaf)}

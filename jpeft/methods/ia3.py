@@ -30,6 +30,7 @@ import jax.numpy as jnp
 
 from jpeft.checks import Floating
 from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, static, transient, wide_dtype
+from jpeft.methods._draw import filled
 from jpeft.methods._scaled import ScaledInput, ScaledOutput
 from jpeft.transform import LeafMethod, Transform, method
 from jpeft.tree.layout import BIAS, CONV, LINEAR, MATRIX, LeafUse
@@ -232,8 +233,8 @@ class _Rescale(LeafMethod):
         assert use.axes is not None
         kind = ScaledOutput if self.part == OUTPUT else ScaledInput
         labels = kind.labels_of(use.axes)["scale"]
-        sizes = [use.shape[k] for k in labels]  # type: ignore[index]
-        scale = jnp.ones(sizes, self.adapter_dtype(base))
+        sizes = tuple(use.shape[k] for k in labels)  # type: ignore[index]
+        scale = filled(sizes, 1, self.adapter_dtype(base))
         return kind(base=base, axes=use.axes, scale=scale, link=link)
 
 

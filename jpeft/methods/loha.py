@@ -39,6 +39,7 @@ from jpeft.adapt.labels import Label, R, align, contract, operand_labels
 from jpeft.checks import one_of
 from jpeft.leaf import adapted_leaf, is_leaf, static, trainable, wide_dtype
 from jpeft.methods import _init
+from jpeft.methods._draw import drawn, filled
 from jpeft.methods._low_rank import ActsAsLowRank, LowRank, low_rank_product, through
 from jpeft.methods._ranked import Ranked
 from jpeft.methods.lora import check_rank, factor_shapes
@@ -189,20 +190,23 @@ def draw(
 ) -> dict[str, jax.Array]:
     """First values of the four factors, in float32."""
     k1, k2, k3 = jax.random.split(key, 3)
-    normal, zeros = jax.random.normal, jnp.zeros
+    normal = lambda k, n, by=1.0: drawn(
+        lambda k, s: by * jax.random.normal(k, s), k, shapes[n]
+    )
+    zeros = lambda n: filled(shapes[n], 0, jnp.float32)
     if init == LYCORIS:
         return {
-            "a1": normal(k1, shapes["a1"]),
-            "b1": 0.1 * normal(k2, shapes["b1"]),
-            "a2": normal(k3, shapes["a2"]),
-            "b2": zeros(shapes["b2"]),
+            "a1": normal(k1, "a1"),
+            "b1": normal(k2, "b1", 0.1),
+            "a2": normal(k3, "a2"),
+            "b2": zeros("b2"),
         }
     rank = shapes["a1"][-1]
     uniform = lambda k, n, fan: _init.draw_a(k, shapes[n], fan, "kaiming", jnp.float32)
     return {
         "a1": uniform(k1, "a1", fan_in),
         "b1": uniform(k2, "b1", rank),
-        "a2": zeros(shapes["a2"]),
+        "a2": zeros("a2"),
         "b2": uniform(k3, "b2", rank),
     }
 

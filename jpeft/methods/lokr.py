@@ -48,6 +48,7 @@ from jpeft.adapt.labels import (
 from jpeft.checks import check_count, one_of, plain
 from jpeft.leaf import adapted_leaf, is_leaf, static, trainable, wide_dtype
 from jpeft.methods import _init
+from jpeft.methods._draw import filled
 from jpeft.methods._ranked import Ranked
 from jpeft.methods._scaled import ScaledInput, ScaledOutput
 from jpeft.transform import method
@@ -363,7 +364,7 @@ def draw(
     zero = {LYCORIS: ("w2", "w2_a"), PEFT: ("w1", "w1_b")}[init]
     keys = jax.random.split(key, len(shapes))
     return {
-        n: jnp.zeros(shape)
+        n: filled(shape, 0, jnp.float32)
         if n in zero
         else _init.draw_a(k, shape, shape[-2], "kaiming", jnp.float32)
         for k, (n, shape) in zip(keys, shapes.items(), strict=True)

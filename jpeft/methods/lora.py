@@ -37,6 +37,7 @@ from jpeft.adapt.labels import Label, R
 from jpeft.checks import Rate
 from jpeft.leaf import adapted_leaf, frozen, is_leaf, static, trainable
 from jpeft.methods import _init
+from jpeft.methods._draw import filled
 from jpeft.methods._low_rank import ActsAsLowRank, LowRank
 from jpeft.methods._ranked import Ranked
 from jpeft.transform import method
@@ -146,7 +147,7 @@ class LoRA(LowRankMethod):
             shapes = factor_shapes(use.shape, use.axes, rank)
             fan_in = 1 if use.kind == EMBEDDING else math.prod(use.sizes("i"))
             a = _init.draw_a(key, shapes["a"], fan_in, self.init, dtype)
-            return LowRank(a=a, b=jnp.zeros(shapes["b"], dtype), **common)
+            return LowRank(a=a, b=filled(shapes["b"], 0, dtype), **common)
         if is_leaf(base) or isinstance(base, jax.ShapeDtypeStruct):
             raise ValueError(
                 f"{path}: init={self.init!r} takes A and B from the weight itself, and "

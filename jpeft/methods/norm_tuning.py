@@ -14,9 +14,9 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from jpeft.checks import Floating
+from jpeft.methods._draw import filled
 from jpeft.methods.bitfit import Delta
 from jpeft.transform import LeafMethod, method
 from jpeft.tree.layout import BIAS, NORM, LeafUse, in_norm
@@ -41,7 +41,7 @@ class NormTuning(LeafMethod):
         return use.kind == NORM or (use.kind == BIAS and in_norm(use.path))
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Delta:
-        return Delta(base=base, delta=jnp.zeros(use.shape, self.adapter_dtype(base)))
+        return Delta(base=base, delta=filled(use.shape, 0, self.adapter_dtype(base)))
 
 
 def norm_tuning(

@@ -36,6 +36,7 @@ from jpeft.leaf import (
     static,
     trainable,
 )
+from jpeft.methods._draw import drawn
 from jpeft.methods._virtual import Prompt
 from jpeft.methods.prompt import VirtualMethod
 from jpeft.transform import method
@@ -167,7 +168,7 @@ class PTuning(VirtualMethod):
             "axes": use.axes,
             "vocab": vocab,
             "one_hot": self.one_hot,
-            "start": jax.random.normal(k_start, (self.length, d), jnp.float32),
+            "start": drawn(_normal, k_start, (self.length, d)),
         }
         if self.encoder == LSTM:
             h = self.hidden or max(1, d // 2)
@@ -184,11 +185,11 @@ class PTuning(VirtualMethod):
             h, kind = self.hidden or d, MlpPrompt
             sizes = _layers([d, h, h, d])
         keys = jax.random.split(key, len(sizes))
-        drawn: dict[str, Any] = {
+        layers: dict[str, Any] = {
             n: _uniform(k, shape, fan_in)
             for k, (n, (shape, fan_in)) in zip(keys, sizes.items(), strict=True)
         }
-        leaf = kind(**common, **drawn)
+        leaf = kind(**common, **layers)
         return leaf.replace(
             **{n: x.astype(dtype) for n, x in array_fields(leaf).items()}
         )
@@ -286,7 +287,12 @@ def _layers(widths: list[int]) -> dict[str, tuple[tuple[int, ...], int]]:
     return found
 
 
+def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(key, shape, jnp.float32)
+
+
 def _uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
     """The start of the published encoders, uniform with variance 1 / (3 fan_in)."""
     limit = 1.0 / math.sqrt(fan_in)
-    return jax.random.uniform(key, shape, jnp.float32, -limit, limit)
+    draw = lambda k, s: jax.random.uniform(k, s, jnp.float32, -limit, limit)
+    return drawn(draw, key, shape)

@@ -58,6 +58,7 @@ from jpeft.leaf import (
     wide_dtype,
 )
 from jpeft.methods._attention import KEY, VALUE, Index, Tagged
+from jpeft.methods._draw import drawn
 from jpeft.methods._prefix_targets import Runs, check_free, chosen_layers, targets
 from jpeft.methods._prefix_tokens import tokens_prefix
 from jpeft.methods.p_tuning import linear, lstm
@@ -519,7 +520,8 @@ class PrefixTuning(Transform):
         if key is None:
             return {}
         k1, k2, k3, k4 = jax.random.split(key, 4)
-        e = jax.random.normal(k1, (self.length, d), dtype)
+        normal = lambda k, s: jax.random.normal(k, s, dtype)
+        e = drawn(normal, k1, (self.length, d))
         n, half = self.width, self.width // 2
         if self.reparametrization == "mlp":
             return {
@@ -653,7 +655,9 @@ def p_tuning_v2(
 
 def _drawn(init: str) -> Callable[..., jax.Array]:
     std = {"gaussian": 0.02, "unit": 1.0, "zeros": 0.0}[init]
-    return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
+    return lambda key, shape, dtype: drawn(
+        lambda k, s: std * jax.random.normal(k, s, dtype), key, shape
+    )
 
 
 def _last_layer(
@@ -670,4 +674,6 @@ def _uniform(
     key: jax.Array, shape: tuple[int, ...], fan_in: int, dtype: Any
 ) -> jax.Array:
     """As a linear layer usually starts: U(-1, 1) / sqrt(fan_in)."""
-    return jax.random.uniform(key, shape, dtype, -1.0, 1.0) / math.sqrt(fan_in)
+    root = math.sqrt(fan_in)
+    draw = lambda k, s: jax.random.uniform(k, s, dtype, -1.0, 1.0) / root
+    return drawn(draw, key, shape)

@@ -33,6 +33,7 @@ from jaxtyping import Array, Float, Int
 
 from jpeft.checks import Count, Floating, plain, refusal
 from jpeft.leaf import is_leaf, layers, wide_dtype
+from jpeft.methods._draw import drawn
 from jpeft.methods._virtual import (
     Prompt,
     VirtualEmbedding,
@@ -143,9 +144,11 @@ class PromptTuning(VirtualMethod):
         dtype = self.adapter_dtype(base)
         shape = (tokens, *use.sizes("o"))
         if self.init == RANDOM:
-            prompt = jax.random.uniform(key, shape, jnp.float32, -0.5, 0.5)
+            uniform = lambda k, s: jax.random.uniform(k, s, jnp.float32, -0.5, 0.5)
+            prompt = drawn(uniform, key, shape)
         elif self.init == NORMAL:
-            prompt = jax.random.normal(key, shape, jnp.float32)
+            normal = lambda k, s: jax.random.normal(k, s, jnp.float32)
+            prompt = drawn(normal, key, shape)
         elif self.init == VOCAB:
             prompt = rows_of(base, axes, sampled(key, vocab, tokens))
         else:

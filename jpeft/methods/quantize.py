@@ -157,6 +157,9 @@ def quantize(
     stored in whole groups of 64 along the input axes, filled up with zeros: a weight
     of up to 16 inputs takes more room than in bfloat16.  Gradients
     flow through it in reverse mode (`jax.grad`, `jax.vjp`); JAX refuses `jax.jvp`.
+    Codes are no numbers: `jpeft.cast` casts a tree that holds them, and they are not
+    averaged or scaled.  A Linen model applied without `jpeft.adapt` says that it
+    received another shape, that of the codes.
 
     Raises ValueError for an unknown format, a block size that is none of these, a
     weight that is quantised or carries an adapter already, whose axes are in doubt,

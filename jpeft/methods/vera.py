@@ -41,6 +41,7 @@ from jpeft.leaf import (
     trainable,
     transient,
 )
+from jpeft.methods._draw import drawn
 from jpeft.methods._low_rank import ActsAsLowRank, LowRank, dropped
 from jpeft.methods._scaled import ScaledOutput, spread, times
 from jpeft.transform import (
@@ -221,10 +222,12 @@ def draw(
     key: jax.Array, n_in: int, rank: int, n_out: int
 ) -> tuple[Float[Array, "in rank"], Float[Array, "rank out"]]:
     """A and B: uniform with variance 2 / fan-in, in float32."""
-    bound = lambda fan_in: math.sqrt(6 / fan_in)
-    uniform = lambda name, shape, fan_in: jax.random.uniform(
-        path_key(key, name), shape, jnp.float32, -bound(fan_in), bound(fan_in)
-    )
+
+    def uniform(name: str, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+        bound = math.sqrt(6 / fan_in)
+        draw = lambda k, s: jax.random.uniform(k, s, jnp.float32, -bound, bound)
+        return drawn(draw, path_key(key, name), shape)
+
     return uniform("a", (n_in, rank), n_in), uniform("b", (rank, n_out), rank)
 
 

@@ -40,6 +40,7 @@ from jpeft.checks import check_count, check_fraction, check_positive, whole
 from jpeft.leaf import is_leaf
 from jpeft.methods.adalora import NO_TRIPLETS, Triplets, triplets
 from jpeft.tree.paths import slots
+from jpeft.tree.split import beside, is_placeholder
 from jpeft.types import PyTree
 
 PAPER, PEFT = "paper", "peft"
@@ -127,7 +128,13 @@ def adalora_allocator(
     last = total_steps - t_final
 
     def init(params: PyTree) -> AllocatorState:
+        if is_placeholder(params):
+            # The allocator's own arrays are no copies of the parameters.
+            rest: Any = dict.fromkeys(AllocatorState._fields[1:], 0)
+            return AllocatorState(inner=inner.init(params), **rest)
         found = triplets(params)
+        if not found:
+            raise ValueError(f"{name}: {NO_TRIPLETS}{beside(params)}")
         budgets(found, target_rank)
         zeros = lambda: tuple(
             Entries(*(jnp.zeros_like(x, jnp.float32) for x in arrays(leaf)))
@@ -260,8 +267,6 @@ def allocate(
 
 def budgets(found: Sequence[Triplets], target_rank: float) -> tuple[int, int]:
     """How many triplets there are, and how many are to stay."""
-    if not found:
-        raise ValueError(f"adalora_allocator: {NO_TRIPLETS}")
     sizes = [arrays(leaf).lam.shape for leaf in found]
     matrices = sum(int(np.prod(n[:-1])) for n in sizes)
     initial = sum(int(np.prod(n)) for n in sizes)

@@ -18,7 +18,7 @@ from jpeft.boxes import unbox
 from jpeft.compat import is_key_array
 from jpeft.leaf import innermost
 from jpeft.tree.paths import slots
-from jpeft.tree.split import combine, partition, trainable_mask
+from jpeft.tree.split import combine, is_placeholder, partition, trainable_mask
 from jpeft.types import PyTree
 
 _is_none = lambda x: x is None
@@ -32,12 +32,42 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     `jpeft.value_and_grad`); the updates have the structure of the parameters, so that
     `optax.apply_updates(params, updates)` leaves frozen leaves bit for bit alone.
 
+    Extra arguments are for the whole tree, as for `tx` alone.  `tx` sees the adapters'
+    part of those that have its structure, and calls functions among them (the
+    `value_fn` of `optax.lbfgs`) with whole trees.  (`optax.value_and_grad_from_state`
+    reads a gradient out of the state, which holds the adapters' only: with it take
+    `jpeft.partition`.)
+
     It goes outermost: `freeze(optax.MultiSteps(tx, 4))`, not the other way round, so
     that nothing meets what is frozen.
+
+    The state has `optax.MaskedNode()` where a leaf is frozen, as that of
+    `optax.masked`: give `optax.tree_map_params` with further trees the same `is_leaf=`.
+
+    >>> import jax, jax.numpy as jnp, jpeft, optax
+    >>> params = jpeft.lora(rank=2)(jax.random.key(0), {"kernel": jnp.ones((7, 5))})
+    >>> tx = jpeft.freeze(optax.adam(1e-3))
+    >>> dtypes = optax.tree_map_params(
+    ...     tx,
+    ...     lambda x, like: x if isinstance(x, optax.MaskedNode) else like.dtype,
+    ...     tx.init(params),
+    ...     params,
+    ...     is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    ... )
     """
-    inner = optax.with_extra_args_support(
-        optax.partition({True: tx, False: _hold_still()}, trainable_mask)
-    )
+    inner = optax.with_extra_args_support(tx)
+
+    def init(params: PyTree) -> Any:
+        if is_placeholder(params):
+            return _state(inner.init(params))
+        for path, slot in slots(params).items():
+            if is_key_array(unbox(innermost(slot))):
+                raise ValueError(
+                    f"{path}: a random key, which Optax cannot update; keep "
+                    "it out of the parameters (nnx.split(model, nnx.Param, ...)) or "
+                    "use jpeft.partition"
+                )
+        return _state(inner.init(_Halves(params).own(params)))
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra: Any
@@ -46,29 +76,81 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
             raise ValueError(
                 "freeze(tx).update needs the parameters: update(grads, state, params)"
             )
-        whole = jax.tree.map(_filled, updates, params, is_leaf=_is_none)
-        return inner.update(whole, state, params, **extra)
-
-    def init(params: PyTree) -> Any:
-        for path, slot in slots(params).items():
-            if is_key_array(unbox(innermost(slot))):
-                raise ValueError(
-                    f"{path}: a random key, which Optax cannot update; keep "
-                    "it out of the parameters (nnx.split(model, nnx.Param, ...)) or "
-                    "use jpeft.partition"
-                )
-        return inner.init(params)
+        halves = _Halves(params)
+        new, of_inner = inner.update(
+            halves.own(updates),
+            state.inner_states[True].inner_state,
+            halves.own(params),
+            **{name: halves.given(x) for name, x in extra.items()},
+        )
+        return halves.whole(new, _nothing), _state(of_inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _filled(grad: Any, param: Any) -> Any:
-    """A gradient for a frozen leaf that has none, or one of dtype float0."""
-    if param is None:
-        return None
-    if grad is None or grad.dtype == jax.dtypes.float0:
-        return _nothing(param)
-    return grad
+def _state(inner: Any) -> Any:
+    """As `optax.partition` over the two kinds has it, which checkpoints hold."""
+    still = optax.MaskedState(optax.EmptyState())
+    states: Any = {True: optax.MaskedState(inner), False: still}
+    return optax.transforms.PartitionState(states)
+
+
+class _Halves:
+    """Trees of the parameters' structure, and those that `tx` sees: the same, with
+    `optax.MaskedNode()` in place of what is frozen."""
+
+    def __init__(self, params: PyTree):
+        self.params = params
+        self.flat, self.treedef = jax.tree.flatten(params)
+        self.trains = jax.tree.leaves(trainable_mask(params))
+        self.own_treedef = jax.tree.structure(self.own(params))
+
+    def own(self, whole: PyTree) -> PyTree:
+        """whole: may have None where it is frozen, as gradients have."""
+        flat = zip(
+            self.trains, self.treedef.flatten_up_to(whole), self.flat, strict=True
+        )
+        return self.treedef.unflatten(
+            (_nothing(p) if _is_none(x) else x) if t else optax.MaskedNode()
+            for t, x, p in flat
+        )
+
+    def whole(self, own: PyTree, frozen: Callable[[Any], Any]) -> PyTree:
+        """frozen: makes what stands where a parameter is frozen."""
+        mine = iter(jax.tree.leaves(own))
+        pairs = zip(self.trains, self.flat, strict=True)
+        return self.treedef.unflatten(next(mine) if t else frozen(p) for t, p in pairs)
+
+    def given(self, x: Any) -> Any:
+        """An extra argument of the whole tree, as `tx` is to see it."""
+        if not callable(x):
+            return self.back(x)
+
+        @functools.wraps(x)  # Optax reads its signature
+        def of_own(*args: Any, **kwargs: Any) -> Any:
+            named = {name: self.shown(y) for name, y in kwargs.items()}
+            return self.back(x(*map(self.shown, args), **named))
+
+        return of_own
+
+    def shown(self, x: Any) -> Any:
+        """What `tx` hands to a function of the whole tree."""
+        if jax.tree.structure(x) != self.own_treedef:
+            return x
+        return self.whole(x, lambda p: p)
+
+    def back(self, x: Any) -> Any:
+        """What such a function, or a caller, hands to `tx`: a tree, or a tuple (as
+        `jax.value_and_grad` returns)."""
+        if type(x) is tuple:
+            return tuple(map(self.back, x))
+        if _places(x) != _places(self.params):
+            return x
+        return self.own(x)
+
+
+def _places(tree: PyTree) -> Any:
+    return jax.tree.structure(tree, is_leaf=_is_none)
 
 
 def _nothing(x: Any) -> jax.Array:
@@ -78,15 +160,6 @@ def _nothing(x: Any) -> jax.Array:
     """
     zero = jnp.zeros(jnp.shape(x), jnp.result_type(x))
     return -zero if jnp.issubdtype(zero.dtype, jnp.floating) else zero
-
-
-def _hold_still() -> optax.GradientTransformation:
-    def update(
-        updates: PyTree, state: Any, params: PyTree = None
-    ) -> tuple[PyTree, Any]:
-        return jax.tree.map(_nothing, updates), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def value_and_grad(

@@ -16,6 +16,7 @@ import optax
 from jpeft.checks import check_flag, check_positive
 from jpeft.leaf import STATIC, TRAINABLE, is_leaf, roles
 from jpeft.tree.paths import slots
+from jpeft.tree.split import beside, is_placeholder
 from jpeft.types import PyTree
 
 
@@ -48,11 +49,13 @@ def lora_plus(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> Any:
+        if is_placeholder(params):
+            return inner.init(params)
         if not any(x is True for x in jax.tree.leaves(fast(params, vectors=False))):
             raise ValueError(
                 "lora_plus: no leaf of this tree has a trainable A and B; apply a "
                 "low-rank transform first: params = jpeft.lora(rank=8)"
-                "(jax.random.key(0), params)"
+                f"(jax.random.key(0), params){beside(params)}"
             )
         return inner.init(params)
 

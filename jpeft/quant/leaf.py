@@ -264,6 +264,30 @@ class Quantized(QuantizedValue):
     def disable(self) -> Self:
         return self
 
+    def cast(self, dtype: Any) -> Self:
+        """The same codes and scales, of a weight in `dtype`."""
+        return self.replace(element=jnp.dtype(dtype).name)
+
+    def check_stored(self, path: str) -> None:
+        for name, x in array_fields(self).items():
+            wanted, found = self._dtype_of(name), getattr(unbox(x), "dtype", None)
+            if found is not None and found != wanted:
+                raise ValueError(
+                    f"{path}: the {name} of this {self.format} weight are {found}, not "
+                    f"{wanted}: something was done to every array of the tree, and "
+                    "those of a quantised weight are no numbers to cast or to average; "
+                    'cast with jpeft.cast(params, "bfloat16"), and do arithmetic on '
+                    "the adapters alone, jpeft.partition(params)[0]"
+                )
+
+    def _dtype_of(self, name: str) -> Any:
+        if name == "codes" and self.format == "int8":
+            return np.dtype(np.int8)
+        as_bytes = name in ("codes", "zeros") or (
+            name == "scales" and self.nested is not None
+        )
+        return np.dtype(np.uint8 if as_bytes else np.float32)
+
     # -- rows of a stack --------------------------------------------------------------
 
     def along_stack(self, f: Callable[[jax.Array, int], jax.Array], axis: int) -> Self:

@@ -83,10 +83,15 @@ Keys = tuple[str, ...]
 
 
 def segment(key: Any) -> str:
+    return str(segment_key(key))
+
+
+def segment_key(key: Any) -> Any:
+    """What the tree itself calls the place: a name, a number, a key of a dict."""
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+            return getattr(key, attribute)
+    return key
 
 
 def segments(paths: Sequence[Sequence[Any]]) -> tuple[Keys, ...]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.boxes import same_box, unbox
+from jpeft.boxes import is_nnx_state, same_box, unbox
 from jpeft.checks import check_flag, check_float
 from jpeft.compat import Tracer
 from jpeft.leaf import (
@@ -19,6 +19,7 @@ from jpeft.leaf import (
     array_fields,
     box_of,
     boxed_like,
+    cast_array,
     check_whole,
     innermost,
     is_leaf,
@@ -34,6 +35,12 @@ from jpeft.types import PyTree
 NOTHING_TRAINS = (
     "nothing in this tree is trainable: no leaf was adapted. Apply a transform first: "
     "params = jpeft.lora(rank=8, alpha=16)(jax.random.key(0), params)"
+)
+NOTHING_IN_STATE = (
+    "nothing in this nnx.State is trainable: no leaf was adapted, or nnx.Optimizer "
+    "took the variables out of their leaves; there pass the optimiser as it is, "
+    "without jpeft.freeze: nnx.Optimizer(model, optax.adam(1e-3), "
+    "wrt=jpeft.trainable_filter(model))"
 )
 
 
@@ -57,10 +64,30 @@ def trainable_mask(params: PyTree) -> PyTree:
     Beware of `optax.masked(tx, mask)`: it passes the raw gradient through to what it
     masks out.  `jpeft.freeze(tx)` does what is wanted.
     """
+    if is_placeholder(params):
+        return params
     mask = jax.tree.map(lambda r: r == TRAINABLE, _role_tree(params))
     if not any(jax.tree.leaves(mask)):
-        raise ValueError(NOTHING_TRAINS)
+        of_nnx = is_nnx_state(params)
+        raise ValueError(NOTHING_IN_STATE if of_nnx else NOTHING_TRAINS)
     return mask
+
+
+def is_placeholder(tree: PyTree) -> bool:
+    """Whether it is what `optax.tree_map_params` calls `init` with, to see where in a
+    state the parameters stand: a node of Optax' own without an array."""
+    return type(tree).__module__.startswith("optax.") and not jax.tree.leaves(tree)
+
+
+def beside(params: PyTree) -> str:
+    """The end of a message of an optimiser that asks the adapted leaves, which
+    `nnx.Optimizer` takes away."""
+    if not is_nnx_state(params):
+        return ""
+    return (
+        " (nnx.Optimizer took the variables out of their leaves: use the optimiser "
+        "without it, state = tx.init(jpeft.partition(model)[0]))"
+    )
 
 
 def partition(params: PyTree) -> tuple[PyTree, PyTree]:
@@ -188,6 +215,32 @@ def _table(rows: list[tuple[str, ...]]) -> str:
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     lines = [line(r) for r in rows]
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def cast(params: PyTree, dtype: Any) -> PyTree:
+    """The tree with its floating-point numbers in `dtype`, such as "bfloat16".
+
+    What `jax.tree.map(lambda x: x.astype(dtype), params)` is meant to do, where codes
+    are no numbers: a quantised weight keeps its codes and scales, and acts as a weight
+    of that dtype.  Integers and keys stay.  Raises ValueError for a dtype that is not
+    floating.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = jpeft.quantize("nf4")(jax.random.key(0), {"kernel": jnp.ones((64, 5))})
+    >>> leaf = jpeft.cast(params, "bfloat16")["kernel"]
+    >>> leaf.dtype, leaf.codes.dtype, leaf.scales.dtype
+    (dtype(bfloat16), dtype('uint8'), dtype('uint8'))
+    """
+    check_float("cast", dtype)
+    if dtype is None:
+        raise ValueError('cast: dtype=None: expected a dtype, such as "bfloat16"')
+    one = lambda x: (
+        x.cast(dtype) if is_leaf(x) else jax.tree.map(lambda y: cast_array(y, dtype), x)
+    )
+    flat = slots(params)
+    for path, x in flat.items():
+        check_whole(x, path, "cast")
+    return flat.rebuild(map(one, flat.values))
 
 
 # --- leaving the adapters ------------------------------------------------------------

@@ -15,6 +15,7 @@ import optax
 import pytest
 from draws import moved
 from flax import linen as nn
+from flax import nnx, serialization
 from forms import FORMS
 from jax import export
 from jax.sharding import NamedSharding
@@ -552,3 +553,16 @@ def test_task_switching_swaps_adapters_over_one_base():
         for a, b in zip(slots(one).values, slots(two).values, strict=True)
         if is_leaf(a)
     )
+
+
+@pytest.mark.parametrize(("method", "name"), cases(("unrolled", "nnx")))
+def test_flax_serializes_adapted_leaves(method, name):
+    params, fresh = moved(attached(method, name)), attached(method, name)
+    if name.endswith("nnx"):  # of an nnx.State Flax asks a pure dict
+        params, fresh = map(nnx.to_pure_dict, (params, fresh))
+    again = serialization.from_bytes(fresh, serialization.to_bytes(params))
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    assert bits(again) == bits(params)
+    state = serialization.to_state_dict(params)
+    assert all(isinstance(x, (jax.Array, np.ndarray)) for x in jax.tree.leaves(state))
+    assert bits(serialization.from_state_dict(fresh, state)) == bits(params)
