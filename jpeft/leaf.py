@@ -160,6 +160,9 @@ class AdaptedLeaf:
     # True: the leaf is a weight like any other (its value may be used wherever an
     # array may), so nothing is lost when `adapt` takes its value at once.
     is_value: ClassVar[bool] = False
+    # True: in every equation the leaf acts as the weight that `materialize` gives (its
+    # dropout apart), so also in those of a derivative that the model takes itself.
+    is_weight: ClassVar[bool] = False
     # True: the base plays no part in the value, only in `unload`.
     replaces_base: ClassVar[bool] = False
     # True: the leaf is the stored weight itself (a quantised one), with no base below.
@@ -389,6 +392,11 @@ class Carried:
         """What the equation makes of it (a list for several outputs), or None: every
         carried operand is settled first."""
         return None
+
+    def as_constant(self, it: Any, eqn: Any) -> Any:
+        """What stands for it in an equation of a derivative: nothing may be owed there,
+        for that derivative knows nothing of it."""
+        return self.settle()
 
     def on_value(self, f: Callable[[Any], Any]) -> Any:
         """`f` done to the value, shape and dtype kept; what is owed stays owed."""

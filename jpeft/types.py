@@ -27,6 +27,10 @@ class PromiseError(ValueError):
     """Something an adapter left to a later equation was never taken up."""
 
 
+class DerivativeError(NotImplementedError):
+    """The adapted function takes a derivative of itself that jpeft cannot follow."""
+
+
 def check_float(name: str, dtype: Any, argument: str = "dtype") -> None:
     """Raises ValueError unless dtype is floating, or None."""
     if dtype is None:

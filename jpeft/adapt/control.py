@@ -34,8 +34,8 @@ def _jit(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
         # Called eagerly: a jit made here would be compiled anew at every call.
         return constrain(it, it.run(closed.jaxpr, closed.consts, ins))
     # Two layers whose links stay inside are one program; a link that crosses has a
-    # name, and each name is another program.
-    which = id(closed), *crossing(ins)
+    # name, and each name is another program.  Inside of a derivative more is refused.
+    which = id(closed), it.in_derivative(), *crossing(ins)
     if which not in it.memo:
 
         def inner(channel: Any, *xs: Any) -> tuple[list[Any], Any]:

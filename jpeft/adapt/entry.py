@@ -50,6 +50,9 @@ def adapt(
         raises DensifyError with the leaf's path and the source line; "allow" uses the
         full value there, and warns once a call with all such places.
 
+    A derivative taken inside of `fn` raises DerivativeError where a leaf is no change
+    of a weight, or drops: take it of `adapt(fn)`.
+
     >>> import jax, jax.numpy as jnp, jpeft
     >>> params = jpeft.lora(rank=2)(jax.random.key(0), {"kernel": jnp.ones((7, 5))})
     >>> jpeft.adapt(lambda p, x: x @ p["kernel"])(params, jnp.ones((3, 7))).shape

@@ -102,6 +102,9 @@ class Tagged(Carried):
     def settle(self) -> Any:
         return self.main
 
+    def as_constant(self, it: Interpreter, eqn: Any) -> Any:
+        raise it.no_derivative(eqn, self.name, f"a prefix owed by {self.role or KEY}")
+
     def on_value(self, f: Callable[[Any], Any]) -> Any:
         return self.replace(main=f(self.main))
 
@@ -354,6 +357,9 @@ class Extended(Carried):
 
     def settle(self) -> Any:
         return self.main
+
+    def as_constant(self, it: Interpreter, eqn: Any) -> Any:
+        raise it.no_derivative(eqn, self.name, "the scores of a prefix")
 
     def through(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         name, p = eqn.primitive.name, eqn.params
