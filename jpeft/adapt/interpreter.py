@@ -379,8 +379,9 @@ class Interpreter:
                 waiting.append(e)
                 owed.update(e.outvars)
                 continue
-            if e.effects or any(v in owed for v in e.invars if not is_literal(v)):
-                flush(k)
+            # In the program's own order, for gradients are summed in it: what is
+            # switched off must not change a bit of them.
+            flush(k)
             self._stack.append(e)
             with compat.at_equation(e):
                 out = self.bind(e, self._allowed(e, [read(e, v) for v in e.invars]))

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jpeft import compat
 from jpeft.adapt.interpreter import Interpreter, settled
 from jpeft.adapt.labels import Label, align, axis_groups, contract, operand_labels
 from jpeft.leaf import Carried, carried, frozen, is_carried, static
@@ -54,6 +55,29 @@ _JOINS: dict[str, Callable[[Any, Any], Any]] = {
     "reduce_or": lax.bitwise_or,
     "reduce_and": lax.bitwise_and,
 }
+
+
+def where_on(on: Any, x: Any, off: Any) -> Any:
+    """x, or the number `off` where a prefix is switched off: nothing of x is there,
+    neither its value nor its gradient, be they infinite.
+
+    By one predicate: a mask of the size of x would be kept for the backward pass.
+    """
+    return x if on is None else lax.select_n(on > 0, jnp.full_like(x, off), x)
+
+
+def _neutral(name: str, dtype: Any) -> Any:
+    """What a reduction may join to any value without a change of a single bit."""
+    if name in ("reduce_max", "reduce_min"):
+        low = name == "reduce_max"
+        if jnp.issubdtype(dtype, jnp.floating):
+            return -jnp.inf if low else jnp.inf
+        if dtype == jnp.bool_:
+            return not low
+        return jnp.iinfo(dtype).min if low else jnp.iinfo(dtype).max
+    return {"reduce_sum": -0.0, "reduce_prod": 1, "reduce_or": 0, "reduce_and": -1}[
+        name
+    ]
 
 
 class Index:
@@ -346,7 +370,9 @@ def _reshaped(a: np.ndarray, src: tuple[int, ...], dst: tuple[int, ...]) -> np.n
 class Extended(Carried):
     """Scores (or weights) of the real keys, and beside them those of the prefix.
 
-    main, extra: equal shapes but for `axis`, the axis of the keys.
+    main, extra: equal shapes but for `axis`, the axis of the keys.  Where the prefix is
+    switched off (`on` 0) extra starts at one and meets ones, so that it stays finite
+    whatever the model does to its scores, and nothing of it is joined to the others.
     """
 
     main: Any = frozen()
@@ -439,7 +465,7 @@ class Extended(Carried):
                     return self._refuse(it, eqn, "has no neutral value for the prefix")
                 extra = self.extra.astype(main.dtype)
                 return self.replace(main=main, extra=extra)
-            others.append(one)
+            others.append(self._met(eqn.invars[k], one))
         if name == "clamp":
             extra = lax.clamp(*others)
         else:
@@ -451,6 +477,10 @@ class Extended(Carried):
             ]
             extra = self._other(it, eqn, wide)
         return self.replace(main=main, extra=extra)
+
+    def _met(self, var: Any, x: Any) -> Any:
+        """A value that meets the prefix's scores; they may not spoil its gradient."""
+        return x if isinstance(var, compat.Literal) else where_on(self.on, x, 1)
 
     def _spread(self, x: Any) -> Any:
         """One value along the keys, repeated for the prefix's."""
@@ -482,6 +512,7 @@ class Extended(Carried):
             one = self._constant(it, eqn.invars[k + 1], settled(x))
             if one is None:
                 return self._refuse(it, eqn, "takes another value for each key")
+            one = self._met(eqn.invars[k + 1], one)
             found.append(jnp.broadcast_to(one, which.extra.shape))
         return self.replace(main=main, extra=lax.select_n(which.extra, *found))
 
@@ -491,14 +522,8 @@ class Extended(Carried):
         if self.axis not in gone:
             axis = self.axis - sum(k < self.axis for k in gone)
             return self.replace(main=main, extra=it.native(eqn)(extra), axis=axis)
-        if self.on is not None and name == "reduce_max":
-            # Of one predicate: a mask of the scores' size would be kept for the
-            # backward pass.
-            low = jnp.full_like(extra, -jnp.inf)
-            extra = lax.select_n(self.on > 0, low, extra)
         other = it.native(eqn)(extra)
-        if self.on is not None and name == "reduce_sum":
-            other = other * self.on.astype(other.dtype)
+        other = where_on(self.on, other, _neutral(name, other.dtype))
         return _JOINS[name](main, other)
 
     def _reshape(self, it: Interpreter, eqn: Any) -> Any:
@@ -562,7 +587,7 @@ def _scores(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
     it.noted(KEY, t, seq[0])
     return Extended(
         main=main,
-        extra=align(extra, xl, out).astype(main.dtype),
+        extra=where_on(t.on, align(extra, xl, out).astype(main.dtype), 1),
         on=t.on,
         axis=out.index(seq[0]),
         name=t.name,
@@ -594,8 +619,6 @@ def _sum_values(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
     wl, out = operand_labels(eqn, 1 - side, t.main.ndim, w.main.ndim)
     payload, labels = _for_each(t, batch[1 - side], *_payload(t, VALUE, seq))
     main = it.native(eqn)(*map(settled, ins))
-    if t.on is not None:
-        payload = payload * t.on.astype(payload.dtype)
     extra, xl = contract(
         w.extra.astype(w.main.dtype),
         wl,
@@ -610,7 +633,8 @@ def _sum_values(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
     order = [k for k in out if k in xl]
     sizes = dict(zip(xl, extra.shape, strict=True))
     extra = align(extra, xl, order).reshape([sizes.get(k, 1) for k in out])
-    return main + jnp.broadcast_to(extra, main.shape).astype(main.dtype)
+    extra = where_on(t.on, extra.astype(main.dtype), -0.0)
+    return main + jnp.broadcast_to(extra, main.shape)
 
 
 def _how(eqn: Any) -> dict[str, Any]:
@@ -634,7 +658,7 @@ def _still(t: Tagged, axis: int) -> bool:
 def _payload(t: Tagged, role: str, seq: int) -> tuple[jax.Array, list[Label]]:
     """The prefix laid out as `t.main` is, with P positions along `seq`, and the axes it
     has: axes along which it would only be repeated are left out."""
-    table = t.keys if role == KEY else t.values
+    table = where_on(t.on, t.keys if role == KEY else t.values, 0)
     first = 0 if role == KEY or t.keys is None else t.keys.shape[-1]
     axes: Sequence[int] = [k for k in range(t.main.ndim) if not _still(t, k)]
     squeeze = lambda a: a.reshape([a.shape[k] for k in axes])
