@@ -513,6 +513,16 @@ def test_no_residual_copies_a_base_weight(method):
     assert not base & set(out), (base, out)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_that_a_function_hands_back_stay_adapted(method):
+    f = form(METHODS[method].forms + "unrolled")
+    params = attached(method, METHODS[method].forms + "unrolled")
+    fn = lambda p, *args: (f.fn(p, *args), jax.jit(lambda p: p)(p))
+    _, back = jax.eval_shape(jpeft.adapt(fn), params, *f.args)
+    chex.assert_trees_all_equal_structs(back, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(back, params)
+
+
 def differentiable(method, name):
     """(energy, v): a number of (params, v), where v is the batch or, of texts, the
     table of places, which nothing adapts."""
