@@ -160,13 +160,12 @@ class AdaptedLeaf:
     # True: the leaf is a weight like any other (its value may be used wherever an
     # array may), so nothing is lost when `adapt` takes its value at once.
     is_value: ClassVar[bool] = False
-    # True: in every equation the leaf acts as the weight that `materialize` gives (its
-    # dropout apart), so also in those of a derivative that the model takes itself.
-    is_weight: ClassVar[bool] = False
     # True: the base plays no part in the value, only in `unload`.
     replaces_base: ClassVar[bool] = False
     # True: the leaf is the stored weight itself (a quantised one), with no base below.
     holds_weight: ClassVar[bool] = False
+    # False: the leaf is no change of the weight, so it has no merged value.
+    merges: ClassVar[bool] = True
     # True: the leaf asks which rows of a text are virtual tokens, or tells it.
     knows_rows: ClassVar[bool] = False
 

@@ -167,7 +167,7 @@ class Interpreter:
             return ins
         for x in filter(is_leaf, ins):
             for leaf in layers(x):
-                if not leaf.is_weight:
+                if not leaf.merges:
                     raise self.no_derivative(eqn, x.path, leaf.title)
                 if leaf.key is not None:
                     raise self.no_derivative(eqn, x.path, f"dropout in {leaf.title}")
@@ -396,7 +396,7 @@ class Interpreter:
 def _is_weight(x: Any) -> bool:
     """Whether a value acts as an array would in every equation."""
     if is_leaf(x):
-        return all(leaf.is_weight and leaf.key is None for leaf in layers(x))
+        return all(leaf.merges and leaf.key is None for leaf in layers(x))
     return not is_carried(x)
 
 

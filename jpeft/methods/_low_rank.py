@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +60,6 @@ class LowRank(Labelled):
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
 
-    is_weight: ClassVar[bool] = True
-
     @classmethod
     def labels_of(cls, axes: str) -> dict[str, list[Label]]:
         s, i, o = ([k for k, c in enumerate(axes) if c == g] for g in "sio")
@@ -89,8 +87,6 @@ class ActsAsLowRank(Labelled):
 
     It is moved about as it is, and acts as the `LowRank` that it makes.
     """
-
-    is_weight: ClassVar[bool] = True
 
     def as_low_rank(self) -> LowRank:
         raise NotImplementedError

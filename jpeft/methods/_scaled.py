@@ -40,8 +40,6 @@ class Scaled(Labelled):
     scale: Any = trainable()
     link: str = static(default="")
 
-    is_weight: ClassVar[bool] = True
-
     kept: ClassVar[str] = "so"  # the groups of axes that the vector has
 
     @classmethod

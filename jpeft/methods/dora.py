@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +62,6 @@ class DoRALeaf(Labelled):
     norm: Any = frozen()
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
-
-    is_weight: ClassVar[bool] = True
 
     @classmethod
     def labels_of(cls, axes: str) -> dict[str, list[Label]]:

@@ -25,7 +25,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +75,6 @@ class Kronecker(Labelled):
     w2_a: Any = trainable(default=None)
     w2_b: Any = trainable(default=None)
     scale: float = static(default=1.0)
-
-    is_weight: ClassVar[bool] = True
 
     @classmethod
     def labels_of(cls, axes: str) -> dict[str, list[Label]]:

@@ -43,8 +43,6 @@ from jpeft.tree.layout import EMBEDDING
 class QuantizedValue(AdaptedLeaf):
     """What the rules of consumption need: a weight that is made when it is used."""
 
-    is_weight: ClassVar[bool] = True
-
     # The dtype to multiply in; None: the activation's, or the weight's if wider.
     compute_dtype: str | None
 
