@@ -53,7 +53,8 @@ def adapt(
         raises DensifyError with the leaf's path and the source line; "allow" uses the
         full value there, and warns once a call with all such places.
 
-    A derivative taken inside of `fn` raises DerivativeError where a leaf is no change
+    A weight that `fn` hands back as it came is handed back adapted.  A derivative taken
+    inside of `fn` raises DerivativeError where a leaf is no change
     of a weight, or drops: take it of `adapt(fn)`.
 
     >>> import jax, jax.numpy as jnp, jpeft

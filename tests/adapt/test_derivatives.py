@@ -261,14 +261,14 @@ def test_a_prefix_in_a_derivative_is_refused_wherever_its_keys_were_made():
         jpeft.adapt(scored_before)(params, x)
 
 
-def test_a_prompt_and_learned_rows_in_a_derivative_are_refused():
-    base = {"table": draw(6, 4), "attn": {"key": {"kernel": draw(4, 4)}}}
+def test_a_prompt_in_a_derivative_is_refused():
+    base = {"embed": {"embedding": draw(6, 4)}}
     ids = jpeft.prepend_virtual_tokens(jnp.array([[1, 2]]), 2, vocab_size=6).ids
 
     def f(p, t, ids):
-        x = p["table"].at[ids].get(mode="clip")
+        x = p["embed"]["embedding"].at[ids].get(mode="clip")
         return jnp.sum(jnp.sin(t * x))
 
-    params = moved(jpeft.prompt(2, where="table"), base)
-    with pytest.raises(jpeft.DerivativeError, match="table: Prompt"):
+    params = moved(jpeft.prompt(2), base)
+    with pytest.raises(jpeft.DerivativeError, match="embed/embedding: Prompt"):
         jpeft.adapt(jax.grad(f, 1))(params, 1.0, ids)
