@@ -53,9 +53,9 @@ def adapt(
         raises DensifyError with the leaf's path and the source line; "allow" uses the
         full value there, and warns once a call with all such places.
 
-    A weight that `fn` hands back as it came is handed back adapted.  A derivative taken
-    inside of `fn` raises DerivativeError where a leaf is no change
-    of a weight, or drops: take it of `adapt(fn)`.
+    A weight that `fn` hands back as it came is handed back adapted.  A derivative that
+    `fn` takes itself raises DerivativeError where it meets a leaf that is no change of
+    a weight, or dropout: take it of `adapt(fn)`.
 
     >>> import jax, jax.numpy as jnp, jpeft
     >>> params = jpeft.lora(rank=2)(jax.random.key(0), {"kernel": jnp.ones((7, 5))})
