@@ -513,7 +513,9 @@ def test_no_residual_copies_a_base_weight(method):
     assert not base & set(out), (base, out)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", slow_but({"diff_pruning", "vera", "p_tuning_mlp", "prefix_mlp"}, METHODS)
+)
 def test_parameters_that_a_function_hands_back_stay_adapted(method):
     f = form(METHODS[method].forms + "unrolled")
     params = attached(method, METHODS[method].forms + "unrolled")
