@@ -58,6 +58,7 @@ from jpeft.tree.split import unload as unload
 from jpeft.types import CheckpointError as CheckpointError
 from jpeft.types import DensifyError as DensifyError
 from jpeft.types import DensifyWarning as DensifyWarning
+from jpeft.types import DerivativeError as DerivativeError
 from jpeft.types import PromiseError as PromiseError
 from jpeft.types import __version__ as __version__
 from jpeft.virtual import VirtualTokens as VirtualTokens

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,6 +93,33 @@ def at_equation(eqn: Any):
     with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack):
         with eqn.ctx.manager:
             yield
+
+
+_Transform = type(source_info_util.new_name_stack().transform("jvp").stack[0])
+
+
+def differentiates(eqns: Sequence[Any]) -> bool:
+    """Whether the last of these equations, each inside of the one before, was written
+    by `jax.grad`, `jvp` and their kin, while `adapt` traced the first.
+
+    JAX notes it in the name stack of all that runs inside of them, of the function's
+    own equations as of those of its derivative; of `jet` only Python's stack tells.
+    """
+    return any(
+        isinstance(x, _Transform) and x.name in ("jvp", "transpose")
+        for eqn in eqns
+        for x in eqn.source_info.name_stack.stack
+    ) or any(map(_by_jet, eqns[:1]))
+
+
+def _by_jet(eqn: Any) -> bool:
+    traced = eqn.source_info.traceback
+    for frame in traced.frames if traced is not None else ():
+        if frame.file_name.endswith(os.path.join("jpeft", "adapt", "entry.py")):
+            return False  # further out is whoever called the adapted function
+        if frame.file_name.endswith(os.path.join("jax", "experimental", "jet.py")):
+            return True
+    return False
 
 
 def source_line(eqn: Any) -> str:

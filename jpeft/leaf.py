@@ -166,6 +166,8 @@ class AdaptedLeaf:
     replaces_base: ClassVar[bool] = False
     # True: the leaf is the stored weight itself (a quantised one), with no base below.
     holds_weight: ClassVar[bool] = False
+    # False: the leaf is no change of the weight, so it has no merged value.
+    merges: ClassVar[bool] = True
     # True: the leaf asks which rows of a text are virtual tokens, or tells it.
     knows_rows: ClassVar[bool] = False
 
@@ -411,6 +413,11 @@ class Carried:
         """What the equation makes of it (a list for several outputs), or None: every
         carried operand is settled first."""
         return None
+
+    def as_constant(self, it: Any, eqn: Any) -> Any:
+        """What stands for it in an equation of a derivative: nothing may be owed there,
+        for that derivative knows nothing of it."""
+        return self.settle()
 
     def on_value(self, f: Callable[[Any], Any]) -> Any:
         """`f` done to the value, shape and dtype kept; what is owed stays owed."""

@@ -23,3 +23,7 @@ class CheckpointError(ValueError):
 
 class PromiseError(ValueError):
     """Something an adapter left to a later equation was never taken up."""
+
+
+class DerivativeError(NotImplementedError):
+    """The adapted function takes a derivative of itself that jpeft cannot follow."""

@@ -9,6 +9,7 @@ bodies of the others.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +19,9 @@ from jax import lax
 
 from jpeft import compat
 from jpeft.adapt.channel import Channel, Links, Rows, crossing, knows_rows
+from jpeft.adapt.handed import handed_on, handed_through
 from jpeft.adapt.interpreter import Interpreter, control_rule, has_tracer, settled
-from jpeft.leaf import array_fields, is_leaf, is_node, leaf_specs
+from jpeft.leaf import is_leaf, is_node, leaf_specs
 
 _STEP = 2
 _OUT_OF_LOOP = "and an adapted weight cannot leave a loop, a branch or a shard_map"
@@ -34,8 +36,8 @@ def _jit(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
         # Called eagerly: a jit made here would be compiled anew at every call.
         return constrain(it, it.run(closed.jaxpr, closed.consts, ins))
     # Two layers whose links stay inside are one program; a link that crosses has a
-    # name, and each name is another program.
-    which = id(closed), *crossing(ins)
+    # name, and each name is another program.  Inside of a derivative more is refused.
+    which = id(closed), it.in_derivative(), *crossing(ins)
     if which not in it.memo:
 
         def inner(channel: Any, *xs: Any) -> tuple[list[Any], Any]:
@@ -138,23 +140,26 @@ def _checkpoint(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
 
 
 def _handed_back(jaxpr: Any, ins: Sequence[Any], outs: Sequence[Any]) -> list[Any]:
-    """Leaves returned as they came are the very objects that came in, so that who
-    called can tell."""
-    at = {v: x for v, x in zip(jaxpr.invars, ins, strict=True) if is_node(x)}
+    """Leaves returned as they came are the very objects that came in."""
+    return _put_back(outs, ins, handed_on(jaxpr))
+
+
+def _put_back(
+    outs: Sequence[Any], ins: Sequence[Any], on: Sequence[int | None]
+) -> list[Any]:
+    """`on`: which operand each output is, if it is one; see `handed_on`."""
     return [
-        o if isinstance(v, compat.Literal) else at.get(v, o)
-        for v, o in zip(jaxpr.outvars, outs, strict=True)
+        ins[k] if k is not None and is_node(ins[k]) else o
+        for o, k in zip(outs, on, strict=True)
     ]
 
 
-def _same_weight(x: Any, y: Any) -> bool:
-    """Whether two leaves are one, dropout keys apart."""
-    if not (is_leaf(x) and is_leaf(y)):
-        return x is y
-    mine, theirs = array_fields(x), array_fields(y)
-    return mine.keys() == theirs.keys() and (
-        all(mine[n] is theirs[n] for n in mine) and _same_weight(x.base, y.base)
-    )
+def _left_out(outs: Sequence[Any], ins: Sequence[Any], on: Sequence[int | None]):
+    """None for what `_put_back` will put there, so that it need not be a value."""
+    return [
+        None if k is not None and is_node(ins[k]) else o
+        for o, k in zip(outs, on, strict=True)
+    ]
 
 
 @control_rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
@@ -180,10 +185,8 @@ def _hoist(
 ) -> tuple[list[bool], list[Any]]:
     """Leaves in a carry: one that the body hands back untouched is a constant, any
     other becomes a value."""
-    same = [
-        is_node(x) and jaxpr.outvars[k] is jaxpr.invars[before + k]
-        for k, x in enumerate(carry)
-    ]
+    on = handed_on(jaxpr)
+    same = [is_node(x) and on[k] == before + k for k, x in enumerate(carry)]
     why = "in a loop's carry, where the loop changes it"
     return same, [
         x if s else it.densify(x, eqn, why) for x, s in zip(carry, same, strict=True)
@@ -222,7 +225,8 @@ def _scan(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     steps = jnp.arange(p["length"]) if _any_key([*consts, *init, *xs]) else None
     # A body may hand its layer back (nnx.scan returns the module's state): stacked
     # again, that is the leaf that was scanned.
-    whole: dict[int, Any] = {}
+    given = [*consts, *init, *xs]
+    on = handed_through(eqn)[n_carry:]
 
     def body(carry: list[Any], x: tuple[list[Any], Any]):
         scanned, step = x
@@ -233,13 +237,7 @@ def _scan(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
         with it.body(eqn):
             out = it.run(jaxpr, closed, args)
         moved = it.plain(eqn, _moving(out[:n_carry], same), _OUT_OF_LOOP)
-        rows = args[n_consts + n_carry :]
-        ys = out[n_carry:]
-        for k, y in enumerate(ys):
-            if is_leaf(y):
-                found = [j for j, row in enumerate(rows) if _same_weight(y, row)]
-                if found:
-                    whole[k], ys[k] = xs[found[0]], None
+        ys = _left_out(out[n_carry:], given, on)
         return moved, it.plain(eqn, ys, _OUT_OF_LOOP)
 
     carry, ys = lax.scan(
@@ -250,8 +248,7 @@ def _scan(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
         reverse=p["reverse"],
         unroll=p["unroll"],
     )
-    ys = [whole.get(k, y) for k, y in enumerate(ys)]
-    return _whole(carry, init, same) + ys
+    return _whole(carry, init, same) + _put_back(ys, given, on)
 
 
 def _with_rows(it: Interpreter, eqn: Any, x: Any) -> Any:
@@ -299,17 +296,21 @@ def _while(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
 
 @control_rule("cond")
 def _cond(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
+    on = handed_through(eqn)
+
     def branch(closed: Any):
         jaxpr, consts = compat.open_jaxpr(closed)
 
         def run(*xs: Any) -> list[Any]:
             with it.body(eqn):
-                return it.plain(eqn, it.run(jaxpr, consts, xs), _OUT_OF_LOOP)
+                outs = _left_out(it.run(jaxpr, consts, xs), ins, on)
+                return it.plain(eqn, outs, _OUT_OF_LOOP)
 
         return run
 
     index = it.densify(ins[0], eqn)
-    return lax.switch(index, [branch(b) for b in eqn.params["branches"]], *ins[1:])
+    outs = lax.switch(index, [branch(b) for b in eqn.params["branches"]], *ins[1:])
+    return _put_back(outs, ins, on)
 
 
 @control_rule("shard_map")
@@ -317,10 +318,12 @@ def _shard_map(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     p = eqn.params
     jaxpr, consts = compat.open_jaxpr(p["jaxpr"])
     why = "which cuts it where it cannot be cut"
-    ins = list(map(settled, ins))
+    whole = list(map(settled, ins))
+    on = handed_through(eqn)
+    here = [k is None or not is_node(whole[k]) for k in on]
     ins = [
         it.densify(x, eqn, why) if is_leaf(x) and cut is None else cut
-        for x, s in zip(ins, p["in_specs"], strict=True)
+        for x, s in zip(whole, p["in_specs"], strict=True)
         for cut in [x.for_shards(s, p["mesh"]) if is_leaf(x) else x]
     ]
     specs = tuple(
@@ -330,14 +333,17 @@ def _shard_map(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
 
     def run(*xs: Any) -> tuple[Any, ...]:
         with it.body(eqn, rows=False):
-            return tuple(it.plain(eqn, it.run(jaxpr, consts, xs), _OUT_OF_LOOP))
+            outs = it.run(jaxpr, consts, xs)
+            outs = list(itertools.compress(outs, here))
+            return tuple(it.plain(eqn, outs, _OUT_OF_LOOP))
 
     f = jax.shard_map(
         run,
         mesh=p["mesh"],
         in_specs=specs,
-        out_specs=tuple(p["out_specs"]),
+        out_specs=tuple(itertools.compress(p["out_specs"], here)),
         axis_names=compat.manual_axes(p),
         check_vma=p["check_vma"],
     )
-    return list(f(*ins))
+    outs = iter(f(*ins))
+    return [next(outs) if h else whole[k] for h, k in zip(here, on, strict=True)]  # type: ignore[index]

@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from jpeft import compat
 from jpeft.adapt import control as _control  # noqa: F401  enters its rules
+from jpeft.adapt.handed import handed_on
 from jpeft.adapt.interpreter import Interpreter, settled
 from jpeft.boxes import is_box, same_box, unbox
 from jpeft.leaf import (
@@ -50,6 +53,10 @@ def adapt(
         raises DensifyError with the leaf's path and the source line; "allow" uses the
         full value there, and warns once a call with all such places.
 
+    A weight that `fn` hands back as it came is handed back adapted.  A derivative that
+    `fn` takes itself raises DerivativeError where it meets a leaf that is no change of
+    a weight, or dropout: take it of `adapt(fn)`.
+
     >>> import jax, jax.numpy as jnp, jpeft
     >>> params = jpeft.lora(rank=2)(jax.random.key(0), {"kernel": jnp.ones((7, 5))})
     >>> jpeft.adapt(lambda p, x: x @ p["kernel"])(params, jnp.ones((3, 7))).shape
@@ -87,7 +94,7 @@ def evaluate(
     outs = it.run(program.closed.jaxpr, program.closed.consts, values)
     it.channel.end("this call")
     it.ledger.settle()
-    result = program.result(it, outs, values)
+    result = program.result(it, outs)
     if it.densified:
         places = sorted({f"{p} in `{q}` at {s}" for p, q, s in it.densified})
         warnings.warn(
@@ -145,23 +152,23 @@ class Program:
         self.out_traced = set(outputs["traced"])
         self.out_static = outputs["static"]
 
-    def result(self, it: Interpreter, outs: list[Any], values: list[Any]) -> Any:
+    def result(self, it: Interpreter, outs: list[Any]) -> Any:
         """The function's own output structure, filled."""
-        invars = self.closed.jaxpr.invars
-        whole = dict(zip(invars, self.given, strict=True))
-        names = dict(zip(invars, values, strict=True))
-        filled = iter(zip(outs, self.closed.jaxpr.outvars, strict=True))
+        # A weight handed back as it came (a returned state) stays adapted.
+        on, free = (handed_on(self.closed.jaxpr, stopped=s) for s in (True, False))
+        filled = iter(zip(outs, on, free, strict=True))
         flat = []
         for k, static in enumerate(self.out_static):
             if k not in self.out_traced:
                 flat.append(static)
                 continue
-            x, var = next(filled)
-            x = settled(x)
-            if is_leaf(x):
-                untouched = not isinstance(var, compat.Literal) and names.get(var) is x
-                # A weight handed back as it came (a returned state) stays adapted.
-                x = whole[var] if untouched else self.refuse(it, x)
+            x, same, moving = next(filled)
+            if same is not None and is_leaf(self.given[same]):
+                x = self.given[same]
+                x = _stopped(x) if moving is None else x
+            else:
+                x = settled(x)
+                x = self.refuse(it, x) if is_leaf(x) else x
             flat.append(x)
         # The function boxes what it returns; an adapted leaf has boxes of its own.
         lift = lambda x: unbox(x) if is_box(x) and is_leaf(unbox(x)) else x
@@ -170,6 +177,12 @@ class Program:
 
     def refuse(self, it: Interpreter, leaf: AdaptedLeaf) -> Any:
         return it.densify(leaf, _RETURNED, "changed, which has no plain value")
+
+
+def _stopped(leaf: AdaptedLeaf) -> AdaptedLeaf:
+    """The leaf as `stop_gradient` hands it on."""
+    moves = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
+    return jax.tree.map(lambda x: lax.stop_gradient(x) if moves(x) else x, leaf)
 
 
 class _Returned:

@@ -20,8 +20,8 @@ from jax import lax
 
 from jpeft import compat
 from jpeft.adapt.channel import Channel, Ledger, Rows
-from jpeft.leaf import AdaptedLeaf, is_carried, is_leaf, is_node
-from jpeft.types import DensifyError
+from jpeft.leaf import AdaptedLeaf, is_carried, is_leaf, is_node, layers
+from jpeft.types import DensifyError, DerivativeError
 
 # A rule returns the equation's output (a list for several), or None: no cheap form.
 Rule = Callable[["Interpreter", Any, list[Any]], Any]
@@ -146,6 +146,41 @@ class Interpreter:
         if isinstance(var, compat.Literal):
             return var.val
         return self._env.get(var)
+
+    # -- derivatives that the function takes itself -----------------------------------
+
+    def in_derivative(self) -> bool:
+        """Whether the present equation is one of a derivative taken in the function."""
+        return compat.differentiates(self._stack)
+
+    def _allowed(self, eqn: Any, ins: list[Any]) -> list[Any]:
+        """The operands, where the equation is of a derivative as they may stand there.
+
+        It was written for the plain model.  A weight is right in it, in whatever
+        direction; anything else would act on tangents as it does on values, and have
+        no derivative of its own.
+        """
+        name = eqn.primitive.name
+        if name in _CONTROL and name not in compat.CUSTOM_RULES:
+            return ins  # what is inside tells
+        if all(map(_is_weight, ins)) or not self.in_derivative():
+            return ins
+        for x in filter(is_leaf, ins):
+            for leaf in layers(x):
+                if not leaf.merges:
+                    raise self.no_derivative(eqn, x.path, leaf.title)
+                if leaf.key is not None:
+                    raise self.no_derivative(eqn, x.path, f"dropout in {leaf.title}")
+        return [x.as_constant(self, eqn) if is_carried(x) else x for x in ins]
+
+    def no_derivative(self, eqn: Any, path: str, what: str) -> DerivativeError:
+        return DerivativeError(
+            f"{str.__str__(path) or 'a leaf'}: {what} meets `{eqn.primitive.name}` at "
+            f"{self.site(eqn)} inside of a derivative that the adapted function takes "
+            "itself, where jpeft is exact for changes of a weight without dropout "
+            "only; take the derivative outside of adapt: jax.grad(jpeft.adapt(fn)) "
+            "instead of jpeft.adapt(jax.grad(fn))"
+        )
 
     # -- links and rows ---------------------------------------------------------------
 
@@ -344,17 +379,25 @@ class Interpreter:
                 waiting.append(e)
                 owed.update(e.outvars)
                 continue
-            if e.effects or any(v in owed for v in e.invars if not is_literal(v)):
-                flush(k)
+            # In the program's own order, for gradients are summed in it: what is
+            # switched off must not change a bit of them.
+            flush(k)
             self._stack.append(e)
             with compat.at_equation(e):
-                out = self.bind(e, [read(e, v) for v in e.invars])
+                out = self.bind(e, self._allowed(e, [read(e, v) for v in e.invars]))
             self._stack.pop()
             outs = out if e.primitive.multiple_results else [out]
             env.update(zip(e.outvars, outs, strict=True))
             ours.update(v for v, x in zip(e.outvars, outs, strict=True) if is_node(x))
         flush(end)
         return [v.val if is_literal(v) else env[v] for v in jaxpr.outvars]
+
+
+def _is_weight(x: Any) -> bool:
+    """Whether a value acts as an array would in every equation."""
+    if is_leaf(x):
+        return all(leaf.merges and leaf.key is None for leaf in layers(x))
+    return not is_carried(x)
 
 
 def _is_complex(x: Any) -> bool:

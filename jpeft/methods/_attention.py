@@ -28,12 +28,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jpeft import compat
 from jpeft.adapt.interpreter import Interpreter, settled
 from jpeft.adapt.labels import Label, align, axis_groups, contract, operand_labels
 from jpeft.leaf import Carried, carried, frozen, is_carried, static
 from jpeft.types import PromiseError
 
 KEY, VALUE = "keys", "values"
+BOTH = "keys and values"  # of one projection that makes the two
+ELSEWHERE = (
+    "; a model of token ids may take jpeft.prefix(..., mode='tokens'), any other "
+    "exclude= the sub-layer"
+)
 
 _UNARY = frozenset(
     "abs cbrt convert_element_type copy copy_p cos erf exp exp2 expm1 floor "
@@ -54,6 +60,29 @@ _JOINS: dict[str, Callable[[Any, Any], Any]] = {
     "reduce_or": lax.bitwise_or,
     "reduce_and": lax.bitwise_and,
 }
+
+
+def where_on(on: Any, x: Any, off: Any) -> Any:
+    """x, or the number `off` where a prefix is switched off: nothing of x is there,
+    neither its value nor its gradient, be they infinite.
+
+    By one predicate: a mask of the size of x would be kept for the backward pass.
+    """
+    return x if on is None else lax.select_n(on > 0, jnp.full_like(x, off), x)
+
+
+def _neutral(name: str, dtype: Any) -> Any:
+    """What a reduction may join to any value without a change of a single bit."""
+    if name in ("reduce_max", "reduce_min"):
+        low = name == "reduce_max"
+        if jnp.issubdtype(dtype, jnp.floating):
+            return -jnp.inf if low else jnp.inf
+        if dtype == jnp.bool_:
+            return not low
+        return jnp.iinfo(dtype).min if low else jnp.iinfo(dtype).max
+    return {"reduce_sum": -0.0, "reduce_prod": 1, "reduce_or": 0, "reduce_and": -1}[
+        name
+    ]
 
 
 class Index:
@@ -87,6 +116,9 @@ class Tagged(Carried):
     counted after those of `keys`; -1 for others (queries).  whole: `columns` before
     each cut along the features, for when the pieces are put together again.
     examples: for each element of `main`, its example, if each has a prefix of its own.
+    order: for each element of `main`, its place along the axis that stood before the
+    features where it was made, as far as that is known.
+    shared: keys and values are the same features.
     on: 1, or 0 where the prefix is switched off.
     """
 
@@ -97,22 +129,35 @@ class Tagged(Carried):
     columns: Index = static()
     whole: tuple[Index, ...] = static(default=())
     examples: Index | None = static(default=None)
+    order: Index | None = static(default=None)
+    shared: bool = static(default=False)
     name: str = static(default="")
 
     def settle(self) -> Any:
         return self.main
+
+    def as_constant(self, it: Interpreter, eqn: Any) -> Any:
+        raise it.no_derivative(eqn, self.name, f"a prefix owed by {self.role or KEY}")
 
     def on_value(self, f: Callable[[Any], Any]) -> Any:
         return self.replace(main=f(self.main))
 
     @property
     def role(self) -> str | None:
-        """KEY or VALUE; None while it holds more than that."""
-        n = 0 if self.keys is None else self.keys.shape[-1]
+        """KEY, VALUE or BOTH; None while it holds more than that."""
+        n = self.first(VALUE)
         low, high = self.columns.array.min(), self.columns.array.max()
         if low < 0:
             return None
+        if self.shared:
+            return BOTH
         return KEY if high < n else VALUE if low >= n else None
+
+    def first(self, role: str) -> int:
+        """Where the features of this role begin in `columns`."""
+        if role == KEY or self.shared or self.keys is None:
+            return 0
+        return self.keys.shape[-1]
 
     def moved(self, main: Any, f: Callable[[np.ndarray], np.ndarray]) -> Any:
         """Over `main`, which was moved as `f` moves an array that broadcasts to it."""
@@ -123,7 +168,22 @@ class Tagged(Carried):
         if columns.array.size != self.columns.array.size and self.role is not None:
             whole = (*whole, self.columns)
         examples = self.examples and Index(f(self.examples.array))
-        return self.replace(main=main, columns=columns, whole=whole, examples=examples)
+        return self.replace(
+            main=main,
+            columns=columns,
+            whole=whole,
+            examples=examples,
+            order=self._followed(f),
+        )
+
+    def _followed(self, f: Callable[[np.ndarray], np.ndarray]) -> Index | None:
+        """`order` as it is moved.  It is a hint: where it is lost it is given up."""
+        if self.order is None or not _fits(self.order.array, self.main):
+            return None
+        try:
+            return Index(f(self.order.array))
+        except (PromiseError, _Lost):
+            return None
 
     def through(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         name = eqn.primitive.name
@@ -172,7 +232,7 @@ class Tagged(Carried):
         raise PromiseError(
             f"{self.name}: prefix in mode 'kv': the model's {role} go into "
             f"`{eqn.primitive.name}` at {it.site(eqn)}, where a prefix cannot be "
-            "carried along; use jpeft.prefix(..., mode='tokens')"
+            f"carried along{ELSEWHERE}"
         )
 
     def _into(self, it: Interpreter, eqn: Any, ins: list[Any], plain: list[Any]) -> Any:
@@ -210,9 +270,10 @@ class Tagged(Carried):
         lift = lambda a: np.expand_dims(a, axis) if stacked else a
         columns = [lift(x.columns.array) for x in parts]
         examples = self.examples and Index(lift(self.examples.array))
+        kept = {"main": y, "examples": examples, "order": self._followed(lift)}
         alike = all(np.array_equal(a, columns[0]) for a in columns)
         if alike and not stacked and columns[0].shape[axis] == 1:
-            return self.replace(main=y, columns=Index(columns[0]), examples=examples)
+            return self.replace(**kept, columns=Index(columns[0]))
         # Along the features.
         if len(parts) < len(ins):
             return None
@@ -224,11 +285,9 @@ class Tagged(Carried):
             if self.whole[k].array.size == math.prod(shape):
                 # All that was cut is there again, in its places.
                 back = Index(self.whole[k].array.reshape(shape))
-                return self.replace(
-                    main=y, columns=back, whole=self.whole[:k], examples=examples
-                )
+                return self.replace(**kept, columns=back, whole=self.whole[:k])
         if stacked:
-            return self.replace(main=y, examples=examples) if alike else None
+            return self.replace(**kept) if alike else None
         wide = [
             np.broadcast_to(
                 a,
@@ -237,7 +296,7 @@ class Tagged(Carried):
             for a, x in zip(columns, parts, strict=True)
         ]
         joined = Index(np.concatenate(wide, axis))
-        return self.replace(main=y, columns=joined, examples=examples)
+        return self.replace(**kept, columns=joined)
 
 
 class _Lost(Exception):
@@ -246,7 +305,11 @@ class _Lost(Exception):
 
 def _spans(t: Tagged, y: Any) -> bool:
     """Whether the columns still describe `y`."""
-    a = t.columns.array
+    return _fits(t.columns.array, y)
+
+
+def _fits(a: np.ndarray, y: Any) -> bool:
+    """Whether an array broadcasts to `y`."""
     return a.ndim == jnp.ndim(y) and all(
         n in (1, m) for n, m in zip(a.shape, y.shape, strict=True)
     )
@@ -343,17 +406,26 @@ def _reshaped(a: np.ndarray, src: tuple[int, ...], dst: tuple[int, ...]) -> np.n
 class Extended(Carried):
     """Scores (or weights) of the real keys, and beside them those of the prefix.
 
-    main, extra: equal shapes but for `axis`, the axis of the keys.
+    main, extra: equal shapes but for `axis`, the axis of the keys.  sinks: how many
+    scores of no key stand before and behind those of the keys in `main`.
+
+    Where the prefix is switched off (`on` 0) extra starts at one and meets ones, so
+    that it stays finite whatever the model does to its scores, and nothing of it is
+    joined to the others.
     """
 
     main: Any = frozen()
     extra: Any = frozen()
     on: Any = frozen()
     axis: int = static()
+    sinks: tuple[int, int] = static(default=(0, 0))
     name: str = static(default="")
 
     def settle(self) -> Any:
         return self.main
+
+    def as_constant(self, it: Interpreter, eqn: Any) -> Any:
+        raise it.no_derivative(eqn, self.name, "the scores of a prefix")
 
     def through(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         name, p = eqn.primitive.name, eqn.params
@@ -382,12 +454,16 @@ class Extended(Carried):
             return self._both(lambda x: lax.squeeze(x, gone), axis)
         if name in ("broadcast_in_dim", "reshape", "expand_dims"):
             return self._reshape(it, eqn)
+        if name in ("concatenate", "pad"):
+            return self._beside(it, eqn, ins)
+        if name in ("slice", "split"):
+            return self._cut(it, eqn)
         return self._refuse(it, eqn, "has no meaning for scores in two parts")
 
     def _refuse(self, it: Interpreter, eqn: Any, why: str) -> Any:
         raise PromiseError(
             f"{self.name}: prefix in mode 'kv': `{eqn.primitive.name}` on attention "
-            f"scores at {it.site(eqn)} {why}; use jpeft.prefix(..., mode='tokens')"
+            f"scores at {it.site(eqn)} {why}{ELSEWHERE}"
         )
 
     def _both(self, f: Callable[[Any], Any], axis: int) -> Self:
@@ -433,7 +509,7 @@ class Extended(Carried):
                     return self._refuse(it, eqn, "has no neutral value for the prefix")
                 extra = self.extra.astype(main.dtype)
                 return self.replace(main=main, extra=extra)
-            others.append(one)
+            others.append(self._met(eqn.invars[k], one))
         if name == "clamp":
             extra = lax.clamp(*others)
         else:
@@ -445,6 +521,10 @@ class Extended(Carried):
             ]
             extra = self._other(it, eqn, wide)
         return self.replace(main=main, extra=extra)
+
+    def _met(self, var: Any, x: Any) -> Any:
+        """A value that meets the prefix's scores; they may not spoil its gradient."""
+        return x if isinstance(var, compat.Literal) else where_on(self.on, x, 1)
 
     def _spread(self, x: Any) -> Any:
         """One value along the keys, repeated for the prefix's."""
@@ -476,6 +556,7 @@ class Extended(Carried):
             one = self._constant(it, eqn.invars[k + 1], settled(x))
             if one is None:
                 return self._refuse(it, eqn, "takes another value for each key")
+            one = self._met(eqn.invars[k + 1], one)
             found.append(jnp.broadcast_to(one, which.extra.shape))
         return self.replace(main=main, extra=lax.select_n(which.extra, *found))
 
@@ -485,15 +566,62 @@ class Extended(Carried):
         if self.axis not in gone:
             axis = self.axis - sum(k < self.axis for k in gone)
             return self.replace(main=main, extra=it.native(eqn)(extra), axis=axis)
-        if self.on is not None and name == "reduce_max":
-            # Of one predicate: a mask of the scores' size would be kept for the
-            # backward pass.
-            low = jnp.full_like(extra, -jnp.inf)
-            extra = lax.select_n(self.on > 0, low, extra)
         other = it.native(eqn)(extra)
-        if self.on is not None and name == "reduce_sum":
-            other = other * self.on.astype(other.dtype)
+        other = where_on(self.on, other, _neutral(name, other.dtype))
         return _JOINS[name](main, other)
+
+    def _beside(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+        """Columns that are no keys' (sinks, scores of nothing) are of the real part."""
+        p, at = eqn.params, next(k for k, x in enumerate(ins) if x is self)
+        size = lambda xs: sum(jnp.shape(x)[self.axis] for x in xs)
+        if eqn.primitive.name == "concatenate":
+            alone = p["dimension"] == self.axis
+            before, behind = size(ins[:at]), size(ins[at + 1 :])
+        else:
+            rows = [(0, 0, 0)] * self.main.ndim
+            before, behind, _ = p["padding_config"][self.axis]
+            rows[self.axis] = (before, behind, 0)
+            alone = at == 0 and list(map(tuple, p["padding_config"])) == rows
+        others = sum(isinstance(x, Extended) for x in ins) > 1
+        if others or not alone or min(before, behind) < 0:
+            return self._refuse(it, eqn, "has no meaning for scores in two parts")
+        main = it.native(eqn)(*map(settled, ins))
+        sinks = (self.sinks[0] + before, self.sinks[1] + behind)
+        return self.replace(main=main, extra=self.extra.astype(main.dtype), sinks=sinks)
+
+    def _cut(self, it: Interpreter, eqn: Any) -> Any:
+        """Sinks are cut off again, before the sum with the values."""
+        p, n = eqn.params, self.main.shape[self.axis]
+        if eqn.primitive.name == "split":
+            if p["axis"] != self.axis:
+                mains, extras = (it.native(eqn)(x) for x in (self.main, self.extra))
+                pairs = zip(mains, extras, strict=True)
+                return [self.replace(main=x, extra=y) for x, y in pairs]
+            ends = np.cumsum((0, *p["sizes"])).tolist()
+            mains = it.native(eqn)(self.main)
+            pieces = zip(mains, ends[:-1], ends[1:], strict=True)
+            return [self._piece(it, eqn, x, a, b, 1) for x, a, b in pieces]
+        strides = p["strides"] or (1,) * self.main.ndim
+        bounds = [*zip(p["start_indices"], p["limit_indices"], strides, strict=True)]
+        start, limit, stride = bounds[self.axis]
+        bounds[self.axis] = (0, self.extra.shape[self.axis], 1)
+        extra = lax.slice(self.extra, *zip(*bounds, strict=True))
+        cut = self.replace(extra=extra)
+        main = it.native(eqn)(self.main)
+        if (start, limit, stride) == (0, n, 1):
+            return cut.replace(main=main)
+        return cut._piece(it, eqn, main, start, limit, stride)
+
+    def _piece(
+        self, it: Interpreter, eqn: Any, main: Any, start: int, limit: int, stride: int
+    ) -> Any:
+        """What scores from `start` to `limit` are: those of all keys, or of none."""
+        first, end = self.sinks[0], self.main.shape[self.axis] - self.sinks[1]
+        if limit <= first or start >= end:
+            return main
+        if (start, limit, stride) != (first, end, 1):
+            return self._refuse(it, eqn, "keeps the scores of some keys only")
+        return self.replace(main=main, sinks=(0, 0))
 
     def _reshape(self, it: Interpreter, eqn: Any) -> Any:
         src, dst = self.main.shape, tuple(eqn.outvars[0].aval.shape)
@@ -533,7 +661,7 @@ def _attend(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         side = 0 if isinstance(ins[0], Extended) else 1
         return _sum_values(it, eqn, ins, side)
     for side, t in enumerate(ins):
-        if isinstance(t, Tagged) and t.role == KEY:
+        if isinstance(t, Tagged) and t.role in (KEY, BOTH):
             return _scores(it, eqn, ins, side) or t._lost(it, eqn)
     return next(t for t in ins if isinstance(t, Tagged))._lost(it, eqn)
 
@@ -546,17 +674,22 @@ def _scores(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
         return None  # not over the features of the keys
     free = [k for k in range(t.main.ndim) if k not in used]
     seq = [k for k in free if _still(t, k)]
+    if len(seq) > 1 and t.order is not None and _fits(t.order.array, t.main):
+        # Queries of all examples alike: the sum with the values will tell if not so.
+        seq = [k for k in seq if t.order.array.shape[k] > 1]
     if len(seq) != 1:
         return None
     ql, out = operand_labels(eqn, side, t.main.ndim, q.ndim)
-    payload, labels = _for_each(t, numbers[1][side], *_payload(t, KEY, seq[0]))
+    each = [k for k in free if k not in seq and _still(t, k)]
+    each = (*numbers[1][side], *each)
+    payload, labels = _for_each(t, each, *_payload(t, KEY, seq[0]))
     main = it.native(eqn)(*map(settled, ins))
     extra, xl = contract(q, ql, payload.astype(t.main.dtype), labels, out, **_how(eqn))
     it.ledger.pay((str.__str__(t.name), KEY))
     it.noted(KEY, t, seq[0])
     return Extended(
         main=main,
-        extra=align(extra, xl, out).astype(main.dtype),
+        extra=where_on(t.on, align(extra, xl, out).astype(main.dtype), 1),
         on=t.on,
         axis=out.index(seq[0]),
         name=t.name,
@@ -580,7 +713,7 @@ def _sum_values(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
         )
         extra = align(extra, xl, out).astype(main.dtype)
         return w.replace(main=main, extra=extra, axis=out.index(w.axis))
-    if not isinstance(t, Tagged) or t.role != VALUE:
+    if not isinstance(t, Tagged) or t.role not in (VALUE, BOTH):
         return w._refuse(it, eqn, "sums values that carry no prefix")
     seq = sums[1 - side][sums[side].index(w.axis)]
     if not _still(t, seq):
@@ -588,8 +721,6 @@ def _sum_values(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
     wl, out = operand_labels(eqn, 1 - side, t.main.ndim, w.main.ndim)
     payload, labels = _for_each(t, batch[1 - side], *_payload(t, VALUE, seq))
     main = it.native(eqn)(*map(settled, ins))
-    if t.on is not None:
-        payload = payload * t.on.astype(payload.dtype)
     extra, xl = contract(
         w.extra.astype(w.main.dtype),
         wl,
@@ -604,7 +735,8 @@ def _sum_values(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
     order = [k for k in out if k in xl]
     sizes = dict(zip(xl, extra.shape, strict=True))
     extra = align(extra, xl, order).reshape([sizes.get(k, 1) for k in out])
-    return main + jnp.broadcast_to(extra, main.shape).astype(main.dtype)
+    extra = where_on(t.on, extra.astype(main.dtype), -0.0)
+    return main + jnp.broadcast_to(extra, main.shape)
 
 
 def _how(eqn: Any) -> dict[str, Any]:
@@ -628,11 +760,10 @@ def _still(t: Tagged, axis: int) -> bool:
 def _payload(t: Tagged, role: str, seq: int) -> tuple[jax.Array, list[Label]]:
     """The prefix laid out as `t.main` is, with P positions along `seq`, and the axes it
     has: axes along which it would only be repeated are left out."""
-    table = t.keys if role == KEY else t.values
-    first = 0 if role == KEY or t.keys is None else t.keys.shape[-1]
+    table = where_on(t.on, t.keys if role == KEY else t.values, 0)
     axes: Sequence[int] = [k for k in range(t.main.ndim) if not _still(t, k)]
     squeeze = lambda a: a.reshape([a.shape[k] for k in axes])
-    columns = squeeze(t.columns.array) - first
+    columns = squeeze(t.columns.array) - t.first(role)
     if t.examples is None:
         out = _columns_of(table, columns)  # (P, ...)
     else:
@@ -658,14 +789,13 @@ def rows_of(t: Tagged, role: str, seq: int) -> jax.Array:
     """What the real keys or values of the first example are, laid out as a prefix:
     (positions, features)."""
     table = t.keys if role == KEY else t.values
-    first = 0 if role == KEY or t.keys is None else t.keys.shape[-1]
     axes = [k for k in range(t.main.ndim) if not _still(t, k)]
     x = t.main[
         tuple(slice(None) if k in (seq, *axes) else 0 for k in range(t.main.ndim))
     ]
     order = sorted((seq, *axes))
     x = jnp.moveaxis(x, order.index(seq), 0).reshape(t.main.shape[seq], -1)
-    columns = t.columns.array.reshape(-1) - first
+    columns = t.columns.array.reshape(-1) - t.first(role)
     places = np.searchsorted(
         np.sort(columns, kind="stable"), np.arange(table.shape[-1])
     )

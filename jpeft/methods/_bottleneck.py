@@ -68,6 +68,7 @@ class Part(Labelled):
     """
 
     spare: ClassVar[str] = "-"
+    merges: ClassVar[bool] = False
 
     def labels(self) -> dict[str, list[Label]]:
         every = type(self).labels_of(self.axes)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jpeft.leaf import layers
-from jpeft.methods._attention import KEY, VALUE
+from jpeft.methods._attention import BOTH, ELSEWHERE, KEY, VALUE
 from jpeft.transform import Transform
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.sublayers import SubLayer
@@ -42,6 +42,9 @@ def targets(
                 )
             shape = use.sizes("o")
             makes = [r for r in ("key", "value") if path in getattr(part, r)]
+            if not part.fused and len(makes) == 2:
+                out[path] = (BOTH, ())
+                continue
             marks = {r: part.features(r, shape, heads=heads).ravel() for r in makes}
             if len(makes) == 1 and marks[makes[0]].all():
                 out[path] = (KEY if makes[0] == "key" else VALUE, ())
@@ -52,6 +55,17 @@ def targets(
             runs = tuple((r, len(list(g))) for r, g in itertools.groupby(each.tolist()))
             out[path] = (KEY, runs)
     return out
+
+
+def check_apart(name: str, parts: Sequence[SubLayer]) -> None:
+    """Raises where queries and keys are the same features."""
+    for part in parts:
+        if not part.fused and set(part.query) & set(part.key):
+            raise ValueError(
+                f"{part.key[0]}: {name}: one projection makes queries and keys, so "
+                "nothing tells which of the two a product of them scores"
+                + ELSEWHERE.replace("exclude= the sub-layer", f"exclude={part.path!r}")
+            )
 
 
 def chosen_layers(

@@ -78,6 +78,7 @@ class TokenRows(AdaptedLeaf):
     stream: str = static(default="")
 
     knows_rows: ClassVar[bool] = True
+    merges: ClassVar[bool] = False
 
     def field_axes(self) -> Mapping[str, tuple[int | None, ...]]:
         stack = [k for k, c in enumerate(self.axes) if c == "s"]
@@ -128,6 +129,7 @@ class ActingRows(Labelled):
     stream: str = static(default="")
 
     knows_rows: ClassVar[bool] = True
+    merges: ClassVar[bool] = False
 
     @classmethod
     def labels_of(cls, axes: str) -> dict[str, list[Label]]:

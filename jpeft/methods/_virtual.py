@@ -50,6 +50,7 @@ class VirtualEmbedding(Labelled):
     one_hot: bool = static(default=False)
 
     knows_rows: ClassVar[bool] = True
+    merges: ClassVar[bool] = False
 
     @classmethod
     def labels_of(cls, axes: str) -> dict[str, list[Label]]:

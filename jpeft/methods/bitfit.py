@@ -58,6 +58,8 @@ class AddedBias(Labelled):
 
     bias: Any = trainable()
 
+    merges: ClassVar[bool] = False
+
     @classmethod
     def labels_of(cls, axes: str) -> dict[str, list[Label]]:
         s, o = ([k for k, c in enumerate(axes) if c == g] for g in "so")

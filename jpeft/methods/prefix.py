@@ -32,7 +32,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +57,15 @@ from jpeft.leaf import (
     transient,
     wide_dtype,
 )
-from jpeft.methods._attention import KEY, VALUE, Index, Tagged
+from jpeft.methods._attention import BOTH, KEY, VALUE, Index, Tagged
 from jpeft.methods._draw import drawn
-from jpeft.methods._prefix_targets import Runs, check_free, chosen_layers, targets
+from jpeft.methods._prefix_targets import (
+    Runs,
+    check_apart,
+    check_free,
+    chosen_layers,
+    targets,
+)
 from jpeft.methods._prefix_tokens import tokens_prefix
 from jpeft.methods.p_tuning import linear, lstm
 from jpeft.transform import (
@@ -89,14 +95,17 @@ class _OfKernel(Labelled):
     """On a kernel whose output features are keys, values, or both among others.
 
     on: 1, or 0 where the prefix is switched off.  runs: what the output features are;
-    () means that all are keys, or all values.  features: where the output features have
-    gone since (`Index` over the output axes), if the kernel was moved about.
+    () means that all are what `role` says: keys, values, or both at once.  features:
+    where the output features have gone since (`Index` over the output axes), if the
+    kernel was moved about.
     """
 
     on: Any = frozen()
     role: str = static(default=KEY)
     runs: Runs = static(default=())
     features: Index | None = static(default=None)
+
+    merges: ClassVar[bool] = False
 
     def columns(self) -> np.ndarray:
         """For each output feature the column of the payload, -1 for none."""
@@ -117,7 +126,7 @@ class _OfKernel(Labelled):
         """How many features of the payload are keys, or values."""
         if self.runs:
             return sum(n for r, n in self.runs if r == role)
-        if role != self.role:
+        if self.role not in (role, BOTH):
             return 0
         return math.prod(
             n for n, c in zip(self.shape, self.axes, strict=True) if c == "o"
@@ -308,6 +317,12 @@ def _project(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     keys, values, examples = leaf.keys, leaf.values, None
     if leaf.tasks > 1:
         keys, values, examples = _for_examples(leaf, jnp.shape(y), out)
+    free = [k for k, label in enumerate(out) if not isinstance(label, int)]
+    order = None
+    if len(free) > 1:
+        n = jnp.shape(y)[free[-1]]
+        places = [n if k == free[-1] else 1 for k in range(len(out))]
+        order = Index(np.arange(n).reshape(places))
     tag = Tagged(
         main=y,
         keys=keys,
@@ -315,6 +330,8 @@ def _project(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         on=leaf.on,
         columns=Index(columns),
         examples=examples,
+        order=order,
+        shared=leaf.role == BOTH,
         name=leaf.path,
     )
     # So that a kernel of which nothing is key or value gives its plain output.
@@ -451,6 +468,7 @@ class PrefixTuning(Transform):
                 heads=self.heads,
                 dtype=self.dtype,
             )
+        check_apart(self.name, parts)
         on = chosen_layers(self.name, self.layers, parts, known)
         order = [p for p in flat.paths if p in wanted and np.any(on[p])]
         check_finite({p: at[p] for p in order}, self.name)

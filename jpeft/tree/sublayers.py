@@ -86,7 +86,7 @@ class SubLayer:
         """
         kernel = getattr(self, role)[0]
         makers = [r for r in ("query", "key", "value") if kernel in getattr(self, r)]
-        if len(makers) == 1:
+        if len(makers) == 1 or not self.fused:  # or all of them by the same features
             return np.ones(tuple(shape), bool)
         style, letters = self.fused.split()
         n = math.prod(shape)
@@ -330,10 +330,29 @@ class _Finder:
                 kind,
                 root,
                 first=paths,
-                doubt=f"the names of its weights {list(paths[:4])} do not say which "
+                doubt=self.without_values(root)
+                or f"the names of its weights {list(paths[:4])} do not say which "
                 "read its input and which makes its output",
             )
         )
+
+    def without_values(self, root: str) -> str:
+        """What to say of an attention that has no weight of its values."""
+        at = self.below[root]
+        for row in _ATTENTIONS:
+            if row.fused or row.first[2] in at or not {*row.first[:2]} <= {*at}:
+                continue
+            last = next((n for n in row.last if n in at), None)
+            if last is None:
+                continue
+            q, k, o = (at[n][len(root) :] for n in (*row.first[:2], last))
+            one, same = ("(.*)", r"\1") if root else ("", "")
+            named = f"attention: {one}{q} {same}{k} {same}{k} -> {same}{o}"
+            return (
+                f"no name says which weight makes its values; if {at[row.first[1]]} "
+                f"makes keys and values, write where='{named}'"
+            )
+        return ""
 
     # -- what is there ----------------------------------------------------------------
 

@@ -514,6 +514,47 @@ def test_no_residual_copies_a_base_weight(method):
     assert not base & set(out), (base, out)
 
 
+@pytest.mark.parametrize(
+    "method", slow_but({"diff_pruning", "vera", "p_tuning_mlp", "prefix_mlp"}, METHODS)
+)
+def test_parameters_that_a_function_hands_back_stay_adapted(method):
+    f = form(METHODS[method].forms + "unrolled")
+    params = attached(method, METHODS[method].forms + "unrolled")
+    fn = lambda p, *args: (f.fn(p, *args), jax.jit(lambda p: p)(p))
+    _, back = jax.eval_shape(jpeft.adapt(fn), params, *f.args)
+    chex.assert_trees_all_equal_structs(back, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(back, params)
+
+
+def differentiable(method, name):
+    """(energy, v): a number of (params, v), where v is the batch or, of texts, the
+    table of places, which nothing adapts."""
+    f = form(name)
+    if not METHODS[method].forms:
+        return lambda p, v: jnp.sum(jnp.sin(f.fn(p, v))), f.args[0]
+    places = lambda v: {"position_embed": {"embedding": v}}
+    energy = lambda p, v: jnp.sum(jnp.sin(f.fn({**p, **places(v)}, *f.args)))
+    return energy, f.params["position_embed"]["embedding"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    slow_but({"dora", "qlora", "adapter_houlsby", "bitfit_added", "mam"}, METHODS),
+)
+def test_a_derivative_taken_inside_is_that_taken_outside_or_refused(method):
+    name = METHODS[method].forms + "unrolled"
+    energy, v = differentiable(method, name)
+    params = moved(attached(method, name))
+    inside = jpeft.adapt(lambda p, v: jax.grad(energy, 1)(p, v))
+    if not METHODS[method].merges:
+        with pytest.raises(jpeft.DerivativeError, match="derivative outside of adapt"):
+            jax.eval_shape(inside, params, v)
+        return
+    outside = lambda p, v: jax.grad(jpeft.adapt(energy), 1)(p, v)
+    got, want = jax.jit(lambda p, v: (inside(p, v), outside(p, v)))(params, v)
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.max(jnp.abs(want))))
+
+
 def test_another_layer_changes_no_other_leaf():
     small = {"a": {"kernel": jnp.ones((7, 5))}}
     large = {**small, "b": {"kernel": jnp.ones((5, 3))}}

@@ -496,6 +496,159 @@ def test_chosen_layers_alone_have_prompts(mode):
         np.testing.assert_allclose(got, want, atol=2e-5)
 
 
+# ------------------------------------------------ other scores, other queries
+
+
+def with_sink(put, cut):
+    """Attention with scores beside those of the keys, which are cut off again."""
+
+    def attend(q, k, v):
+        s = put(q @ k.transpose(0, 2, 1))
+        return cut(jax.nn.softmax(s)) @ v
+
+    return attend
+
+
+def sink(s, n=1):
+    return jnp.full((*s.shape[:-1], n), 0.3)
+
+
+def latent(q):
+    """Queries of all examples alike."""
+    return q[0, :3]
+
+
+def pooled(q, k, v):
+    s = jax.nn.softmax(jnp.einsum("nd,btd->bnt", latent(q), k))
+    return jnp.einsum("bnt,btd->bnd", s, v)
+
+
+def pooled_heads(q, k, v):
+    heads = lambda x: x.reshape(*x.shape[:-1], 2, 4)
+    s = jnp.einsum("nhd,bthd->bhnt", heads(latent(q)), heads(k))
+    y = jnp.einsum("bhnt,bthd->bnhd", jax.nn.softmax(s), heads(v))
+    return y.reshape(len(k), 3, 8)
+
+
+READ = {
+    "a sink behind": with_sink(
+        lambda s: jnp.concatenate([s, sink(s)], -1), lambda w: w[..., :-1]
+    ),
+    "a sink before": with_sink(
+        lambda s: jnp.concatenate([sink(s), s], -1), lambda w: w[..., 1:]
+    ),
+    "sinks on both sides": with_sink(
+        lambda s: jnp.concatenate([sink(s, 2), s, sink(s)], -1),
+        lambda w: jnp.split(w, [2, w.shape[-1] - 1], -1)[1],
+    ),
+    "a padded column": with_sink(
+        lambda s: jnp.pad(s, ((0, 0), (0, 0), (0, 1))), lambda w: w[..., :-1]
+    ),
+    "a value of zeros for the sink": lambda q, k, v: with_sink(
+        lambda s: jnp.concatenate([s, sink(s)], -1), lambda w: w
+    )(q, k, jnp.concatenate([v, jnp.zeros_like(v[:, :1])], 1)),
+    "some of the queries": with_sink(lambda s: s[:, 1:4], lambda w: w),
+    "queries of no example": pooled,
+    "heads of no example": pooled_heads,
+}
+
+
+def compared(attend):
+    """(ours, by hand) of the learned rows."""
+    apply, params, x = simple(attend, LENGTH)
+    attn = params["attn"]
+    kernels = {n: attn[n]["kernel"] for n in ("key", "value")}
+    base = jpeft.unload(attn)
+
+    def ours(rows):
+        own = {
+            "key": {"kernel": kernels["key"].replace(keys=rows[0])},
+            "value": {"kernel": kernels["value"].replace(values=rows[1])},
+        }
+        return apply({"attn": {**attn, **own}}, x)
+
+    def hand(rows):
+        q, k, v = (x @ base[n]["kernel"] for n in ("query", "key", "value"))
+        before = lambda r, y: jnp.concatenate([jnp.stack([r] * len(y)), y], 1)
+        k, v = before(rows[0], k), before(rows[1], v)
+        return attend(q, k, v) @ base["out"]["kernel"]
+
+    return ours, hand, rows((LENGTH, 8), 1, 2)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_other_scores_and_other_queries_are_read(name):
+    ours, hand, prefix = compared(READ[name])
+
+    def run(f):
+        loss = lambda r: (lambda y: (jnp.sum(jnp.sin(y)), y))(f(r))
+        return jax.value_and_grad(loss, has_aux=True)
+
+    (_, got), grads = jax.jit(run(ours))(prefix)
+    (_, want), expected = jax.jit(run(hand))(prefix)
+    assert_same((got, grads), (want, expected))
+
+
+def shared_attention(p, x, prefix=None):
+    """One projection makes keys, which are turned, and values, which are scaled."""
+    q, k = (x @ p[n]["kernel"] for n in ("q_proj", "k_proj"))
+    k, v = jnp.roll(k, 1, -1), 2.0 * k
+    if prefix is not None:
+        before = lambda r, y: jnp.concatenate([jnp.stack([r] * len(y)), y], 1)
+        k, v = before(prefix[0], k), before(prefix[1], v)
+    y = jax.nn.softmax(q @ k.transpose(0, 2, 1)) @ v
+    return y @ p["o_proj"]["kernel"]
+
+
+SHARED = {
+    n: {"kernel": jax.random.normal(jax.random.fold_in(KEY, k), (8, 8))}
+    for k, n in enumerate(("q_proj", "k_proj", "o_proj"))
+}
+
+
+def test_keys_and_values_of_one_projection_have_rows_of_their_own():
+    with pytest.raises(ValueError, match="k_proj/kernel makes keys and values") as e:
+        jpeft.prefix(LENGTH)(KEY, {"attn": SHARED})
+    where = str(e.value).split("write where='")[1].split("'")[0]
+    params = jpeft.prefix(LENGTH, where=where)(KEY, {"attn": SHARED})
+    prefix, x = rows((LENGTH, 8), 1, 2), jax.random.normal(KEY, (2, 7, 8))
+    leaf = params["attn"]["k_proj"]["kernel"]
+
+    def ours(r):
+        own = {"k_proj": {"kernel": leaf.replace(keys=r[0], values=r[1])}}
+        fn = lambda p, x: shared_attention(p["attn"], x)
+        return jpeft.adapt(fn)({"attn": {**params["attn"], **own}}, x)
+
+    # The learned keys enter after the model turned its own.
+    hand = lambda r: shared_attention(SHARED, x, r)
+    np.testing.assert_allclose(ours(prefix), hand(prefix), atol=2e-5)
+    fn = lambda p, x: shared_attention(p["attn"], x)
+    off = jpeft.adapt(fn)(jpeft.disable(params), x)
+    np.testing.assert_array_equal(off, fn({"attn": SHARED}, x))
+    text = jpeft.prefix_from_text(fn, params, x)
+    found = text["attn"]["k_proj"]["kernel"]
+    k = (x[0] @ SHARED["k_proj"]["kernel"])[:LENGTH]
+    np.testing.assert_allclose(found.keys, jnp.roll(k, 1, -1), atol=1e-5)
+    np.testing.assert_allclose(found.values, 2.0 * k, atol=1e-5)
+
+
+def test_queries_and_keys_of_one_projection_are_refused_by_name():
+    where = "attention: a/kernel a/kernel b/kernel -> c/kernel"
+    base = {n: {"kernel": jnp.ones((8, 8))} for n in "abc"}
+    with pytest.raises(ValueError, match="a/kernel: prefix: one projection makes quer"):
+        jpeft.prefix(LENGTH, where=where)(KEY, base)
+
+
+def test_keys_whose_axis_is_in_doubt_are_refused():
+    """Texts that stand side by side: it is not the axis before the features."""
+    attend = lambda q, k, v: jnp.einsum(
+        "bnt,tbd->bnd", jax.nn.softmax(jnp.einsum("nd,tbd->bnt", latent(q), k)), v
+    )
+    apply, params, x = simple(attend)
+    with pytest.raises(jpeft.PromiseError, match="attn/.*exclude="):
+        apply(params, x)
+
+
 # ------------------------------------------------------------------------- refusals
 
 
@@ -542,11 +695,8 @@ REFUSED = {
         jax.nn.softmax(jax.lax.top_k(q @ k.transpose(0, 2, 1), 7)[0]) @ v
     ),
     "keys_alone": lambda q, k, v: jax.nn.softmax(q @ k.transpose(0, 2, 1)) @ q,
-    "sinks": lambda q, k, v: (
-        jax.nn.softmax(
-            jnp.concatenate([jnp.zeros((2, 7, 1)), q @ k.transpose(0, 2, 1)], -1)
-        )[..., 1:]
-        @ v
+    "half of the keys": lambda q, k, v: (
+        jax.nn.softmax((q @ k.transpose(0, 2, 1))[..., 3:]) @ v[:, 3:]
     ),
 }
 
