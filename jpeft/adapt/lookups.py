@@ -32,7 +32,7 @@ class Lookups:
         self._made: dict[Any, Any] = {}
         self._outer: dict[Any, Any] = {}
         self._consts: dict[Any, Any] = {}
-        self._data = frozenset(inputs[weights:])
+        self._data = {v: k for k, v in enumerate(inputs[weights:])}
         self._depends: dict[Any, frozenset[Any]] = {}
 
     def enter(self, jaxpr: Any, consts: Sequence[Any], given: Sequence[Any]) -> None:
@@ -68,6 +68,12 @@ class Lookups:
         if largest == size - 1:
             return CLIPPED
         return WRAPPED if not largest else SHIFTED if largest > size else REPLACED
+
+    def sources(self, indices: Any) -> tuple[int, ...]:
+        """Which inputs of data the indices are made of, by number."""
+        data = self._data_of(indices) or ()
+        kind = lambda v: np.issubdtype(v.aval.dtype, np.integer)
+        return tuple(sorted(self._data[v] for v in data if kind(v)))
 
     def _data_of(self, var: Any) -> frozenset[Any] | None:
         """The data a value depends on; None: on something of no known value."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jpeft.methods.bitfit import Delta
 from jpeft.transform import LeafMethod, check_float, dtype_name, method
-from jpeft.tree.layout import BIAS, NORM, LeafUse, in_norm
+from jpeft.tree.layout import NORM, LeafUse
 from jpeft.tree.where import Where, check_where
 
 
@@ -42,7 +42,7 @@ class NormTuning(LeafMethod):
         return self.where, self.exclude
 
     def accepts(self, use: LeafUse) -> bool:
-        return use.kind == NORM or (use.kind == BIAS and in_norm(use.path))
+        return use.kind == NORM or use.of_norm
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Delta:
         return Delta(base=base, delta=jnp.zeros(use.shape, self.adapter_dtype(base)))

@@ -17,7 +17,6 @@ from jpeft.tree.layout import (
     MATRIX,
     NORM,
     LeafUse,
-    in_norm,
 )
 from jpeft.tree.paths import suggest
 
@@ -62,7 +61,7 @@ def _preset(name: str, use: LeafUse) -> bool:
     if name == "bias":
         return use.kind == BIAS
     if name == "norm":
-        return use.kind == NORM or (use.kind == BIAS and in_norm(use.path))
+        return use.kind == NORM or use.of_norm
     return True
 
 
