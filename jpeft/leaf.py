@@ -164,6 +164,8 @@ class AdaptedLeaf:
     replaces_base: ClassVar[bool] = False
     # True: the leaf is the stored weight itself (a quantised one), with no base below.
     holds_weight: ClassVar[bool] = False
+    # False: the leaf is no change of the weight, so it has no merged value.
+    merges: ClassVar[bool] = True
     # True: the leaf asks which rows of a text are virtual tokens, or tells it.
     knows_rows: ClassVar[bool] = False
 
@@ -173,6 +175,17 @@ class AdaptedLeaf:
     def title(self) -> str:
         """For a message: what stands here."""
         return type(self).__name__
+
+    def instead(self, name: str) -> str:
+        """For a refusal: what to type where a model uses the weight `name` in a way
+        that the leaf has no form for."""
+        leave = f"Leave it out (exclude={name!r})"
+        if not all(leaf.merges for leaf in layers(self)):
+            return leave
+        return (
+            f"{leave}, or let that one equation use its full value: "
+            'jpeft.adapt(fn, materialize="allow")'
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:

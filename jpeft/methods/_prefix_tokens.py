@@ -78,6 +78,7 @@ class TokenRows(AdaptedLeaf):
     stream: str = static(default="")
 
     knows_rows: ClassVar[bool] = True
+    merges: ClassVar[bool] = False
 
     def field_axes(self) -> Mapping[str, tuple[int | None, ...]]:
         stack = [k for k, c in enumerate(self.axes) if c == "s"]
@@ -128,6 +129,7 @@ class ActingRows(Labelled):
     stream: str = static(default="")
 
     knows_rows: ClassVar[bool] = True
+    merges: ClassVar[bool] = False
 
     @classmethod
     def labels_of(cls, axes: str) -> dict[str, list[Label]]:
@@ -371,7 +373,7 @@ def _places(
             marks = [part.features(r, features, heads=heads).ravel() for r in makes]
             cut = np.logical_or.reduce(marks)
             columns = () if cut.all() else _runs(cut)
-            bias = _bias(kernel, at)
+            bias = use.bias
             if bias is not None and weight(at[bias]).shape == (*stack, *features):
                 axes = "s" * len(stack) + "o" * len(features)
                 out[bias] = axes, columns, stream
@@ -385,9 +387,3 @@ def _runs(cut: np.ndarray) -> Columns:
     return tuple(
         (bool(cut[a]), int(b - a)) for a, b in zip([0, *ends], ends, strict=False)
     )
-
-
-def _bias(kernel: str, at: Mapping[str, Any]) -> str | None:
-    module = kernel.rpartition("/")[0]
-    names = [f"{module}/{n}".lstrip("/") for n in ("bias", "b")]
-    return next((n for n in names if n in at and n != kernel), None)

@@ -50,10 +50,18 @@ class VirtualEmbedding(Labelled):
     one_hot: bool = static(default=False)
 
     knows_rows: ClassVar[bool] = True
+    merges: ClassVar[bool] = False
 
     @classmethod
     def labels_of(cls, axes: str) -> dict[str, list[Label]]:
         return {}
+
+    def instead(self, name: str) -> str:
+        return (
+            "Let the model look rows up by the text's own ids, table[ids], or train "
+            "keys and values instead, which needs no table: "
+            'jpeft.prefix(length, mode="kv")'
+        )
 
     @property
     def axis(self) -> int | None:

@@ -56,6 +56,8 @@ class AddedBias(Labelled):
 
     bias: Any = trainable()
 
+    merges: ClassVar[bool] = False
+
     @classmethod
     def labels_of(cls, axes: str) -> dict[str, list[Label]]:
         s, o = ([k for k, c in enumerate(axes) if c == g] for g in "so")
@@ -160,13 +162,7 @@ class _AddBias(LeafMethod):
         self, flat: Slots, uses: Mapping[str, LeafUse] | None
     ) -> dict[str, LeafUse]:
         found = super().targets(flat, uses)
-        paths = set(flat.paths)
-        beside = lambda p, name: p.rpartition("/")[0] + "/" + name in paths
-        bare = {
-            p: u
-            for p, u in found.items()
-            if not beside(p, "bias") and not beside(p, "b")
-        }
+        bare = {p: u for p, u in found.items() if u.bias is None}
         if not bare:
             raise ValueError(
                 f"bitfit: every weight of add={self.where!r} has a bias already; "

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +76,8 @@ class GatedLowRank(Labelled):
     gate_bias: Any = trainable()
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
+
+    merges: ClassVar[bool] = False
 
     @classmethod
     def labels_of(cls, axes: str) -> dict[str, list[Label]]:

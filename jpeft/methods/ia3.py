@@ -120,7 +120,7 @@ class IA3(Transform):
                 f"{min(both)}: ia3: selected by where=, which rescales its output, and "
                 "by feedforward=, which rescales its input; choose one of the two"
             )
-        if biases := beside(flat, found.get(OUTPUT, {})):
+        if biases := beside(found.get(OUTPUT, {})):
             links = tuple((k, k) for k in biases.values())
             steps[OUTPUT] = dataclasses.replace(steps[OUTPUT], links=links)
             steps[BIAS] = _Rescale(
@@ -176,16 +176,9 @@ def exactly(paths: Any) -> tuple[str, ...]:
     return tuple(map(re.escape, dict.fromkeys(paths)))
 
 
-def beside(flat: Slots, kernels: Mapping[str, LeafUse]) -> dict[str, str]:
+def beside(kernels: Mapping[str, LeafUse]) -> dict[str, str]:
     """bias -> kernel, for those that have one."""
-    paths, out = set(flat.paths), {}
-    for path in kernels:
-        module = path.rpartition("/")[0]
-        for name in ("bias", "b"):
-            bias = f"{module}/{name}" if module else name
-            if bias in paths:
-                out[bias] = path
-    return out
+    return {use.bias: path for path, use in kernels.items() if use.bias is not None}
 
 
 # --- its three parts -----------------------------------------------------------------

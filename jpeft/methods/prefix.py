@@ -32,7 +32,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,8 @@ class _OfKernel(Labelled):
     role: str = static(default=KEY)
     runs: Runs = static(default=())
     features: Index | None = static(default=None)
+
+    merges: ClassVar[bool] = False
 
     def columns(self) -> np.ndarray:
         """For each output feature the column of the payload, -1 for none."""

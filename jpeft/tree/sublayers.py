@@ -219,7 +219,6 @@ def sublayers(flat: Slots, uses: Mapping[str, LeafUse] | None = None) -> list[Su
 
 class _Finder:
     def __init__(self, flat: Slots, uses: Mapping[str, LeafUse] | None):
-        self.paths = set(flat.paths)
         self.by_use = uses is not None
         known = layouts(flat, uses)
         self.known = {p: u for p, u in known.items() if u.kind in (LINEAR, MATRIX)}
@@ -231,7 +230,9 @@ class _Finder:
             if segments[-1] in _ARRAYS and len(segments) > 1:
                 segments = segments[:-1]
             for k in range(len(segments)):
-                root, name = "/".join(segments[:k]), "/".join(segments[k:])
+                # Haiku's `mlp/~/linear_0` is made when the module is, no layer more.
+                below = [s for s in segments[k:] if s != "~"]
+                root, name = "/".join(segments[:k]), "/".join(below)
                 self.below.setdefault(root, {})[name] = path
         self.claimed: set[str] = set()
         self.found: list[SubLayer] = []
@@ -379,7 +380,7 @@ class _Finder:
         path, k = found.path, 2
         while path in taken:
             path, k = f"{found.path}_{k}", k + 1
-        bias = _bias_of(found.last, self.paths)
+        bias = self.known[found.last].bias if found.last else None
         self.found.append(dataclasses.replace(found, path=path, last_bias=bias))
 
     def with_streams(self) -> list[SubLayer]:
@@ -387,14 +388,6 @@ class _Finder:
         if len(set(streams.values()) - {""}) < 2:
             return self.found
         return [dataclasses.replace(s, stream=streams[s.path]) for s in self.found]
-
-
-def _bias_of(weight: str, paths: set[str]) -> str | None:
-    module, _, array = weight.rpartition("/")
-    if array not in _ARRAYS:
-        return None
-    beside = lambda name: f"{module}/{name}" if module else name
-    return next((beside(n) for n in ("bias", "b") if beside(n) in paths), None)
 
 
 def _stream(path: str) -> str:
