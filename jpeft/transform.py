@@ -34,9 +34,10 @@ from jpeft.leaf import (
     wide_dtype,
 )
 from jpeft.tree.beside import beside
-from jpeft.tree.layout import LeafUse, layouts
+from jpeft.tree.layout import UNUSED, LeafUse, layouts
 from jpeft.tree.paths import Slots, slots, suggest, weight
-from jpeft.tree.where import Where, select
+from jpeft.tree.sublayers import weights_of_parts
+from jpeft.tree.where import Where, asks_parts, select
 from jpeft.types import PyTree
 from jpeft.types import check_float as check_float
 
@@ -195,7 +196,16 @@ class LeafMethod(Transform):
         candidates = {p: u for p, u in known.items() if self.accepts(u)}
         others = [p for p in flat.paths if p not in candidates]
         where, exclude = self.selection()
-        chosen = select(candidates, at, where, exclude, method=self.name, others=others)
+        chosen = select(
+            candidates,
+            at,
+            where,
+            exclude,
+            method=self.name,
+            others=others,
+            unused=self._unused(flat, known),
+            parts=weights_of_parts(flat, uses) if asks_parts(where, exclude) else None,
+        )
         out = {}
         for path, explicit in chosen.items():
             use = candidates[path]
@@ -204,6 +214,12 @@ class LeafMethod(Transform):
             out[path] = use
         self._check_patterns(out)
         return out
+
+    def _unused(self, flat: Slots, known: Mapping[str, LeafUse]) -> list[str]:
+        """What the method could act on by name, and the traced call does not use."""
+        idle = [p for p, u in known.items() if u.kind == UNUSED]
+        names = layouts(flat, None) if idle else {}
+        return [p for p in idle if self.accepts(names[p])]
 
     def _check_patterns(self, chosen: Mapping[str, LeafUse]) -> None:
         for name, pattern in self.patterns().items():
