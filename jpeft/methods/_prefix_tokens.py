@@ -46,6 +46,7 @@ from jpeft.methods._virtual import (
     VirtualEmbedding,
     check_lookups,
     is_table,
+    looked_up_together,
     token_embeddings,
 )
 from jpeft.transform import Transform, check_finite, path_key, place_beside
@@ -223,7 +224,8 @@ def virtual_rows(
         raise PromiseError(
             start + f"cannot tell which of {len(found)} texts of shape "
             f"{tuple(found[0].shape)} it projects; give them different lengths, or use "
-            "jpeft.prefix(..., mode='kv')"
+            "jpeft.prefix(..., mode='kv'); if it is one text looked up in two tables, "
+            "pass uses=jpeft.find_uses(fn, params, *args) to the transform"
         )
     return found[0].reshape(sizes)
 
@@ -317,7 +319,10 @@ def tokens_prefix(
         )
         made[path] = _put(transform, path, slot, leaf)
     tables = {p: u for p, u in known.items() if is_table(u) and p not in places}
+    heard: set[str] = set()  # tables whose ids another one tells of
     for path in token_embeddings(tables, name):
+        silent = path in heard
+        heard.update(looked_up_together(path, tables))
         slot = at[path]
         told = [x for x in layers(slot) if getattr(x, "vocab", None) is not None]
         if told:
@@ -333,7 +338,11 @@ def tokens_prefix(
         check_lookups(path, use, name)
         assert use.axes is not None
         leaf = VirtualEmbedding(
-            base=slot, axes=use.axes, vocab=use.sizes("i")[0], tokens=tokens
+            base=slot,
+            axes=use.axes,
+            vocab=use.sizes("i")[0],
+            tokens=tokens,
+            silent=silent,
         )
         made[path] = leaf.replace(origin=origin)
     return flat.rebuild(made.get(p, x) for p, x in flat.items())

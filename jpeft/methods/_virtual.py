@@ -12,7 +12,7 @@ virtual.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -28,6 +28,7 @@ from jpeft.adapt.labels import (
     factor_along,
     operand_labels,
 )
+from jpeft.adapt.lookups import DIRECT
 from jpeft.compat import Tracer
 from jpeft.leaf import adapted_leaf, is_leaf, layers, static, trainable
 from jpeft.tree.layout import EMBEDDING, MATRIX, LeafUse
@@ -43,11 +44,13 @@ class VirtualEmbedding(Labelled):
 
     vocab: rows of the table; virtual ids begin there.  tokens: how many there are.
     one_hot: whether a row of zeros in a one-hot lookup is a virtual token.
+    silent: whether another table is looked up by the same ids and tells of them.
     """
 
     vocab: int = static()
     tokens: int = static()
     one_hot: bool = static(default=False)
+    silent: bool = static(default=False)
 
     knows_rows: ClassVar[bool] = True
     merges: ClassVar[bool] = False
@@ -217,7 +220,8 @@ def _told(
     virtual = wide >= first
     number = jnp.where(virtual, wide - first, jnp.zeros_like(first)).astype(jnp.int32)
     if not beneath(leaf):
-        it.add_rows(jnp.where(virtual, number, jnp.int32(-1)))
+        if not leaf.silent:
+            it.add_rows(jnp.where(virtual, number, jnp.int32(-1)))
         _check_ids(it, leaf, ids)
     return virtual, number
 
@@ -269,7 +273,7 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     zero = jnp.all(x == 0, axis=contracting[1 - side][0])
     rank = jnp.cumsum(zero, axis=-1, dtype=jnp.int32) - 1
     virtual = zero & (rank < leaf.tokens)
-    if not beneath(leaf):
+    if not beneath(leaf) and not leaf.silent:
         it.add_rows(jnp.where(virtual, rank, jnp.int32(-1)))
     y = it.base(eqn, ins)
     _, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
@@ -342,16 +346,47 @@ def token_embedding(candidates: Mapping[str, LeafUse], method: str) -> str:
     """The path of the one weight that is looked up by token ids."""
     found = _token_tables(candidates, method)
     if len(found) > 1:
-        raise ValueError(_which(found, method))
+        raise ValueError(_which(found, candidates, method))
     return found[0]
+
+
+def looked_up_together(path: str, known: Mapping[str, LeafUse]) -> list[str]:
+    """Further tables whose rows the same ids of the text choose, as `find_uses` saw."""
+    ids = {u.ids for u in known[path].uses if u.lookup == DIRECT and u.ids}
+    # Positions made of ids may look as if they were clipped to their table.
+    may_hold = lambda p, u: (
+        u.lookup == DIRECT or (u.lookup in LOST and not _named(p, _OTHER_TABLES))
+    )
+    return [
+        p
+        for p, use in known.items()
+        if p != path and any(u.ids in ids and may_hold(p, u) for u in use.uses)
+    ]
+
+
+def check_together(
+    chosen: Sequence[str], known: Mapping[str, LeafUse], method: str
+) -> None:
+    """Raises if the ids of virtual tokens reach a table that has no rows for them."""
+    for path in chosen:
+        others = looked_up_together(path, known)
+        if missing := [p for p in others if p not in chosen]:
+            raise ValueError(
+                f"{path}: the model looks up {missing} by the same ids, which has no "
+                f"rows for virtual tokens; {method} must stand on all of these tables: "
+                f"where={[p for p in known if p in (path, *others)]!r}"
+            )
 
 
 def token_embeddings(candidates: Mapping[str, LeafUse], method: str) -> list[str]:
     """The paths of all of them: an encoder and a decoder may have one each."""
     found = _token_tables(candidates, method)
     if len(found) > 1 and not all(_named(p, _TOKENS) for p in found):
-        raise ValueError(_which(found, method))
-    return found
+        together = {found[0], *looked_up_together(found[0], candidates)}
+        if not set(found) <= together:
+            raise ValueError(_which(found, candidates, method))
+    more = [p for f in found for p in looked_up_together(f, candidates)]
+    return [p for p in candidates if p in (*found, *more)]
 
 
 def _token_tables(candidates: Mapping[str, LeafUse], method: str) -> list[str]:
@@ -379,10 +414,19 @@ def _named(path: str, names: re.Pattern[str]) -> bool:
     return any(names.search(s) for s in path.split("/")[-2:])
 
 
-def _which(found: list[str], method: str) -> str:
+def _which(found: list[str], known: Mapping[str, LeafUse], method: str) -> str:
+    together = looked_up_together(found[0], known)
+    if together:
+        every = [p for p in known if p in (found[0], *together)]
+        return (
+            f"{method}: the model looks up {every} by the same ids, and virtual tokens "
+            f"need rows in each; name all of them: where={every!r}"
+        )
+    asks = not any(known[p].uses for p in found)
+    more = ", or pass uses=jpeft.find_uses(fn, params, *args)" if asks else ""
     return (
         f"{method}: which of {found} is the token embedding? Name it with "
-        f"where={found[0]!r}, or pass uses=jpeft.find_uses(fn, params, *args)"
+        f"where={found[0]!r}{more}"
     )
 
 
