@@ -146,6 +146,10 @@ class LeafMethod(Transform):
 
     # False: the method acts on the whole array and asks nothing of its axes.
     needs_axes: ClassVar[bool] = True
+    # False: what it makes has no merged value that a model could use in its place.
+    has_value: ClassVar[bool] = True
+    # What to type instead where a tree has nothing for it, or "".
+    otherwise: ClassVar[str] = ""
 
     def selection(self) -> tuple[Where, Where]:
         """(where, exclude)."""
@@ -202,7 +206,8 @@ class LeafMethod(Transform):
             where,
             exclude,
             method=self.name,
-            others=others,
+            others={p: known[p] for p in others if p in known},
+            otherwise=self.otherwise,
             unused=self._unused(flat, known),
             parts=weights_of_parts(flat, uses) if asks_parts(where, exclude) else None,
         )
@@ -279,18 +284,20 @@ def check_target(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         if not explicit and not transform.needs_axes:
             return False
+        real = not jnp.issubdtype(x.dtype, jnp.complexfloating)
         raise ValueError(
             f"{path}: {name} needs a real floating-point weight, this one is "
-            f"{x.dtype}; exclude={path!r}, or cast it first"
+            f"{x.dtype}; exclude={path!r}" + (", or cast it first" if real else "")
         )
-    if transform.needs_axes and use.doubt and (use.axes is None or not explicit):
+    whole = use.axes is not None and transform.has_value
+    if transform.needs_axes and use.doubt and not (whole and explicit):
         remedy = (
             "pass uses=jpeft.find_uses(fn, params, *args), which looks at how the "
             f"model uses it, or exclude={path!r}"
             if not use.uses
             else f"exclude={path!r}, or name it in where= and call "
             'jpeft.adapt(fn, materialize="allow")'
-            if use.axes is not None
+            if whole
             else f"exclude={path!r}"
         )
         raise ValueError(

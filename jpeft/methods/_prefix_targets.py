@@ -35,11 +35,7 @@ def targets(
         for path in dict.fromkeys((*part.key, *part.value)):
             use = known[path] = told_by_output(part, path, known)
             if use.axes is None or use.doubt:
-                raise ValueError(
-                    f"{path}: prefix cannot tell input from output axes of shape "
-                    f"{use.shape} ({use.doubt}); pass uses=jpeft.find_uses(fn, params, "
-                    f"*args), or exclude={part.path!r}"
-                )
+                raise ValueError(in_doubt(path, use, part))
             shape = use.sizes("o")
             makes = [r for r in ("key", "value") if path in getattr(part, r)]
             marks = {r: part.features(r, shape, heads=heads).ravel() for r in makes}
@@ -52,6 +48,15 @@ def targets(
             runs = tuple((r, len(list(g))) for r, g in itertools.groupby(each.tolist()))
             out[path] = (KEY, runs)
     return out
+
+
+def in_doubt(path: str, use: LeafUse, part: SubLayer) -> str:
+    """The refusal of a projection whose axes are unknown, or that is changed first."""
+    asking = "" if use.uses else "pass uses=jpeft.find_uses(fn, params, *args), or "
+    return (
+        f"{path}: prefix cannot tell input from output axes of shape {use.shape} "
+        f"({use.doubt}); {asking}exclude={part.path!r}"
+    )
 
 
 def chosen_layers(

@@ -41,6 +41,7 @@ from jpeft.leaf import (
     trainable,
     wide_dtype,
 )
+from jpeft.methods._prefix_targets import in_doubt
 from jpeft.methods._virtual import (
     TOKENS,
     VirtualEmbedding,
@@ -372,11 +373,7 @@ def _places(
         for kernel in dict.fromkeys((*part.key, *part.value)):
             use = known[kernel]
             if use.axes is None:
-                raise ValueError(
-                    f"{kernel}: prefix cannot tell input from output axes of shape "
-                    f"{use.shape} ({use.doubt}); pass uses=jpeft.find_uses(fn, params, "
-                    f"*args), or exclude={part.path!r}"
-                )
+                raise ValueError(in_doubt(kernel, use, part))
             stack, features = use.sizes("s"), use.sizes("o")
             makes = [r for r in ("key", "value") if kernel in getattr(part, r)]
             marks = [part.features(r, features, heads=heads).ravel() for r in makes]

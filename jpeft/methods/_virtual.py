@@ -32,6 +32,7 @@ from jpeft.adapt.lookups import DIRECT
 from jpeft.compat import Tracer
 from jpeft.leaf import adapted_leaf, is_leaf, layers, static, trainable
 from jpeft.tree.layout import EMBEDDING, MATRIX, LeafUse
+from jpeft.tree.paths import suggest
 
 TOKENS = "tokens"  # the label of the virtual tokens
 
@@ -344,7 +345,16 @@ def is_table(use: LeafUse) -> bool:
 
 def token_embedding(candidates: Mapping[str, LeafUse], method: str) -> str:
     """The path of the one weight that is looked up by token ids."""
-    found = _token_tables(candidates, method)
+    found = _token_tables(candidates)
+    if not found:
+        near = suggest(list(candidates), "embed_tokens/embedding", 1)
+        asking = "" if _seen(candidates) else f", or pass {_USES}"
+        raise ValueError(
+            f"{method}: no weight here is a token embedding by its name or use; name "
+            f"it with where={next(iter(near), '...')!r}{asking}. A model that is given "
+            'vectors instead of ids has none: there jpeft.prefix(length, mode="kv") '
+            "is the way"
+        )
     if len(found) > 1:
         raise ValueError(_which(found, candidates, method))
     return found[0]
@@ -380,16 +390,38 @@ def check_together(
 
 def token_embeddings(candidates: Mapping[str, LeafUse], method: str) -> list[str]:
     """The paths of all of them: an encoder and a decoder may have one each."""
-    found = _token_tables(candidates, method)
+    found = _token_tables(candidates)
+    if not found:
+        raise ValueError(
+            f"{method}: no weight here is a token embedding by its name or use, and in "
+            f"mode 'tokens' it is the ids that tell{_asking(candidates)}; a model that "
+            f'is given vectors instead of ids takes jpeft.{method}(..., mode="kv")'
+        )
     if len(found) > 1 and not all(_named(p, _TOKENS) for p in found):
         together = {found[0], *looked_up_together(found[0], candidates)}
         if not set(found) <= together:
-            raise ValueError(_which(found, candidates, method))
+            raise ValueError(
+                f"{method}: which of {found} is the token embedding, neither their "
+                f"names nor their use say{_asking(candidates)}; "
+                f'jpeft.{method}(..., mode="kv") needs none'
+            )
     more = [p for f in found for p in looked_up_together(f, candidates)]
     return [p for p in candidates if p in (*found, *more)]
 
 
-def _token_tables(candidates: Mapping[str, LeafUse], method: str) -> list[str]:
+_USES = "uses=jpeft.find_uses(fn, params, *args)"
+
+
+def _seen(candidates: Mapping[str, LeafUse]) -> bool:
+    """Whether it was looked at how the model uses its weights."""
+    return any(u.uses for u in candidates.values())
+
+
+def _asking(candidates: Mapping[str, LeafUse]) -> str:
+    return "" if _seen(candidates) else f"; pass {_USES}"
+
+
+def _token_tables(candidates: Mapping[str, LeafUse]) -> list[str]:
     """By how the model uses it, where `find_uses` says so, and by its name."""
     tables = {
         p: u
@@ -400,13 +432,6 @@ def _token_tables(candidates: Mapping[str, LeafUse], method: str) -> list[str]:
     found = [p for p in fed if not _named(p, _OTHER_TABLES)] or list(fed)
     if len(found) > 1:
         found = [p for p in found if _named(p, _TOKENS)] or found
-    if not found:
-        raise ValueError(
-            f"{method}: no weight here is a token embedding by its name or use; name "
-            'it with where="...", or pass uses=jpeft.find_uses(fn, params, *args). A '
-            "model that is given vectors instead of ids has none: there "
-            'jpeft.prefix(length, mode="kv") is the way'
-        )
     return found
 
 
@@ -422,11 +447,9 @@ def _which(found: list[str], known: Mapping[str, LeafUse], method: str) -> str:
             f"{method}: the model looks up {every} by the same ids, and virtual tokens "
             f"need rows in each; name all of them: where={every!r}"
         )
-    asks = not any(known[p].uses for p in found)
-    more = ", or pass uses=jpeft.find_uses(fn, params, *args)" if asks else ""
     return (
         f"{method}: which of {found} is the token embedding? Name it with "
-        f"where={found[0]!r}{more}"
+        f"where={found[0]!r}" + ("" if _seen(known) else f", or pass {_USES}")
     )
 
 
@@ -435,7 +458,10 @@ def check_lookups(path: str, use: LeafUse, method: str) -> None:
     if use.axes is None or sorted(use.axes.replace("o", "")) != ["i"]:
         raise ValueError(
             f"{path}: {method} needs a table (vocabulary, features), and this weight "
-            f"of shape {use.shape} has the axes {use.axes!r}; exclude={path!r}"
+            f"of shape {use.shape} has the axes {use.axes!r}"
+            + (f" ({use.doubt})" if use.doubt else "")
+            + _asking({path: use})
+            + '; jpeft.prefix(length, mode="kv") needs no table'
         )
     for u in use.uses:
         if u.lookup in LOST:

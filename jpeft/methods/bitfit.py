@@ -97,6 +97,9 @@ class BitFit(LeafMethod):
     dtype: str | None = None
 
     needs_axes: ClassVar[bool] = False
+    otherwise: ClassVar[str] = (
+        "jpeft.bitfit(where=None, add='linear') gives projections a bias"
+    )
 
     def __post_init__(self) -> None:
         check_float("bitfit", self.dtype)
@@ -151,6 +154,7 @@ class _AddBias(LeafMethod):
     dtype: str | None
 
     name: ClassVar[str] = "bitfit"
+    has_value: ClassVar[bool] = False
 
     def selection(self) -> tuple[Where, Where]:
         return self.where, self.exclude

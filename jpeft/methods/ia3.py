@@ -31,8 +31,8 @@ import jax.numpy as jnp
 from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, static, transient, wide_dtype
 from jpeft.methods._scaled import ScaledInput, ScaledOutput
 from jpeft.transform import LeafMethod, Transform, check_float, dtype_name, method
-from jpeft.tree.layout import BIAS, CONV, LINEAR, MATRIX, LeafUse
-from jpeft.tree.paths import Slots, slots
+from jpeft.tree.layout import BIAS, CONV, LINEAR, MATRIX, LeafUse, layouts
+from jpeft.tree.paths import Slots, slots, suggest
 from jpeft.tree.sublayers import MLP, SubLayer, sublayers
 from jpeft.tree.where import Where, check_where
 from jpeft.types import PyTree
@@ -144,11 +144,13 @@ class IA3(Transform):
         if where is None:
             parts = [s for s in found if s.kind != MLP]
             names = _named(parts, lambda s: (*s.key, *s.value))
-            where = _some(names, "where", "keys and values of an attention")
+            what = "keys and values of an attention"
+            where = _some(names, "where", what, "value/kernel", flat, uses)
         if feedforward is None:
             parts = [s for s in found if s.kind == MLP]
             names = _named(parts, lambda s: (s.last,) if s.last else ())
-            feedforward = _some(names, "feedforward", "last weight of a feed-forward")
+            what = "last weight of a feed-forward"
+            feedforward = _some(names, "feedforward", what, "down/kernel", flat, uses)
         return where, feedforward
 
 
@@ -163,11 +165,23 @@ def _named(parts: list[SubLayer], of: Any) -> list[str]:
     return [p for s in parts for p in of(s)]
 
 
-def _some(names: list[str], argument: str, what: str) -> Where:
+def _some(
+    names: list[str],
+    argument: str,
+    what: str,
+    like: str,
+    flat: Slots,
+    uses: Mapping[str, LeafUse] | None,
+) -> Where:
+    """like: how such a weight is called where the names do show it."""
     if not names:
+        known = layouts(flat, uses)
+        matrices = [p for p, u in known.items() if u.kind in (LINEAR, MATRIX)]
+        near = suggest(matrices or list(known), like, 1)
         raise ValueError(
             f"ia3: no name in this tree shows the {what}; name the weights, as in "
-            f"{argument}='.*value/kernel', or leave them out with {argument}=()"
+            f"{argument}={next(iter(near), like)!r}, or leave them out with "
+            f"{argument}=()"
         )
     return exactly(names)
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,8 @@ class VirtualMethod(LeafMethod):
     exclude: Where = ()
     one_hot: bool = False
     dtype: str | None = None
+
+    has_value: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_float(self.name, self.dtype)

@@ -13,6 +13,7 @@ from typing import Any
 
 from jpeft.tree.layout import (
     BIAS,
+    CONV,
     EMBEDDING,
     LINEAR,
     MATRIX,
@@ -101,20 +102,22 @@ def select(
     exclude: Where,
     *,
     method: str,
-    others: Sequence[str] = (),
+    others: Mapping[str, LeafUse] | None = None,
+    otherwise: str = "",
     unused: Collection[str] = (),
     parts: Mapping[str, str] | None = None,
 ) -> dict[str, bool]:
     """The paths selected, in tree order, each with whether it was named explicitly
     (by a pattern or a callable, not by a preset alone).
 
-    candidates: the weights the method can act on; others: all further paths, for the
-    messages.  unused: paths that the model, as it was traced, does not use; parts: path
-    -> "attention" or "mlp", see `_preset`.  Each item of `where` must match something.
+    candidates: the weights the method can act on; others: all further ones, for the
+    messages.  otherwise: what to type where there is nothing to act on.  unused: paths
+    that the model, as it was traced, does not use.  parts: path -> "attention" or
+    "mlp", see `_preset`.  Each item of `where` must match something.
     """
     chosen: set[str] = set()
     named: set[str] = set()
-    parts = parts or {}
+    parts, others = parts or {}, others or {}
     matches = lambda item, p: _matches(item, candidates[p], slots[p], parts.get(p))
     for item in _items(where):
         hits = {p for p in candidates if matches(item, p)}
@@ -126,7 +129,7 @@ def select(
             used = [p for p in slots if p not in unused]
             raise ValueError(_not_used(item, idle, used, bool(hits), method))
         if not hits:
-            raise ValueError(_nothing(item, candidates, others, method))
+            raise ValueError(_nothing(item, candidates, others, method, otherwise))
         chosen |= hits
         if item not in PRESETS:
             named |= hits
@@ -210,7 +213,11 @@ def all_of(paths: Sequence[str], others: Sequence[str]) -> list[str]:
 
 
 def _nothing(
-    item: One, candidates: dict[str, LeafUse], others: Sequence[str], method: str
+    item: One,
+    candidates: Mapping[str, LeafUse],
+    others: Mapping[str, LeafUse],
+    method: str,
+    otherwise: str,
 ) -> str:
     if not isinstance(item, str):
         item_name = getattr(item, "__qualname__", repr(item))
@@ -221,8 +228,10 @@ def _nothing(
     start = f"{method}: where={item!r} matches nothing. "
     if item in PRESETS:
         if not candidates:
-            return start + (
-                f"{method} can act on no array of this tree; it has {[*others][:5]}"
+            return (
+                start
+                + f"{method} can act on no array of this tree; it has {[*others][:5]}"
+                + _instead(list(others), others, method, otherwise)
             )
         if any(use.uses for use in candidates.values()):
             return start + (
@@ -236,14 +245,9 @@ def _nothing(
         )
     unfit = [p for p in others if _full(item, p)]
     if unfit:
-        need = (
-            " (a weight with an input and an output axis is needed)"
-            if method not in ("full", "bitfit", "norm_tuning")
-            else ""
-        )
         return (
             f"{method}: where={item!r} matches only {unfit[:3]}, which {method} cannot "
-            f"act on{need}"
+            f"act on{_instead(unfit, others, method, otherwise)}"
         )
     part = [p for p in candidates if re.search(item, p)]
     if part:
@@ -252,3 +256,34 @@ def _nothing(
             f"{part[:3]}"
         )
     return start + f"Nearest paths: {suggest([*candidates, *others], item)}"
+
+
+# What acts on a weight of a kind that not every method can act on.
+_ACTING = {
+    CONV: ("a convolution", "jpeft.lora, jpeft.dora and jpeft.loha act on those"),
+    EMBEDDING: ("looked up by row", "jpeft.lora and jpeft.dora act on such tables"),
+    LINEAR: ("a matrix", "jpeft.lora and its kin act on those"),
+    BIAS: ("a bias", "jpeft.bitfit trains those"),
+    NORM: ("a scale", "jpeft.norm_tuning trains those"),
+}
+
+
+def _instead(
+    paths: Sequence[str], known: Mapping[str, LeafUse], method: str, otherwise: str
+) -> str:
+    """Why a method cannot act on such weights, and what can."""
+    asks = "" if any(u.uses for u in known.values()) else ASK
+    if otherwise:
+        return f"; {otherwise}{asks}"
+    kinds = {known[p].kind: p for p in reversed(paths)}
+    kind = next((k for k in _ACTING if k in kinds), None)
+    if kind is not None:
+        what, acts = _ACTING[kind]
+        return f" ({kinds[kind]} is {what}); {acts}"
+    if not paths:
+        return ""
+    by = "name" if asks else "use"
+    return f" ({paths[0]} is none by its {by}); jpeft.full trains any array{asks}"
+
+
+ASK = ", or pass uses=jpeft.find_uses(fn, params, *args), which looks at the use"
