@@ -228,7 +228,7 @@ class Interpreter:
             for found in others:
                 if out is None and found is not None and found in _JOINS:
                     out = found(self, eqn, ins)
-            if name in _JOINING and len(leaves) > 1 and is_leaf(out):
+            if out is not None and name in _JOINING and is_leaf(out):
                 out = _named_together(out, leaves)
         else:
             out = self._carry(eqn, ins)

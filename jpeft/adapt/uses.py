@@ -20,7 +20,7 @@ from typing import Any
 
 from jpeft import compat
 from jpeft.adapt.entry import Program
-from jpeft.adapt.lookups import DIRECT, Lookups
+from jpeft.adapt.lookups import CONSTANT, DIRECT, Lookups
 from jpeft.adapt.values import SAME_SHAPE, Operand, Values, moved_axes, part_of
 from jpeft.tree.layout import (
     BIAS,
@@ -55,6 +55,7 @@ CONSUMERS = {
     "conv_general_dilated": CONV,
     "gather": EMBEDDING,
 }
+_SPREADS = frozenset({"broadcast_in_dim", "convert_element_type"})
 _FLIP = str.maketrans("io", "oi")
 _NOTHING: frozenset[int] = frozenset()
 
@@ -414,7 +415,8 @@ class _Finder:
                 else "o"
                 for k in range(len(src))
             ]
-            self.record(eqn, tags, roles, context, self._lookup(eqn))
+            lookup = self._lookup(eqn) if by_data else (CONSTANT, ())
+            self.record(eqn, tags, roles, context, lookup)
             if not picks:
                 return [
                     [
@@ -506,11 +508,10 @@ class _Finder:
     def varies_along(self, var: Any) -> int:
         """The number of axes along which a value really varies: a number, or a vector
         that jnp has broadcast, scales one factor of a delta."""
-        shape = var.aval.shape
         found = None if isinstance(var, compat.Literal) else self.made_by.get(var)
-        if found is not None and found.primitive.name == "broadcast_in_dim":
-            shape = found.invars[0].aval.shape
-        return sum(n > 1 for n in shape)
+        if found is not None and found.primitive.name in _SPREADS:
+            return self.varies_along(found.invars[0])
+        return sum(n > 1 for n in var.aval.shape)
 
     def computed(
         self,
@@ -678,7 +679,7 @@ def _verdict(
     fit = [u for u in eaten if not u.blurred and _is_matrix(u.roles, shape, name)]
     if any(u.primitive != "gather" for u in fit):
         # Features picked by constants are a product's, if there is one.
-        fit = [u for u in fit if u.primitive != "gather" or u.lookup != "constant"]
+        fit = [u for u in fit if u.primitive != "gather" or u.lookup != CONSTANT]
     elif fit and small != OTHER:
         return as_small
     if not fit:
@@ -756,7 +757,9 @@ def _small_kind(
     """A bias, a norm's scale, or neither: by what it does, and where that is in doubt
     by its name."""
     looked_up = [u for u in uses if u.primitive == "gather"]
-    parts = {u.part for u in uses if u.primitive != "gather"} - {NEUTRAL}
+    computed = lambda u: u.blurred and u.primitive in CONSUMERS
+    met = [u for u in uses if u.primitive != "gather" and not computed(u)]
+    parts = {u.part for u in met} - {NEUTRAL}
     if name.kind == NORM:
         # What scales a product is a layer's scale, unless a norm is so called.
         scales = parts == {LAYER_SCALE} and not in_norm(path)
