@@ -14,7 +14,7 @@ product late, x + h W + b: then y is h W + b still, and what is added goes to th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -300,9 +300,10 @@ def _own_output(it: Interpreter, eqn: Any, leaf: Bottleneck) -> jax.Array | None
         return None
     side = next(k for k, v in enumerate(eqn.invars) if is_leaf(it.read(v)))
     made = it.producer(eqn.invars[1 - side])
-    if made is None or made.primitive.name not in ("add", "add_any"):
+    if made is None or not _is_sum(made):
         return None
-    products = [v for v in made.invars if _is_product(it, v)]
+    at_hand = made.primitive.name not in compat.JITS  # what it was made of
+    products = [v for v in made.invars if at_hand and _is_product(it, v)]
     if len(products) > 1:
         products = [v for v in products if it.readers(v) == 1]
         if len(products) > 1:
@@ -318,6 +319,13 @@ def _own_output(it: Interpreter, eqn: Any, leaf: Bottleneck) -> jax.Array | None
     return value + jnp.asarray(leaf.base).astype(value.dtype)
 
 
+def _is_sum(eqn: Any) -> bool:
+    if eqn.primitive.name in compat.JITS:
+        inner, _ = compat.open_jaxpr(eqn.params["jaxpr"])
+        return any(_is_sum(e) for e in inner.eqns if e.outvars == inner.outvars)
+    return eqn.primitive.name in ("add", "add_any")
+
+
 def _is_product(it: Interpreter, var: Any) -> bool:
     """Whether a product of a weight made it, moved about at most."""
     made = it.producer(var)
@@ -326,7 +334,8 @@ def _is_product(it: Interpreter, var: Any) -> bool:
     name = made.primitive.name
     if name in compat.JITS:
         inner, _ = compat.open_jaxpr(made.params["jaxpr"])
-        return inner.eqns[-1:] != [] and inner.eqns[-1].primitive.name in _PRODUCTS
+        last = [e for e in inner.eqns if e.outvars == inner.outvars]
+        return any(e.primitive.name in _PRODUCTS for e in last)
     if name in _PRODUCTS:
         return True
     return name in _MOVES and _is_product(it, made.invars[0])
@@ -446,9 +455,11 @@ def _only_drops(it: Interpreter, eqn: Any, ins: list[Any], own: Any) -> bool:
         return at == 0 and _is_number(it, eqn.invars[1])
     if name == "mul":
         other = eqn.invars[1 - at]
-        return _is_number(it, other) or _is_mask(it, other)
+        return _is_number(it, other) or _is_mask(it, other, own.shape)
     if name == "select_n" and len(ins) == 3 and at > 0:
-        return _is_zero(it, eqn.invars[3 - at]) and _is_drawn(it, eqn.invars[0])
+        return _is_zero(it, eqn.invars[3 - at]) and _is_drawn(
+            it, eqn.invars[0], own.shape
+        )
     return False
 
 
@@ -465,46 +476,46 @@ def _is_number(it: Interpreter, var: Any) -> bool:
     )
 
 
-def _is_mask(it: Interpreter, var: Any) -> bool:
+def _is_mask(it: Interpreter, var: Any, shape: Sequence[int]) -> bool:
     made = it.producer(var)
     if made is None or made.primitive.name not in _SAME_VALUES:
         return False
     source = made.invars[0]
     if source.aval.dtype == jnp.bool_:
-        return _is_drawn(it, source)
-    return _is_mask(it, source)
+        return _is_drawn(it, source, shape)
+    return _is_mask(it, source, shape)
 
 
-def _is_drawn(it: Interpreter, var: Any) -> bool:
+def _is_drawn(it: Interpreter, var: Any, shape: Sequence[int]) -> bool:
     """Whether random bits and numbers alone made it, not what entered.
 
-    A constant was drawn before if it differs from feature to feature: padding does not.
+    A constant was drawn before if it has a value for each feature, which padding has
+    not.
     """
-    return _drawn(it, var, {}) is True
+    return _drawn(it, var, tuple(shape), {}) is True
 
 
-def _drawn(it: Interpreter, var: Any, known: dict[Any, bool | None]) -> bool | None:
+def _drawn(
+    it: Interpreter,
+    var: Any,
+    shape: tuple[int, ...],
+    known: dict[Any, bool | None],
+) -> bool | None:
     """True: of random bits.  None: the same whatever is drawn.  False: of an input."""
     var = it.source(var)
     if isinstance(var, compat.Literal) or math.prod(var.aval.shape) == 1:
         return None
     if var not in known:
-        sizes = var.aval.shape
-        known[var] = it.is_constant(var) and len(sizes) > 1 and sizes[-1] > 1
+        known[var] = it.is_constant(var) and var.aval.shape == shape
         made = it.producer(var)
-        if made is not None:
-            known[var] = _made_by_chance(it, made, known)
+        if made is not None and made.primitive.name in _RANDOM:
+            known[var] = True
+        elif made is not None:
+            draws = _draws(made)
+            of = [v for v in made.invars if not (draws and _is_key(v))]
+            parts = [_drawn(it, v, shape, known) for v in of]
+            known[var] = _all_drawn([True if draws else None, *parts])
     return known[var]
-
-
-def _made_by_chance(it: Interpreter, eqn: Any, known: Any) -> bool | None:
-    if eqn.primitive.name in _RANDOM:
-        return True
-    inner = compat.CALLS.get(eqn.primitive.name)
-    if inner is not None and inner in eqn.params:
-        given = [_drawn(it, v, known) for v in eqn.invars if not _is_key(v)]
-        return _all_drawn([True if _draws(eqn) else None, *given])
-    return _all_drawn([_drawn(it, v, known) for v in eqn.invars])
 
 
 def _draws(eqn: Any) -> bool:

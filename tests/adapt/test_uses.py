@@ -108,11 +108,11 @@ def test_what_scales_a_normalised_value_is_a_norm(name):
 
 def test_a_norm_of_each_head_and_one_of_each_layer():
     def fn(p, x):
-        def body(x, l):
-            q = (x @ l["q"]).reshape(*x.shape[:-1], 2, 4)
+        def body(x, w):
+            q = (x @ w["q"]).reshape(*x.shape[:-1], 2, 4)
             q = q * lax.rsqrt(jnp.mean(q * q, -1, keepdims=True) + EPS)
-            q = q * l["a"][None, None] + l["c"][None, None]
-            return x + q.reshape(x.shape) @ l["o"] + l["e"][None, None], None
+            q = q * w["a"][None, None] + w["c"][None, None]
+            return x + q.reshape(x.shape) @ w["o"] + w["e"][None, None], None
 
         x = lax.scan(body, x, p["layers"])[0]
         return lax.fori_loop(
