@@ -402,6 +402,13 @@ class _Finder:
                 math.prod(u.sizes(c))
                 for u, c in zip(uses, out * len(firsts) + into, strict=True)
             )
+            # Read the other way round, the first must take what the last one gives.
+            reads, gives = (
+                math.prod(uses[0].sizes(into)),
+                math.prod(uses[-1].sizes(out)),
+            )
+            if out == "i" and reads != gives:
+                continue
             if all(fits(n, width) for n in outs):
                 return width
         return None
