@@ -219,6 +219,10 @@ class AdaptedLeaf:
         """
         return self
 
+    def enters(self, program: Any, k: int) -> None:
+        """Told before anything acts of the traced program (`adapt.entry.Program`) whose
+        k-th input it is.  Raises where the model cannot be adapted so."""
+
     def begin(self) -> AdaptedLeaf:
         """The leaf that acts in its place.  `adapt` asks once a call, before anything
         acts."""

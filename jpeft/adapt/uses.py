@@ -673,6 +673,7 @@ def _verdict(
         made,
         kind=small,
         of_norm=small == BIAS and of_norm,
+        state=state,
         late=small == BIAS and any(u.part == LATE_BIAS for u in uses),
     )
     eaten = [u for u in uses if u.primitive in CONSUMERS and u.roles]

@@ -28,7 +28,7 @@ from jpeft.adapt.labels import (
     factor_along,
     operand_labels,
 )
-from jpeft.adapt.lookups import DIRECT
+from jpeft.adapt.lookups import DIRECT, tables_looked_up
 from jpeft.compat import Tracer
 from jpeft.leaf import adapted_leaf, is_leaf, layers, static, trainable
 from jpeft.tree.layout import EMBEDDING, MATRIX, LeafUse
@@ -66,6 +66,27 @@ class VirtualEmbedding(Labelled):
             "keys and values instead, which needs no table: "
             'jpeft.prefix(length, mode="kv")'
         )
+
+    def enters(self, program: Any, k: int) -> None:
+        """The same ids must not reach a table that has no rows for virtual tokens."""
+        found = tables_looked_up(program.closed.jaxpr)
+        own = {ids for table, ids in found if table == k}
+        bare = [
+            program.names[table]
+            for table in dict.fromkeys(table for table, ids in found if ids in own)
+            if not any(hasattr(x, "vocab") for x in layers(program.inputs[table]))
+        ]
+        if bare:
+            names = [program.names[k], *bare]
+            raise ValueError(
+                f"{self.where()}the model looks up {bare} by the same ids, which has "
+                "no rows for virtual tokens; the method must stand on all of these "
+                + (
+                    "tables: pass uses=jpeft.find_uses(fn, params, *args) to it"
+                    if type(self) is VirtualEmbedding
+                    else f"tables: where={names!r}"
+                )
+            )
 
     @property
     def axis(self) -> int | None:

@@ -66,6 +66,8 @@ class LeafUse:
     bias: of a weight, the path of the bias that is added to its product.
     late: of a bias, whether something else was added to the product before.
     of_norm: of a bias, whether it is that of a norm.
+    state: whether it is kept by the model, and no optimiser trains it: a running
+        statistic, a counter, a cache.
     """
 
     path: str
@@ -80,6 +82,7 @@ class LeafUse:
     bias: str | None = None
     late: bool = False
     of_norm: bool = False
+    state: bool = False
 
     @property
     def is_weight(self) -> bool:
@@ -245,8 +248,8 @@ def by_name(tree: Slots) -> dict[str, LeafUse]:
     paths = dict(zip(tree.keys, tree.paths, strict=True))
     found = {paths[k]: _by_name(paths[k], k, shapes) for k in shapes}
     for path in state_of(tree) & found.keys():
-        if found[path].kind in (BIAS, NORM):
-            found[path] = LeafUse(path, found[path].shape, OTHER)
+        if not found[path].is_weight:
+            found[path] = LeafUse(path, found[path].shape, OTHER, state=True)
     for path, use in found.items():
         bias = _beside(path, use, found)
         if bias is None:

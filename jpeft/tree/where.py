@@ -66,7 +66,7 @@ def _preset(name: str, use: LeafUse, part: str | None) -> bool:
         return use.kind == BIAS
     if name == "norm":
         return use.kind == NORM or use.of_norm
-    return True
+    return not use.state
 
 
 def check_where(where: Any, name: str = "where") -> Where:

@@ -331,6 +331,8 @@ def test_statistics_of_flax_and_haiku_do_not_train():
         assert trained == ["params/Dense_0/bias", "params/n1/bias"]
         trained = [*NORMS_TRAIN.targets(slots(variables), known)]
         assert trained == ["params/n1/bias", "params/n1/scale"]
+    everything = jpeft.diff_pruning().targets(slots(variables), uses)
+    assert [p for p in everything if "params/" not in p] == []
     ema = {"net/batch_norm/~/mean_ema": {"average": a(3), "hidden": a(3)}}
     haiku = {
         "params": {"net/batch_norm": {"scale": a(3), "offset": a(3)}},

@@ -376,3 +376,9 @@ def test_one_text_looked_up_in_two_tables_is_one_text():
     assert got.shape == (1, 7, 8) and bool(jnp.isfinite(got).all())
     with pytest.raises(jpeft.PromiseError, match=r"pass uses=jpeft.find_uses"):
         jpeft.adapt(fn)(prefix(KEY, params), text)
+    other = {**params, "scale_of": {"table": params["embed_2"]["embedding"]}}
+    fn_ = lambda p, ids: fn(
+        {**p, "embed_2": {"embedding": p["scale_of"]["table"]}}, ids
+    )
+    with pytest.raises(ValueError, match=r"scale_of/table.* pass uses=jpeft.find_uses"):
+        jpeft.adapt(fn_)(prefix(KEY, other), text)

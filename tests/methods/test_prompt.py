@@ -478,6 +478,17 @@ def test_tables_of_the_same_ids_get_rows_together(how, method):
         )
 
 
+@pytest.mark.parametrize("how", ["index", "take_fill", "jit"])
+def test_without_uses_the_call_refuses_a_second_table(how):
+    fn, params = two_tables(LOOKUPS[how])
+    tree = jpeft.prompt(N, where="embed_tokens/embedding")(KEY, params)
+    with pytest.raises(ValueError, match="by the same ids") as e:
+        jpeft.adapt(fn)(tree, VIRTUAL)
+    typed = eval(str(e.value).split("where=")[1])
+    tree = jpeft.prompt(N, where=typed)(KEY, params)
+    assert bool(jnp.isfinite(jpeft.adapt(fn)(tree, VIRTUAL)).all())
+
+
 def test_tables_of_other_ids_are_no_concern():
     def fn(p, ids, kinds):
         at = jnp.arange(ids.shape[1])
@@ -486,3 +497,6 @@ def test_tables_of_other_ids_are_no_concern():
     params = {n: jnp.ones((VOCAB, WIDTH)) for n in ("wte", "types", "wpe")}
     uses = jpeft.find_uses(fn, params, IDS, jnp.zeros_like(IDS))
     assert list(jpeft.prompt(N).targets(slots(params), uses)) == ["wte"]
+    tree = jpeft.prompt(N)(KEY, params, uses=uses)
+    kinds = jnp.zeros_like(VIRTUAL)
+    assert jpeft.adapt(fn)(tree, VIRTUAL, kinds).shape == (*VIRTUAL.shape, WIDTH)
