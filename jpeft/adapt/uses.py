@@ -511,7 +511,8 @@ class _Finder:
         found = None if isinstance(var, compat.Literal) else self.made_by.get(var)
         if found is not None and found.primitive.name in _SPREADS:
             return self.varies_along(found.invars[0])
-        return sum(n > 1 for n in var.aval.shape)
+        shape: tuple[int, ...] = getattr(var.aval, "shape", ())  # a token has none
+        return sum(n > 1 for n in shape)
 
     def computed(
         self,
