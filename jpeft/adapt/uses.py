@@ -67,7 +67,7 @@ class Tag:
     axes: for each axis of the value, the weight's axes it holds.
     gone: (axis, label) of axes that left the value on the way.
     blurred: it was computed from the weight.  row: a row that ids chose, which is no
-        weight but where it is a norm or a bias.  picked: axes put in another order.
+        weight but where it is a norm or a bias.  picked: the axes put in another order.
     """
 
     leaf: int
@@ -75,7 +75,7 @@ class Tag:
     gone: frozenset[tuple[int, str]] = frozenset()
     blurred: bool = False
     row: bool = False
-    picked: bool = False
+    picked: frozenset[int] = frozenset()
 
     def moved(self, axes: Sequence[frozenset[int]]) -> Tag:
         return dataclasses.replace(self, axes=tuple(axes))
@@ -427,7 +427,8 @@ class _Finder:
                 ]
         if picks:
             of = lambda t: t.moved(taken(t, t.axes[one[0]]))
-            return [[dataclasses.replace(of(t), picked=True) for t in tags]]
+            own = lambda t: t.picked | t.axes[one[0]]
+            return [[dataclasses.replace(of(t), picked=own(t)) for t in tags]]
         # The rows gathered are matrices still (experts): stack, and still a weight.
         out = []
         for t in tags:
@@ -598,7 +599,7 @@ class _Finder:
             part, of = "", _NOTHING
             if operands[k].weight and len(t.axes) == len(shape):
                 own = self.shapes[t.leaf]
-                wide = [any(own[q] > 1 for q in axes) for axes in t.axes]
+                wide = [any(own[q] > 1 for q in axes - t.picked) for axes in t.axes]
                 part, of = part_of(eqn, operands, k, wide)
             if part or not t.blurred:
                 self.record(eqn, [t], None, context, part=part, of=of)
@@ -669,7 +670,10 @@ def _verdict(
     if not uses:
         return dataclasses.replace(made, kind=UNUSED)
     small = OTHER if state else _small_kind(path, name, uses, shape)
-    of_norm = name.of_norm or any(u.part == NORM_BIAS for u in uses)
+    parts = {u.part for u in uses}
+    of_norm = NORM_BIAS in parts or (
+        name.of_norm and (in_norm(path) or not parts & {BIAS, LATE_BIAS, MAYBE_BIAS})
+    )
     as_small = dataclasses.replace(
         made,
         kind=small,
@@ -758,7 +762,8 @@ def _small_kind(
 ) -> str:
     """A bias, a norm's scale, or neither: by what it does, and where that is in doubt
     by its name."""
-    looked_up = [u for u in uses if u.primitive == "gather"]
+    table = sum(n > 1 for n in shape) > 1
+    looked_up = [u for u in uses if table and u.primitive == "gather"]
     computed = lambda u: u.blurred and u.primitive in CONSUMERS
     met = [u for u in uses if u.primitive != "gather" and not computed(u)]
     parts = {u.part for u in met} - {NEUTRAL}
@@ -775,7 +780,7 @@ def _small_kind(
         return NORM
     if looked_up:
         # Rows that the text's own ids choose are embeddings, wherever they are added.
-        chosen = any(u.lookup == DIRECT for u in looked_up)
+        chosen = any(u.lookup in (DIRECT, CONSTANT) for u in looked_up)
         named = named_as(BIAS, path)
         return BIAS if parts <= _BIAS_PARTS and (named or not chosen) else OTHER
     if parts <= _BIAS_PARTS:

@@ -267,9 +267,10 @@ def _by_name(
 ) -> LeafUse:
     shape, name = shapes[keys], keys[-1] if keys else ""
     parent = keys[-2] if len(keys) > 1 else ""
-    beside = {k[-1].lower() for k in shapes if k[:-1] == keys[:-1]}
-    # A module with a scale and no kernel is a norm, whatever it is called.
-    of_norm = in_norm(path) or bool(beside & _SCALES and not beside & _KERNELS)
+    # A module with a scale and nothing larger is a norm, whatever it is called.
+    beside = {k[-1].lower(): s for k, s in shapes.items() if k[:-1] == keys[:-1]}
+    alone = all(len(s) <= len(shape) for s in beside.values())
+    of_norm = in_norm(path) or bool(beside.keys() & _SCALES and alone)
     of_norm = of_norm and not _LAYER_SCALES.search(parent)
 
     def is_(kind: str, axes: str | None = None, doubt: str = "") -> LeafUse:

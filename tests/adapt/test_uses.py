@@ -245,6 +245,23 @@ def test_each_weight_knows_its_own_bias():
     assert layouts(slots({"params": params}), uses)["params/wq"].bias == "params/bq"
 
 
+def test_a_bias_beside_a_quantised_weights_scale_is_of_no_norm():
+    fn = lambda p, x: (x @ p["q"]) * p["scale"][None, None] + p["bias"][None, None]
+    params = {"q": a(D, D), "scale": a(D), "bias": a(D)}
+    for known in (jpeft.find_uses(fn, params, X), layouts(slots(params), None)):
+        assert known["bias"].kind == "bias" and not known["bias"].of_norm
+
+
+def test_a_bias_repeated_for_the_tokens_of_each_expert():
+    def fn(p, x):
+        sizes = jnp.bincount(jnp.argmax(x @ p["router"], -1), length=3)
+        up, c = (jax.lax.ragged_dot(x, p["up"], sizes), p["c"])
+        return up + jnp.repeat(c, sizes, axis=0, total_repeat_length=5)
+
+    params = {"router": a(D, 3), "up": a(3, D, 6), "c": a(3, 6)}
+    assert kinds(fn, params, X[0])["c"] == "bias"
+
+
 def test_a_bias_is_known_by_a_flat_name_without_uses():
     params = {
         "w1": a(D, 12),
