@@ -210,7 +210,8 @@ class _Finder:
         weight = bool(tags) and (not fed or any(t.row for t in tags))
         number = not value.kind and self.varies_along(var) == 0
         vector = weight and all(self.is_vector(t) for t in tags)
-        return Operand(value, weight, vector, number)
+        leaves = frozenset(t.leaf for t in tags)
+        return Operand(value, weight, vector, number, leaves)
 
     def is_vector(self, t: Tag) -> bool:
         """Whether one axis of the weight is left, a stack aside."""
@@ -554,7 +555,7 @@ class _Finder:
         """Notes a use.
 
         roles: a label for each axis of the value, None for no role.  lookup, part: see
-        `Use`.  of: the weights whose product it is added to.
+        `Use`.  of: the weights whose product, or scaled value, it is added to.
         """
         opaque = any(c in compat.CUSTOM_RULES for c in context)
         for t in tags:
@@ -671,9 +672,8 @@ def _verdict(
         return dataclasses.replace(made, kind=UNUSED)
     small = OTHER if state else _small_kind(path, name, uses, shape)
     parts = {u.part for u in uses}
-    of_norm = NORM_BIAS in parts or (
-        name.of_norm and (in_norm(path) or not parts & {BIAS, LATE_BIAS, MAYBE_BIAS})
-    )
+    of_product = parts & {BIAS, LATE_BIAS, MAYBE_BIAS}
+    of_norm = name.of_norm and (in_norm(path) or not of_product)
     as_small = dataclasses.replace(
         made,
         kind=small,
@@ -799,8 +799,11 @@ def _with_biases(
     names: Mapping[str, LeafUse],
 ) -> dict[str, LeafUse]:
     """The same, where each weight knows the bias that is added to its product: to no
-    other weight's product, and always the same."""
+    other weight's product, and always the same.  A bias added to a norm is the norm's
+    if it stands beside the norm's scale."""
     beside: dict[str, set[str]] = {}
+    out = dict(found)
+    module = lambda p: p.rpartition("/")[0]
     for path, seen in zip(paths, uses, strict=True):
         if found[path].kind != BIAS:
             continue
@@ -808,7 +811,8 @@ def _with_biases(
             if use.part in (BIAS, LATE_BIAS, MAYBE_BIAS) and len(of) == 1:
                 (k,) = of
                 beside.setdefault(paths[k], set()).add(path)
-    out = dict(found)
+            if use.part == NORM_BIAS and module(path) in {module(paths[k]) for k in of}:
+                out[path] = dataclasses.replace(found[path], of_norm=True)
     for path, use in found.items():
         bias = names[path].bias
         if bias is not None and found[bias].kind != BIAS:

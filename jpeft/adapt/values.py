@@ -60,8 +60,9 @@ _OF_TWO = frozenset("add add_any sub mul div max min pow select_n clamp".split()
 class Value:
     """kind: see above, or "".
 
-    of: of products, the weights' numbers.  out: for each axis, empty unless it is an
-    axis of those weights.  shared: of products, whether they have another reader.
+    of: of products, the weights' numbers; of what is scaled, that of its scale.
+    out: for each axis, empty unless it is an axis of those weights.
+    shared: of products, whether they have another reader.
     """
 
     kind: str = ""
@@ -81,13 +82,14 @@ class Operand:
     """One operand of an equation.
 
     weight: it is made of weights alone, or a row of one.  vector: and has one axis.
-    number: it is the same everywhere.
+    number: it is the same everywhere.  leaves: the weights' numbers.
     """
 
     value: Value
     weight: bool
     vector: bool
     number: bool
+    leaves: frozenset[int] = _NOTHING
 
 
 def moved_axes(eqn: Any, axes: Axes) -> list[Axes] | None:
@@ -216,11 +218,12 @@ def _scaled(name: str, a: Operand, b: Operand) -> Value:
     for x, y in ((a, b), (b, a)) if name == "mul" else ((a, b),):
         if y.value.kind in (ROOT, SCALED_ROOT) and x.value.kind not in _OF_DATA_ALONE:
             if x.vector and not x.value.kind:
-                return Value(SCALED_ROOT if y.value.kind == ROOT else "")
+                once = y.value.kind == ROOT
+                return Value(SCALED_ROOT, x.leaves) if once else UNKNOWN
             whole = NORMALISED if y.value.kind == ROOT else SCALED
-            return Value(whole, out=x.value.out)
+            return Value(whole, y.value.of, x.value.out)
         if y.weight and not y.value.kind and x.value.kind == NORMALISED:
-            return x.value.now(SCALED)
+            return Value(SCALED, y.leaves, x.value.out)
         if y.weight and x.value.kind in _OF_WEIGHTS:
             return x.value.now(WEIGHTED)
     return UNKNOWN
@@ -263,8 +266,8 @@ def _is_half(var: Any) -> bool:
 def part_of(
     eqn: Any, ins: Sequence[Operand], k: int, wide: Sequence[bool]
 ) -> tuple[str, frozenset[int]]:
-    """What operand k, made of a weight, does to the other one, and whose product that
-    is.
+    """What operand k, made of a weight, does to the other one, and whose product, or
+    scaled by what, that is.
 
     wide: along which axes the operand has the weight's own values.
     """
@@ -277,7 +280,7 @@ def part_of(
         if other.number:
             return NEUTRAL, _NOTHING
         if value.kind in (NORMALISED, SCALED):
-            return NORM_BIAS, _NOTHING
+            return NORM_BIAS, value.of
         own = all(out for out, w in zip(value.out, wide, strict=False) if w)
         if value.kind in (PRODUCT, JOINED, WEIGHTED, BIASED):
             if not own:

@@ -245,6 +245,12 @@ def test_each_weight_knows_its_own_bias():
     assert layouts(slots({"params": params}), uses)["params/wq"].bias == "params/bq"
 
 
+def test_a_bias_of_another_module_is_no_part_of_the_norm_before_it():
+    fn = lambda p, x: rms(x, p["norm"]["g"][None, None]) + p["head"]["c"][None, None]
+    uses = jpeft.find_uses(fn, {"norm": {"g": a(D)}, "head": {"c": a(D)}}, X)
+    assert uses["head/c"].kind == "bias" and not uses["head/c"].of_norm
+
+
 def test_a_bias_beside_a_quantised_weights_scale_is_of_no_norm():
     fn = lambda p, x: (x @ p["q"]) * p["scale"][None, None] + p["bias"][None, None]
     params = {"q": a(D, D), "scale": a(D), "bias": a(D)}
