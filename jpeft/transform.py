@@ -14,7 +14,7 @@ import dataclasses
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -212,9 +212,10 @@ class LeafMethod(Transform):
             parts=weights_of_parts(flat, uses) if asks_parts(where, exclude) else None,
         )
         out = {}
+        doubtful = [p for p, named in chosen.items() if in_doubt(self, known[p], named)]
         for path, explicit in chosen.items():
             use = candidates[path]
-            if not check_target(self, path, at[path], use, explicit):
+            if not check_target(self, path, at[path], use, explicit, doubtful):
                 continue
             out[path] = use
         self._check_patterns(out)
@@ -275,11 +276,34 @@ def place_beside(leaf: AdaptedLeaf, base: Any) -> AdaptedLeaf:
 # --- checks --------------------------------------------------------------------------
 
 
+def in_doubt(transform: LeafMethod, use: LeafUse, explicit: bool) -> bool:
+    """Whether the axes of a selected weight are not known as the method needs them."""
+    return bool(
+        transform.needs_axes
+        and use.doubt
+        and not (explicit and _may_be_whole(transform, use))
+    )
+
+
+def _may_be_whole(transform: LeafMethod, use: LeafUse) -> bool:
+    """Whether its axes are known, and where the model changes it, or has a gradient
+    rule of its own for it, a full value could take its place."""
+    return use.axes is not None and (transform.has_value or not use.uses)
+
+
 def check_target(
-    transform: LeafMethod, path: str, slot: Any, use: LeafUse, explicit: bool
+    transform: LeafMethod,
+    path: str,
+    slot: Any,
+    use: LeafUse,
+    explicit: bool,
+    doubtful: Sequence[str] = (),
 ) -> bool:
     """Raises if the method must not act here.  False: leave it out (a preset met an
-    array that does not train, such as a counter)."""
+    array that does not train, such as a counter).
+
+    doubtful: all selected weights whose axes are in doubt, for the message.
+    """
     x, name = weight(slot), transform.name
     if not jnp.issubdtype(x.dtype, jnp.floating):
         if not explicit and not transform.needs_axes:
@@ -289,16 +313,17 @@ def check_target(
             f"{path}: {name} needs a real floating-point weight, this one is "
             f"{x.dtype}; exclude={path!r}" + (", or cast it first" if real else "")
         )
-    whole = use.axes is not None and transform.has_value
-    if transform.needs_axes and use.doubt and not (whole and explicit):
+    if in_doubt(transform, use, explicit):
+        every = [path, *(p for p in doubtful if p != path)]
+        leave = f"exclude={every if len(every) > 1 else path!r}"
         remedy = (
             "pass uses=jpeft.find_uses(fn, params, *args), which looks at how the "
-            f"model uses it, or exclude={path!r}"
+            f"model uses it, or {leave}"
             if not use.uses
-            else f"exclude={path!r}, or name it in where= and call "
+            else f"{leave}, or name it in where= and call "
             'jpeft.adapt(fn, materialize="allow")'
-            if whole
-            else f"exclude={path!r}"
+            if _may_be_whole(transform, use)
+            else leave
         )
         raise ValueError(
             f"{path}: {name} cannot tell input from output axes of shape {use.shape} "

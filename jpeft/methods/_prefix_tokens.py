@@ -321,7 +321,7 @@ def tokens_prefix(
         made[path] = _put(transform, path, slot, leaf)
     tables = {p: u for p, u in known.items() if is_table(u) and p not in places}
     heard: set[str] = set()  # tables whose ids another one tells of
-    for path in token_embeddings(tables, name):
+    for path in token_embeddings(tables, name, known):
         silent = path in heard
         heard.update(looked_up_together(path, tables))
         slot = at[path]

@@ -31,7 +31,7 @@ from jpeft.adapt.labels import (
 from jpeft.adapt.lookups import DIRECT, tables_looked_up
 from jpeft.compat import Tracer
 from jpeft.leaf import adapted_leaf, is_leaf, layers, static, trainable
-from jpeft.tree.layout import EMBEDDING, MATRIX, LeafUse
+from jpeft.tree.layout import EMBEDDING, MATRIX, LeafUse, traced
 from jpeft.tree.paths import suggest
 
 TOKENS = "tokens"  # the label of the virtual tokens
@@ -364,15 +364,21 @@ def is_table(use: LeafUse) -> bool:
     return use.kind in (EMBEDDING, MATRIX) and len(use.shape) >= 2
 
 
-def token_embedding(candidates: Mapping[str, LeafUse], method: str) -> str:
-    """The path of the one weight that is looked up by token ids."""
+def token_embedding(
+    candidates: Mapping[str, LeafUse], method: str, known: Mapping[str, LeafUse]
+) -> str:
+    """The path of the one weight that is looked up by token ids.
+
+    known: all weights, for the message.
+    """
     found = _token_tables(candidates)
     if not found:
         near = suggest(list(candidates), "embed_tokens/embedding", 1)
-        asking = "" if _seen(candidates) else f", or pass {_USES}"
+        asking = "" if traced(known) else f", or pass {_USES}"
+        named = f"; name it with where={next(iter(near), '...')!r}{asking}"
         raise ValueError(
-            f"{method}: no weight here is a token embedding by its name or use; name "
-            f"it with where={next(iter(near), '...')!r}{asking}. A model that is given "
+            f"{method}: no weight here is a token embedding by its name or use"
+            f"{named if near or asking else ''}. A model that is given "
             'vectors instead of ids has none: there jpeft.prefix(length, mode="kv") '
             "is the way"
         )
@@ -409,13 +415,18 @@ def check_together(
             )
 
 
-def token_embeddings(candidates: Mapping[str, LeafUse], method: str) -> list[str]:
-    """The paths of all of them: an encoder and a decoder may have one each."""
+def token_embeddings(
+    candidates: Mapping[str, LeafUse], method: str, known: Mapping[str, LeafUse]
+) -> list[str]:
+    """The paths of all of them: an encoder and a decoder may have one each.
+
+    known: all weights, for the message.
+    """
     found = _token_tables(candidates)
     if not found:
         raise ValueError(
             f"{method}: no weight here is a token embedding by its name or use, and in "
-            f"mode 'tokens' it is the ids that tell{_asking(candidates)}; a model that "
+            f"mode 'tokens' it is the ids that tell{_asking(known)}; a model that "
             f'is given vectors instead of ids takes jpeft.{method}(..., mode="kv")'
         )
     if len(found) > 1 and not all(_named(p, _TOKENS) for p in found):
@@ -423,7 +434,7 @@ def token_embeddings(candidates: Mapping[str, LeafUse], method: str) -> list[str
         if not set(found) <= together:
             raise ValueError(
                 f"{method}: which of {found} is the token embedding, neither their "
-                f"names nor their use say{_asking(candidates)}; "
+                f"names nor their use say{_asking(known)}; "
                 f'jpeft.{method}(..., mode="kv") needs none'
             )
     more = [p for f in found for p in looked_up_together(f, candidates)]
@@ -433,13 +444,8 @@ def token_embeddings(candidates: Mapping[str, LeafUse], method: str) -> list[str
 _USES = "uses=jpeft.find_uses(fn, params, *args)"
 
 
-def _seen(candidates: Mapping[str, LeafUse]) -> bool:
-    """Whether it was looked at how the model uses its weights."""
-    return any(u.uses for u in candidates.values())
-
-
 def _asking(candidates: Mapping[str, LeafUse]) -> str:
-    return "" if _seen(candidates) else f"; pass {_USES}"
+    return "" if traced(candidates) else f"; pass {_USES}"
 
 
 def _token_tables(candidates: Mapping[str, LeafUse]) -> list[str]:
@@ -470,7 +476,7 @@ def _which(found: list[str], known: Mapping[str, LeafUse], method: str) -> str:
         )
     return (
         f"{method}: which of {found} is the token embedding? Name it with "
-        f"where={found[0]!r}" + ("" if _seen(known) else f", or pass {_USES}")
+        f"where={found[0]!r}" + ("" if traced(known) else f", or pass {_USES}")
     )
 
 

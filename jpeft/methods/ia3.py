@@ -145,7 +145,10 @@ class IA3(Transform):
             parts = [s for s in found if s.kind != MLP]
             names = _named(parts, lambda s: (*s.key, *s.value))
             what = "keys and values of an attention"
-            where = _some(names, "where", what, "value/kernel", flat, uses)
+            mlps = [s for s in found if s.kind == MLP and s.last]
+            # Who names these is not to be told of the others next.
+            alone = feedforward is None and not mlps
+            where = _some(names, "where", what, "value/kernel", flat, uses, alone)
         if feedforward is None:
             parts = [s for s in found if s.kind == MLP]
             names = _named(parts, lambda s: (s.last,) if s.last else ())
@@ -172,16 +175,25 @@ def _some(
     like: str,
     flat: Slots,
     uses: Mapping[str, LeafUse] | None,
+    alone: bool = False,
 ) -> Where:
-    """like: how such a weight is called where the names do show it."""
+    """like: how such a weight is called where the names do show it.  alone: whether no
+    name shows the last weight of a feed-forward either."""
     if not names:
         known = layouts(flat, uses)
         matrices = [p for p, u in known.items() if u.kind in (LINEAR, MATRIX)]
         near = suggest(matrices or list(known), like, 1)
+        as_in = f"{argument}={next(iter(near), like)!r}"
         raise ValueError(
-            f"ia3: no name in this tree shows the {what}; name the weights, as in "
-            f"{argument}={next(iter(near), like)!r}, or leave them out with "
-            f"{argument}=()"
+            f"ia3: no name in this tree shows the {what}"
+            + (
+                ", nor the last weight of a feed-forward; name the weights of either, "
+                f"with {argument}=() or feedforward=() for none, as in {as_in}, "
+                "feedforward=()"
+                if alone
+                else f"; name the weights, as in {as_in}, or leave them out with "
+                f"{argument}=()"
+            )
         )
     return exactly(names)
 

@@ -92,7 +92,7 @@ class VirtualMethod(LeafMethod):
         if tables and self.exclude:
             chosen = select(tables, at, ".*", self.exclude, method=self.name)
             tables = {p: tables[p] for p in chosen}
-        path = token_embedding(tables, self.name)
+        path = token_embedding(tables, self.name, known)
         check_together([path], known, self.name)
         check_target(self, path, at[path], known[path], True)
         return {path: known[path]}

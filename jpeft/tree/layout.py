@@ -105,6 +105,11 @@ class LeafUse:
         return [n for n, c in zip(self.shape, self.axes, strict=True) if c == label]
 
 
+def traced(known: Mapping[str, LeafUse]) -> bool:
+    """Whether this is what `find_uses` saw, not what names say."""
+    return any(u.uses or u.kind == UNUSED for u in known.values())
+
+
 class Uses(Mapping[str, LeafUse]):
     """`find_uses`' answer: path -> `LeafUse`."""
 

@@ -634,6 +634,8 @@ def _explicit(
     others: Sequence[SubLayer],
     needs: Sequence[str],
 ) -> list[SubLayer]:
+    # As it is shown, but typed without r before it: '\1' is one character then.
+    item = re.sub(r"[\x01-\x09]", lambda c: f"\\{ord(c[0])}", item)
     form = _EXPLICIT.fullmatch(item)
     if form is None:
         raise ValueError(

@@ -18,7 +18,9 @@ from jpeft.tree.layout import (
     LINEAR,
     MATRIX,
     NORM,
+    UNUSED,
     LeafUse,
+    traced,
 )
 from jpeft.tree.paths import suggest
 
@@ -272,7 +274,7 @@ def _instead(
     paths: Sequence[str], known: Mapping[str, LeafUse], method: str, otherwise: str
 ) -> str:
     """Why a method cannot act on such weights, and what can."""
-    asks = "" if any(u.uses for u in known.values()) else ASK
+    asks = "" if traced(known) else ASK
     if otherwise:
         return f"; {otherwise}{asks}"
     kinds = {known[p].kind: p for p in reversed(paths)}
@@ -282,6 +284,8 @@ def _instead(
         return f" ({kinds[kind]} is {what}); {acts}"
     if not paths:
         return ""
+    if known[paths[0]].kind == UNUSED:
+        return "; the call that jpeft.find_uses traced uses none of them"
     by = "name" if asks else "use"
     return f" ({paths[0]} is none by its {by}); jpeft.full trains any array{asks}"
 

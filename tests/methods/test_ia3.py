@@ -216,6 +216,8 @@ def test_a_bias_by_another_name_is_rescaled_too():
 
 def test_a_refusal_names_weights_of_this_tree():
     params = {"a": {"kernel": n(6, 6)}, "b": {"kernel": n(6, 6)}}
+    with pytest.raises(ValueError, match=r"where='[ab]/kernel', feedforward=\(\)$"):
+        jpeft.ia3()(KEY, params)  # one sentence for both
     with pytest.raises(ValueError, match=r"where='([^']*)', or .* where=\(\)") as e:
         jpeft.ia3(feedforward=())(KEY, params)
     typed = str(e.value).split("where='")[1].split("'")[0]

@@ -531,4 +531,6 @@ def test_a_refusal_shows_a_form_that_the_method_accepts(name):
         if needs == ("last",) and where == "attention":
             roles = ("query", "key", "value", "out")
         own = kernels(roles, [(D, D)] * len(roles))
-        assert len(choose(form, shapes=own, needs=needs)) == 1
+        # Typed as it is shown, with an r before it or without.
+        for typed in (form, eval(f"'{form}'")):
+            assert len(choose(typed, shapes=own, needs=needs)) == 1

@@ -177,3 +177,44 @@ def test_a_path_that_is_no_pattern_names_itself():
     params = {"a+b": w(6, 4), "c": w(6, 4)}
     assert chosen(jpeft.lora(rank=2, where="a+b/kernel"), params) == ["a+b/kernel"]
     assert chosen(jpeft.lora(rank=2, exclude="a+b/kernel"), params) == ["c/kernel"]
+
+
+def test_weights_in_doubt_are_named_in_one_refusal():
+    """With 64 experts the refusals would be 64, one after the other."""
+    experts = {k: {"up": jnp.ones((3, 6, 4))} for k in "012"}
+    params = {"experts": experts, "head": w(4, 5)}
+    with pytest.raises(ValueError, match="experts/0/up: lora cannot tell") as e:
+        jpeft.lora(rank=2)(KEY, params)
+    assert "pass uses=jpeft.find_uses(fn, params, *args)" in str(e.value)
+    typed = eval(str(e.value).split("exclude=")[1])
+    assert chosen(jpeft.lora(rank=2, exclude=typed), params) == ["head/kernel"]
+
+    def fn(p, x):
+        out = [x @ jnp.tanh(e["up"][0]) for e in p["experts"].values()]
+        return sum(out[1:], out[0]) @ p["head"]["kernel"]
+
+    uses = jpeft.find_uses(fn, params, X)
+    with pytest.raises(ValueError, match="name it in where=") as e:
+        jpeft.lora(rank=2)(KEY, params, uses=uses)
+    typed = eval(str(e.value).split("exclude=")[1].split(", or name")[0])
+    assert len(chosen(jpeft.lora(rank=2, exclude=typed), params, uses)) == 1
+    assert len(chosen(jpeft.lora(rank=2, where=".*"), params, uses)) == 4
+    # What has no full value cannot take the weight's place, named or not.
+    with pytest.raises(ValueError, match="exclude=") as e:
+        jpeft.bitfit(where=None, add="experts/0/up")(KEY, params, uses=uses)
+    assert "materialize" not in str(e.value)
+    assert chosen(jpeft.prompt(2, where="wte"), {"wte": jnp.ones((11, 4))}) == ["wte"]
+
+
+def test_a_refusal_never_asks_again_for_uses_that_were_passed():
+    base = {"w": w(6, 4), "norm": {"scale": jnp.ones(6)}}
+    uses = jpeft.find_uses(lambda p, x: x @ p["w"]["kernel"], base, X)
+    none = jpeft.find_uses(lambda p, x: x, base, X)
+    methods = (jpeft.prompt(2), jpeft.lokr(rank=2, where="norm/scale"), jpeft.bitfit())
+    methods += (jpeft.prefix(2, mode="tokens"), jpeft.lora(rank=2), jpeft.ia3())
+    for known in (uses, none):
+        for method in methods:
+            try:
+                method(KEY, base, uses=known)
+            except ValueError as error:
+                assert "pass uses" not in str(error), error
