@@ -37,6 +37,8 @@ CALLS: dict[str, str] = {
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
 JITS = frozenset({"jit", "pjit"})
+# jnp's own jits around an equation or two, which callers with equal shapes share.
+INLINED = frozenset({"_where"})
 CHECKPOINTS = frozenset({"checkpoint", "remat2"})
 # A rule of the user's own stands between the value and its gradient.
 CUSTOM_RULES = frozenset(

@@ -178,6 +178,17 @@ class AdaptedLeaf:
         """For a message: what stands here."""
         return type(self).__name__
 
+    def instead(self, name: str) -> str:
+        """For a refusal: what to type where a model uses the weight `name` in a way
+        that the leaf has no form for."""
+        leave = f"Leave it out (exclude={name!r})"
+        if not all(leaf.merges for leaf in layers(self)):
+            return leave
+        return (
+            f"{leave}, or let that one equation use its full value: "
+            'jpeft.adapt(fn, materialize="allow")'
+        )
+
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(jnp.shape(unbox(self.base)))
@@ -209,6 +220,10 @@ class AdaptedLeaf:
         encoder, a network for the training.  The leaf itself where there is none.
         """
         return self
+
+    def enters(self, program: Any, k: int) -> None:
+        """Told before anything acts of the traced program (`adapt.entry.Program`) whose
+        k-th input it is.  Raises where the model cannot be adapted so."""
 
     def begin(self) -> AdaptedLeaf:
         """The leaf that acts in its place.  `adapt` asks once a call, before anything

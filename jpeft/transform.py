@@ -14,7 +14,7 @@ import dataclasses
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -36,9 +36,10 @@ from jpeft.leaf import (
     wide_dtype,
 )
 from jpeft.tree.beside import beside
-from jpeft.tree.layout import LeafUse, layouts
+from jpeft.tree.layout import UNUSED, LeafUse, layouts
 from jpeft.tree.paths import Slots, slots, suggest, weight
-from jpeft.tree.where import Where, select
+from jpeft.tree.sublayers import weights_of_parts
+from jpeft.tree.where import Where, asks_parts, select
 from jpeft.types import PyTree
 
 # Every method by its name, for configurations.
@@ -154,6 +155,10 @@ class LeafMethod(Transform):
 
     # False: the method acts on the whole array and asks nothing of its axes.
     needs_axes: ClassVar[bool] = True
+    # False: what it makes has no merged value that a model could use in its place.
+    has_value: ClassVar[bool] = True
+    # What to type instead where a tree has nothing for it, or "".
+    otherwise: ClassVar[str] = ""
 
     def selection(self) -> tuple[Where, Where]:
         """(where, exclude)."""
@@ -204,15 +209,32 @@ class LeafMethod(Transform):
         candidates = {p: u for p, u in known.items() if self.accepts(u)}
         others = [p for p in flat.paths if p not in candidates]
         where, exclude = self.selection()
-        chosen = select(candidates, at, where, exclude, method=self.name, others=others)
+        chosen = select(
+            candidates,
+            at,
+            where,
+            exclude,
+            method=self.name,
+            others={p: known[p] for p in others if p in known},
+            otherwise=self.otherwise,
+            unused=self._unused(flat, known),
+            parts=weights_of_parts(flat, uses) if asks_parts(where, exclude) else None,
+        )
         out = {}
+        doubtful = [p for p, named in chosen.items() if in_doubt(self, known[p], named)]
         for path, explicit in chosen.items():
             use = candidates[path]
-            if not check_target(self, path, at[path], use, explicit):
+            if not check_target(self, path, at[path], use, explicit, doubtful):
                 continue
             out[path] = use
         self._check_patterns(out)
         return out
+
+    def _unused(self, flat: Slots, known: Mapping[str, LeafUse]) -> list[str]:
+        """What the method could act on by name, and the traced call does not use."""
+        idle = [p for p, u in known.items() if u.kind == UNUSED]
+        names = layouts(flat, None) if idle else {}
+        return [p for p in idle if self.accepts(names[p])]
 
     def _check_patterns(self, chosen: Mapping[str, LeafUse]) -> None:
         for name, pattern in self.patterns().items():
@@ -263,28 +285,54 @@ def place_beside(leaf: AdaptedLeaf, base: Any) -> AdaptedLeaf:
 # --- checks --------------------------------------------------------------------------
 
 
+def in_doubt(transform: LeafMethod, use: LeafUse, explicit: bool) -> bool:
+    """Whether the axes of a selected weight are not known as the method needs them."""
+    return bool(
+        transform.needs_axes
+        and use.doubt
+        and not (explicit and _may_be_whole(transform, use))
+    )
+
+
+def _may_be_whole(transform: LeafMethod, use: LeafUse) -> bool:
+    """Whether its axes are known, and where the model changes it, or has a gradient
+    rule of its own for it, a full value could take its place."""
+    return use.axes is not None and (transform.has_value or not use.uses)
+
+
 def check_target(
-    transform: LeafMethod, path: str, slot: Any, use: LeafUse, explicit: bool
+    transform: LeafMethod,
+    path: str,
+    slot: Any,
+    use: LeafUse,
+    explicit: bool,
+    doubtful: Sequence[str] = (),
 ) -> bool:
     """Raises if the method must not act here.  False: leave it out (a preset met an
-    array that does not train, such as a counter)."""
+    array that does not train, such as a counter).
+
+    doubtful: all selected weights whose axes are in doubt, for the message.
+    """
     x, name = weight(slot), transform.name
     if not jnp.issubdtype(x.dtype, jnp.floating):
         if not explicit and not transform.needs_axes:
             return False
+        real = not jnp.issubdtype(x.dtype, jnp.complexfloating)
         raise ValueError(
             f"{path}: {name} needs a real floating-point weight, this one is "
-            f"{x.dtype}; exclude={path!r}, or cast it first"
+            f"{x.dtype}; exclude={path!r}" + (", or cast it first" if real else "")
         )
-    if transform.needs_axes and use.doubt and (use.axes is None or not explicit):
+    if in_doubt(transform, use, explicit):
+        every = [path, *(p for p in doubtful if p != path)]
+        leave = f"exclude={every if len(every) > 1 else path!r}"
         remedy = (
             "pass uses=jpeft.find_uses(fn, params, *args), which looks at how the "
-            f"model uses it, or exclude={path!r}"
+            f"model uses it, or {leave}"
             if not use.uses
-            else f"exclude={path!r}, or name it in where= and call "
+            else f"{leave}, or name it in where= and call "
             'jpeft.adapt(fn, materialize="allow")'
-            if use.axes is not None
-            else f"exclude={path!r}"
+            if _may_be_whole(transform, use)
+            else leave
         )
         raise ValueError(
             f"{path}: {name} cannot tell input from output axes of shape {use.shape} "

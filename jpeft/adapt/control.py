@@ -32,6 +32,9 @@ def _jit(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     params = eqn.params
     closed = params["jaxpr"]
     constrain = _constraints(params)
+    if params.get("name") in compat.INLINED:
+        it.enter_in_place(closed.jaxpr, eqn.invars)
+        return constrain(it, it.run(closed.jaxpr, closed.consts, ins))
     if not has_tracer(ins):
         # Called eagerly: a jit made here would be compiled anew at every call.
         return constrain(it, it.run(closed.jaxpr, closed.consts, ins))

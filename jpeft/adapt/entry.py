@@ -24,6 +24,7 @@ from jpeft.leaf import (
     check_whole,
     innermost,
     is_leaf,
+    layers,
     unboxed,
 )
 from jpeft.tree.lend import resolve
@@ -91,6 +92,9 @@ def evaluate(
     if noted is not None:
         it.noted = noted
     values = [prepare(x, key) for x in resolve(program.inputs)]
+    for k, x in enumerate(values):
+        for leaf in layers(x):
+            leaf.enters(program, k)
     outs = it.run(program.closed.jaxpr, program.closed.consts, values)
     it.channel.end("this call")
     it.ledger.settle()

@@ -20,7 +20,7 @@ from jax import lax
 
 from jpeft import compat
 from jpeft.adapt.channel import Channel, Ledger, Rows
-from jpeft.leaf import AdaptedLeaf, is_carried, is_leaf, is_node, layers
+from jpeft.leaf import AdaptedLeaf, Path, is_carried, is_leaf, is_node, layers
 from jpeft.types import DensifyError, DerivativeError
 
 # A rule returns the equation's output (a list for several), or None: no cheap form.
@@ -33,6 +33,8 @@ _CARRIES: set[Any] = set()
 _JOINS: set[Any] = set()
 # Linear in what meets the weight, which may be of another dtype.
 _PRODUCTS = frozenset({"dot_general", "ragged_dot_general"})
+# Many weights become one.
+_JOINING = frozenset({"concatenate", "stack"})
 # What a dropout key folds in: the number of a use, or of a call that holds uses (a
 # loop's step folds `control._STEP`).
 _USE, _CALL = 1, 3
@@ -106,6 +108,7 @@ class Interpreter:
         self._stack: list[Any] = []
         self._env: dict[Any, Any] = {}
         self._producer: dict[Any, Any] = {}
+        self._given: dict[Any, Any] = {}
 
     # -- values -----------------------------------------------------------------------
 
@@ -116,13 +119,11 @@ class Interpreter:
             return settled(x)
         site = self.site(eqn)
         name = str.__str__(x.path) or "a leaf"
-        if not self.allow:
+        if not self.allow or not all(leaf.merges for leaf in layers(x)):
             kind = x.title
             raise DensifyError(
                 f"{name}: {kind} {x.shape} reaches `{eqn.primitive.name}` at {site}, "
-                f"{why or f'where {kind} has no cheap form'}. Leave it out "
-                f"(exclude={name!r}), or let that one equation use its full value: "
-                'jpeft.adapt(fn, materialize="allow")'
+                f"{why or f'where {kind} has no cheap form'}. {x.instead(name)}"
             )
         self.densified.append((name, eqn.primitive.name, site))
         return x.materialize()
@@ -136,10 +137,29 @@ class Interpreter:
         return next((line for line in lines if line), "an unknown line")
 
     def producer(self, var: Any) -> Any:
-        """The equation of the present program that made `var`, or None."""
-        if isinstance(var, compat.Literal):
-            return None
-        return self._producer.get(var)
+        """The equation that made `var`, in the present program or around it where this
+        one was entered in place; or None."""
+        var = self.source(var)
+        return None if isinstance(var, compat.Literal) else self._producer.get(var)
+
+    def source(self, var: Any) -> Any:
+        """The variable or literal that stands for `var` outside of a program that was
+        entered in place."""
+        while not isinstance(var, compat.Literal) and var in self._given:
+            var = self._given[var]
+        return var
+
+    def enter_in_place(self, jaxpr: Any, given: Sequence[Any]) -> None:
+        """The next program is part of this one: its inputs are these variables."""
+        self._given.update(zip(jaxpr.invars, given, strict=True))
+
+    def is_constant(self, var: Any) -> bool:
+        """Whether the present program holds the value, whatever enters it."""
+        return var in self._host.constvars
+
+    def readers(self, var: Any) -> int:
+        """How many equations of the present program read `var`."""
+        return sum(var in _vars(e) for e in self._host.eqns)
 
     def read(self, var: Any) -> Any:
         """The value of a variable that is already computed (None if it is not yet)."""
@@ -243,6 +263,8 @@ class Interpreter:
             for found in others:
                 if out is None and found is not None and found in _JOINS:
                     out = found(self, eqn, ins)
+            if out is not None and name in _JOINING and is_leaf(out):
+                out = _named_together(out, leaves)
         else:
             out = self._carry(eqn, ins)
         return self.native(eqn)(*self.plain(eqn, ins)) if out is None else out
@@ -324,15 +346,15 @@ class Interpreter:
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """Evaluates a program; outputs may be leaves or carried values."""
-        saved = self._host, self._outer, self._env, self._producer
+        saved = self._host, self._outer, self._env
         self._host, self._outer = jaxpr, compat.name_stack()
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
-        self._env, self._producer = env, {}
+        self._env = env
         try:
             return self._run(jaxpr, env)
         finally:
-            self._host, self._outer, self._env, self._producer = saved
+            self._host, self._outer, self._env = saved
 
     def _run(self, jaxpr: Any, env: dict[Any, Any]) -> list[Any]:
         is_literal = lambda v: isinstance(v, compat.Literal)
@@ -343,6 +365,7 @@ class Interpreter:
                     last[v] = k
         end = len(jaxpr.eqns)
         last.update((v, end) for v in jaxpr.outvars if not is_literal(v))
+        _keep_summands(jaxpr, last)
         ours = {v for v, x in env.items() if is_node(x)}
         waiting: list[Any] = []
         owed: set[Any] = set()
@@ -400,12 +423,34 @@ def _is_weight(x: Any) -> bool:
     return not is_carried(x)
 
 
+def _keep_summands(jaxpr: Any, last: dict[Any, int]) -> None:
+    """What a sum was made of is there still where something is added to the sum: a
+    leaf may stand for that (`adds_to`)."""
+    sums: dict[Any, Any] = {}
+    for k, e in enumerate(jaxpr.eqns):
+        if e.primitive.name not in ("add", "add_any"):
+            continue
+        for v in _vars(e):
+            for summand in sums.get(v, ()):
+                last[summand] = max(last[summand], k)
+        sums[e.outvars[0]] = _vars(e)
+
+
 def _is_complex(x: Any) -> bool:
     return not is_node(x) and _is_complex_dtype(jnp.result_type(x))
 
 
 def _is_complex_dtype(x: Any) -> bool:
     return isinstance(x, np.dtype) and jnp.issubdtype(x, jnp.complexfloating)
+
+
+def _named_together(leaf: AdaptedLeaf, parts: Sequence[AdaptedLeaf]) -> AdaptedLeaf:
+    """A leaf made of several has all their paths, as one pattern that matches each."""
+    names = dict.fromkeys(str.__str__(x.path) for x in parts)
+    base = leaf.base
+    if is_leaf(base):
+        base = _named_together(base, parts)
+    return leaf.replace(path=Path("|".join(names)), base=base)
 
 
 def settled(x: Any) -> Any:

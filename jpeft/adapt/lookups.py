@@ -32,7 +32,7 @@ class Lookups:
         self._made: dict[Any, Any] = {}
         self._outer: dict[Any, Any] = {}
         self._consts: dict[Any, Any] = {}
-        self._data = frozenset(inputs[weights:])
+        self._data = {v: k for k, v in enumerate(inputs[weights:])}
         self._depends: dict[Any, frozenset[Any]] = {}
 
     def enter(self, jaxpr: Any, consts: Sequence[Any], given: Sequence[Any]) -> None:
@@ -68,6 +68,12 @@ class Lookups:
         if largest == size - 1:
             return CLIPPED
         return WRAPPED if not largest else SHIFTED if largest > size else REPLACED
+
+    def sources(self, indices: Any) -> tuple[int, ...]:
+        """Which inputs of data the indices are made of, by number."""
+        data = self._data_of(indices) or ()
+        kind = lambda v: np.issubdtype(v.aval.dtype, np.integer)
+        return tuple(sorted(self._data[v] for v in data if kind(v)))
 
     def _data_of(self, var: Any) -> frozenset[Any] | None:
         """The data a value depends on; None: on something of no known value."""
@@ -130,3 +136,79 @@ class Lookups:
         with jax.ensure_compile_time_eval():
             outs = compat.jaxpr_as_fun(program)(*given.values())
         return [np.asarray(x) for x in outs]
+
+
+# --- which tables one text looks up --------------------------------------------------
+
+# What happens to ids on the way that leaves them the text's own.
+_TO_AN_INDEX = frozenset(
+    "lt add select_n clamp min max broadcast_in_dim reshape expand_dims squeeze "
+    "transpose convert_element_type concatenate copy".split()
+)
+_MOVES = frozenset(
+    "transpose reshape convert_element_type copy mul sharding_constraint".split()
+)
+
+
+def _makes_an_index(eqn: Any) -> bool:
+    name = eqn.primitive.name
+    if name in compat.JITS:  # jnp.where
+        inner, _ = compat.open_jaxpr(eqn.params["jaxpr"])
+        return all(map(_makes_an_index, inner.eqns))
+    return name in _TO_AN_INDEX
+
+
+def tables_looked_up(jaxpr: Any) -> list[tuple[int, frozenset[int]]]:
+    """Of each lookup of rows, in order: the number of the program's input that is the
+    table, and those of the inputs that are the ids, as they come."""
+    inputs = {v: k for k, v in enumerate(jaxpr.invars)}
+    found: list[tuple[int, frozenset[int]]] = []
+    _look_into(jaxpr, inputs, {}, found)
+    return found
+
+
+def _look_into(
+    jaxpr: Any,
+    inputs: dict[Any, int],
+    outer: dict[Any, tuple[Any, Any]],
+    found: list[tuple[int, frozenset[int]]],
+) -> None:
+    """outer: for the variables of an inner program, the table and the ids they are."""
+    made = {v: e for e in jaxpr.eqns for v in e.outvars}
+
+    def table(v: Any) -> int | None:
+        if isinstance(v, compat.Literal):
+            return None
+        if v in outer:
+            return outer[v][0]
+        if v in made and made[v].primitive.name in _MOVES:
+            return table(made[v].invars[0])
+        return inputs.get(v)
+
+    def ids(v: Any) -> frozenset[int] | None:
+        """None: of something else than integers that enter."""
+        if isinstance(v, compat.Literal) or v in jaxpr.constvars:
+            return frozenset()
+        if v in outer:
+            return outer[v][1]
+        if v in inputs:
+            whole = np.issubdtype(v.aval.dtype, np.integer)
+            return frozenset({inputs[v]}) if whole else None
+        if v not in made or not _makes_an_index(made[v]):
+            return None
+        parts = list(map(ids, made[v].invars))
+        if any(p is None for p in parts):
+            return None
+        return frozenset().union(*(p for p in parts if p is not None))
+
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "gather":
+            at, by = table(eqn.invars[0]), ids(eqn.invars[1])
+            if at is not None and by:
+                found.append((at, by))
+        elif name in compat.CALLS and compat.CALLS[name] in eqn.params:
+            inner, _ = compat.open_jaxpr(eqn.params[compat.CALLS[name]])
+            given = eqn.invars[len(eqn.invars) - len(inner.invars) :]
+            pairs = zip(inner.invars, given, strict=True)
+            _look_into(inner, {}, {v: (table(x), ids(x)) for v, x in pairs}, found)

@@ -5,30 +5,46 @@ move it about, until one consumes it: the axes a `dot_general` contracts are inp
 free ones output, its batch axes and the axes that a scan or a slice takes one row of
 are stack.  What is computed from weights alone (a normalised kernel) keeps a blurred
 tag, so that a matrix product with it is reported rather than missed.
+
+A vector is what it does to the value it meets (see `values`): a scale of what was
+normalised is a norm's, what is added to a product is a bias.  Names decide where that
+leaves a doubt.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jpeft import compat
 from jpeft.adapt.entry import Program
-from jpeft.adapt.labels import axis_groups
-from jpeft.adapt.lookups import Lookups
+from jpeft.adapt.lookups import CONSTANT, DIRECT, Lookups
+from jpeft.adapt.values import SAME_SHAPE, Operand, Values, moved_axes, part_of
 from jpeft.tree.layout import (
     BIAS,
     CONV,
     EMBEDDING,
+    LATE_BIAS,
+    LAYER_SCALE,
     LINEAR,
+    MAYBE_BIAS,
+    MAYBE_SCALE,
+    NEUTRAL,
     NORM,
+    NORM_BIAS,
+    NORM_SCALE,
     OTHER,
     UNUSED,
     LeafUse,
     Use,
     Uses,
     by_name,
+    in_norm,
+    named_as,
+    never_a_bias,
+    state_of,
 )
 from jpeft.tree.paths import is_array, slots, weight
 from jpeft.types import PyTree
@@ -39,12 +55,8 @@ CONSUMERS = {
     "conv_general_dilated": CONV,
     "gather": EMBEDDING,
 }
+_SPREADS = frozenset({"broadcast_in_dim", "convert_element_type"})
 _FLIP = str.maketrans("io", "oi")
-_SAME_SHAPE = frozenset(
-    "convert_element_type copy copy_p stop_gradient reduce_precision neg "
-    "sharding_constraint layout_constraint name mesh_cast reshard pvary pcast rev "
-    "optimization_barrier".split()
-)
 _NOTHING: frozenset[int] = frozenset()
 
 
@@ -54,12 +66,16 @@ class Tag:
 
     axes: for each axis of the value, the weight's axes it holds.
     gone: (axis, label) of axes that left the value on the way.
+    blurred: it was computed from the weight.  row: a row that ids chose, which is no
+        weight but where it is a norm or a bias.  picked: the axes put in another order.
     """
 
     leaf: int
     axes: tuple[frozenset[int], ...]
     gone: frozenset[tuple[int, str]] = frozenset()
     blurred: bool = False
+    row: bool = False
+    picked: frozenset[int] = frozenset()
 
     def moved(self, axes: Sequence[frozenset[int]]) -> Tag:
         return dataclasses.replace(self, axes=tuple(axes))
@@ -87,24 +103,29 @@ def find_uses(
     arrays = [k for k, x in enumerate(flat.values) if is_array(weight(x))]
     shapes = [tuple(weight(flat.values[k]).shape) for k in arrays]
     program = Program(fn, (params, *args), kwargs)
-    finder = _Finder(shapes)
+    names, state = by_name(flat), state_of(flat)
+    paths = [flat.paths[k] for k in arrays]
+    finder = _Finder(shapes, [names[p] for p in paths])
     finder.start(program, len(arrays))
-    names = by_name(flat)
     found = {}
-    for n, k in enumerate(arrays):
-        path = flat.paths[k]
-        found[path] = _verdict(path, shapes[n], finder.uses[n], names[path])
-    return Uses(found)
+    for path, shape, seen in zip(paths, shapes, finder.uses, strict=True):
+        uses = [u for u, _ in seen]
+        found[path] = _verdict(path, shape, uses, names[path], path in state)
+    return Uses(_with_biases(found, paths, finder.uses, names))
 
 
 # --- the walk ------------------------------------------------------------------------
 
 
 class _Finder:
-    def __init__(self, shapes: list[tuple[int, ...]]):
+    """uses: of each weight, each with the weights whose product it is added to."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], names: list[LeafUse]):
         self.shapes = shapes
-        self.uses: list[list[Use]] = [[] for _ in shapes]
+        self.names = names
+        self.uses: list[list[tuple[Use, frozenset[int]]]] = [[] for _ in shapes]
         self.made_by: dict[Any, Any] = {}
+        self.values = Values()
 
     def start(self, program: Program, n: int) -> None:
         """The first `n` inputs are the weights, the others depend on the data."""
@@ -139,17 +160,15 @@ class _Finder:
             if isinstance(v, compat.Literal)
             else fed.get(v, False)
         )
+        several = _read_often(jaxpr)
+        self.values.share(v for v in jaxpr.invars if v in several)
         for eqn in jaxpr.eqns:
             self.made_by.update(dict.fromkeys(eqn.outvars, eqn))
             self.lookups.add(eqn)
             ins = [read(v) for v in eqn.invars]
             from_data = [depends(v) for v in eqn.invars]
-            outs: list[Tags]
-            if any(ins):
-                outs, outs_fed = self.equation(eqn, ins, from_data, context)
-            else:
-                outs = [[] for _ in eqn.outvars]
-                outs_fed = [any(from_data)] * len(eqn.outvars)
+            outs, outs_fed = self.equation(eqn, ins, from_data, context)
+            self.values.share(v for v in eqn.outvars if v in several)
             tags.update(zip(eqn.outvars, outs, strict=True))
             fed.update(zip(eqn.outvars, outs_fed, strict=True))
         return list(map(read, jaxpr.outvars)), list(map(depends, jaxpr.outvars))
@@ -162,8 +181,15 @@ class _Finder:
             jaxpr, consts = compat.open_jaxpr(params[compat.CALLS[name]])
             skip = len(ins) - len(jaxpr.invars)
             self.lookups.enter(jaxpr, consts, eqn.invars[skip:])
+            self.values.enter(jaxpr.invars, eqn.invars[skip:])
             label = f"jit:{params.get('name')}" if name in compat.JITS else name
-            return self.walk(jaxpr, ins[skip:], fed[skip:], (*context, label))
+            outs = self.walk(jaxpr, ins[skip:], fed[skip:], (*context, label))
+            self.values.enter(eqn.outvars, jaxpr.outvars)
+            return outs
+        operands = [self.operand(eqn, k, ins[k], fed[k]) for k in range(len(ins))]
+        self.values.add(eqn, operands)
+        if not any(ins):
+            return [[] for _ in eqn.outvars], [any(fed)] * len(eqn.outvars)
         if name in ("scan", "while", "cond"):
             return getattr(self, f"_{name}")(eqn, ins, fed, (*context, name))
         if name == "concatenate" and not all(ins):
@@ -171,12 +197,26 @@ class _Finder:
                 self.record(eqn, tags, None, context)
             if any(fed):  # class tokens or queries beside the text: an activation
                 return [[]], [True]
-        outs = self.consumed(eqn, ins, context)
+        outs = self.consumed(eqn, ins, fed, context)
         if outs is None:
-            outs = self.moved(eqn, ins, context)
+            outs = self.moved(eqn, ins, operands, context)
         if outs is None:
-            outs = self.computed(eqn, ins, any(fed), context)
+            outs = self.computed(eqn, ins, operands, any(fed), context)
         return outs, [any(fed)] * len(eqn.outvars)
+
+    def operand(self, eqn: Any, k: int, tags: Tags, fed: bool) -> Operand:
+        var = eqn.invars[k]
+        value = self.values[var]
+        weight = bool(tags) and (not fed or any(t.row for t in tags))
+        number = not value.kind and self.varies_along(var) == 0
+        vector = weight and all(self.is_vector(t) for t in tags)
+        leaves = frozenset(t.leaf for t in tags)
+        return Operand(value, weight, vector, number, leaves)
+
+    def is_vector(self, t: Tag) -> bool:
+        """Whether one axis of the weight is left, a stack aside."""
+        left = frozenset().union(*t.axes)
+        return sum(self.shapes[t.leaf][a] > 1 for a in left) <= 1
 
     # -- programs inside ---------------------------------------------------------------
 
@@ -198,6 +238,7 @@ class _Finder:
         # A carry may come to depend on the data in a later step.
         carried = [any(fed)] * n_carry
         inner_fed = [*fed[:n_consts], *carried, *fed[n_consts + n_carry :]]
+        self.values.forget(jaxpr.invars)
         inner, _ = self.walk(
             jaxpr, [*ins[:n_consts], *carry, *rows], inner_fed, context
         )
@@ -217,6 +258,7 @@ class _Finder:
         n_carry = len(ins) - first
         carry, same = self._carry(eqn, ins[n_cond:], body, n_body, n_carry, context)
         carried = [any(fed)] * n_carry
+        self.values.forget([*test.invars, *body.invars])
         self.walk(test, [*ins[:n_cond], *carry], [*fed[:n_cond], *carried], context)
         self.walk(
             body, [*ins[n_cond:first], *carry], [*fed[n_cond:first], *carried], context
@@ -246,6 +288,7 @@ class _Finder:
         for branch in eqn.params["branches"]:
             jaxpr, consts = compat.open_jaxpr(branch)
             self.lookups.enter(jaxpr, consts, eqn.invars[1:])
+            self.values.enter(jaxpr.invars, eqn.invars[1:])
             outs, _ = self.walk(jaxpr, ins[1:], fed[1:], context)
             for k, tags in enumerate(outs):
                 self.record(eqn, tags, None, context)
@@ -255,55 +298,114 @@ class _Finder:
     # -- what an equation does ---------------------------------------------------------
 
     def consumed(
-        self, eqn: Any, ins: list[Tags], context: tuple[str, ...]
+        self, eqn: Any, ins: list[Tags], fed: list[bool], context: tuple[str, ...]
     ) -> list[Tags] | None:
         """Records the use if this equation consumes a weight."""
         name, p = eqn.primitive.name, eqn.params
         ndim = lambda k: len(eqn.invars[k].aval.shape)
         if name == "dot_general":
             contracting, batch = p["dimension_numbers"]
+            of, out = [], []
             for w in (0, 1):
-                roles = [
-                    "i" if k in contracting[w] else "s" if k in batch[w] else "o"
-                    for k in range(ndim(w))
-                ]
+                rank = range(ndim(w))
+                acts = self.is_activation(ins, fed, w)
+                labels = {**dict.fromkeys(contracting[w], "i")}
+                labels.update(dict.fromkeys(batch[w], "s"))
+                roles = None if acts else [labels.get(k, "o") for k in rank]
                 self.record(eqn, ins[w], roles, context)
+                of.append([] if acts else [t for t in ins[w] if not t.row])
+                out += [(w, k) for k in rank if k not in labels]
+            pairs = zip(*batch, strict=True)
+            out = [*(((0, j), (1, k)) for j, k in pairs), *((at,) for at in out)]
+            self.product(eqn, of, out)
             return [[]]
         if name == "ragged_dot_general":
             numbers = p["ragged_dot_dimension_numbers"]
             contracting, batch = numbers.dot_dimension_numbers
             groups = numbers.rhs_group_dimensions
+            stack = (*batch[1], *groups)
             roles = [
-                "i"
-                if k in contracting[1]
-                else "s"
-                if k in (*batch[1], *groups)
-                else "o"
+                "i" if k in contracting[1] else "s" if k in stack else "o"
                 for k in range(ndim(1))
             ]
             self.record(eqn, ins[0], None, context)
             self.record(eqn, ins[1], roles, context)
+            own = [((1, k),) for k, c in enumerate(roles) if c == "o"]
+            lead = len(eqn.outvars[0].aval.shape) - len(own)
+            self.product(eqn, [[], ins[1]], [()] * lead + own)
             return [[]]
         if name == "conv_general_dilated":
-            out = p["dimension_numbers"].rhs_spec[0]
+            numbers = p["dimension_numbers"]
+            out = numbers.rhs_spec[0]
             roles = ["o" if k == out else "i" for k in range(ndim(1))]
             self.record(eqn, ins[0], None, context)
             self.record(eqn, ins[1], roles, context)
+            feature = numbers.out_spec[1]
+            own = [((1, out),) if k == feature else () for k in range(ndim(0))]
+            self.product(eqn, [[], ins[1]], own)
             return [[]]
-        if name == "gather" and not ins[1]:
-            return self._gather(eqn, ins[0], context)
+        if name == "gather":
+            self.record(eqn, ins[1], None, context)
+            if ins[0]:
+                return self._gather(eqn, ins[0], fed[1], context)
         return None
 
-    def _gather(self, eqn: Any, tags: Tags, context: tuple[str, ...]) -> list[Tags]:
+    def product(
+        self,
+        eqn: Any,
+        of: Sequence[Tags],
+        out: Sequence[Sequence[tuple[int, int]]],
+    ) -> None:
+        """Notes whose product it is, if a weight's.
+
+        of: the tags of either operand.  out: for each axis of the result, the axes of
+        the operands, (operand, axis), that it is.
+        """
+        leaves = frozenset(t.leaf for tags in of for t in tags)
+        if leaves:
+            own = lambda w, k: any(t.axes[k] for t in of[w])
+            axes = [
+                frozenset({0}) if any(own(*x) for x in at) else _NOTHING for at in out
+            ]
+            self.values.product(eqn, leaves, tuple(axes))
+
+    def is_activation(self, ins: list[Tags], fed: list[bool], w: int) -> bool:
+        """Of a product of weights alone: whether this side is what the other one, a
+        kernel, acts on: latents, positions, what a norm made of them."""
+        if any(fed) or not all(ins):
+            return False
+        plain = lambda t: not (t.blurred or t.picked or self.is_token(t))
+        return not any(map(plain, ins[w])) and any(map(plain, ins[1 - w]))
+
+    def is_token(self, t: Tag) -> bool:
+        return self.names[t.leaf].kind in (OTHER, EMBEDDING)
+
+    def _gather(
+        self, eqn: Any, tags: Tags, by_data: bool, context: tuple[str, ...]
+    ) -> list[Tags]:
         p, numbers = eqn.params, eqn.params["dimension_numbers"]
         batching = tuple(numbers.operand_batching_dims)
         src = eqn.invars[0].aval.shape
+        dst = eqn.outvars[0].aval.shape
         sizes = p["slice_sizes"]
         kept = [
             k
             for k in range(len(src))
             if k not in numbers.collapsed_slice_dims and k not in batching
         ]
+        one = [q for q in numbers.start_index_map if sizes[q] == 1]
+
+        def taken(t: Tag, chosen: frozenset[int]) -> list[frozenset[int]]:
+            """Its axes afterwards; chosen: what stands where the ids stood."""
+            rows = iter(kept)
+            return [
+                t.axes[next(rows)] if k in numbers.offset_dims else chosen
+                for k in range(len(dst))
+            ]
+
+        # Features in another order, or some of them: the axis stays what it is.
+        picks = not by_data and len(one) == len(numbers.start_index_map) == 1
+        picks = picks and not batching and len(dst) == len(src)
         if sum(sizes[k] > 1 for k in kept) < 2:
             roles = [
                 "s"
@@ -314,57 +416,53 @@ class _Finder:
                 else "o"
                 for k in range(len(src))
             ]
-            self.record(eqn, tags, roles, context, self._lookup(eqn))
-            return [[]]
+            lookup = self._lookup(eqn) if by_data else (CONSTANT, ())
+            self.record(eqn, tags, roles, context, lookup)
+            if not picks:
+                return [
+                    [
+                        dataclasses.replace(t.moved(taken(t, _NOTHING)), row=True)
+                        for t in tags
+                        if not t.blurred
+                    ]
+                ]
+        if picks:
+            of = lambda t: t.moved(taken(t, t.axes[one[0]]))
+            own = lambda t: t.picked | t.axes[one[0]]
+            return [[dataclasses.replace(of(t), picked=own(t)) for t in tags]]
         # The rows gathered are matrices still (experts): stack, and still a weight.
         out = []
         for t in tags:
-            rows = iter(kept)
-            axes = [
-                t.axes[next(rows)] if k in numbers.offset_dims else _NOTHING
-                for k in range(len(eqn.outvars[0].aval.shape))
-            ]
-            one = [q for q in numbers.start_index_map if sizes[q] == 1]
             gone = {(a, "s") for q in (*one, *batching) for a in t.axes[q]}
+            axes = taken(t, _NOTHING)
             out.append(dataclasses.replace(t.moved(axes), gone=t.gone | gone))
         return [out]
 
-    def _lookup(self, eqn: Any) -> str:
-        """Of a gather of single rows: what becomes of ids beyond the table."""
+    def _lookup(self, eqn: Any) -> tuple[str, tuple[int, ...]]:
+        """Of a gather of single rows: what becomes of ids beyond the table, and which
+        inputs they come from."""
         sizes, shape = eqn.params["slice_sizes"], eqn.invars[0].aval.shape
         rows = [
             (column, shape[k])
             for column, k in enumerate(eqn.params["dimension_numbers"].start_index_map)
             if sizes[k] < shape[k]
         ]
-        return self.lookups.fate(eqn.invars[1], *rows[0]) if len(rows) == 1 else ""
+        if len(rows) != 1:
+            return "", ()
+        ids = eqn.invars[1]
+        return self.lookups.fate(ids, *rows[0]), self.lookups.sources(ids)
 
     def moved(
-        self, eqn: Any, ins: list[Tags], context: tuple[str, ...]
+        self,
+        eqn: Any,
+        ins: list[Tags],
+        operands: list[Operand],
+        context: tuple[str, ...],
     ) -> list[Tags] | None:
         """Tags of the outputs if this equation only moves a weight about."""
         name, p = eqn.primitive.name, eqn.params
         src = eqn.invars[0].aval.shape
         dst = eqn.outvars[0].aval.shape if eqn.outvars else ()
-
-        def each(f: Callable[[tuple[frozenset[int], ...]], Sequence[frozenset[int]]]):
-            return [[t.moved(f(t.axes)) for t in ins[0]]]
-
-        if name == "transpose":
-            return each(lambda a: [a[k] for k in p["permutation"]])
-        if name == "reshape":
-            turn = p.get("dimensions") or range(len(src))
-            source = {
-                k: [turn[q] for q in s]
-                for s, d in axis_groups([src[q] for q in turn], dst)
-                for k in d
-            }
-            return each(
-                lambda a: [
-                    frozenset().union(*(a[s] for s in source.get(k, ())))
-                    for k in range(len(dst))
-                ]
-            )
         if name == "reduce_sum":  # jnp.einsum sums an axis that only the weight has
             gone = p["axes"]
             return [
@@ -376,28 +474,6 @@ class _Finder:
                     for t in ins[0]
                 ]
             ]
-        if name == "tile" and len(p["reps"]) == len(src):
-            return [ins[0]]
-        if name == "all_gather" and p["tiled"]:
-            return [ins[0]]
-        if name == "broadcast_in_dim":
-            to = p["broadcast_dimensions"]
-            return each(
-                lambda a: [
-                    a[to.index(k)] if k in to else _NOTHING for k in range(len(dst))
-                ]
-            )
-        if name == "expand_dims":
-            kept = [k for k in range(len(dst)) if k not in p["dimensions"]]
-            return each(
-                lambda a: [
-                    a[kept.index(k)] if k in kept else _NOTHING for k in range(len(dst))
-                ]
-            )
-        if name == "squeeze":
-            return each(
-                lambda a: [x for k, x in enumerate(a) if k not in p["dimensions"]]
-            )
         if name in ("slice", "dynamic_slice", "split"):
             return [[_cut(t, src, v.aval.shape) for t in ins[0]] for v in eqn.outvars]
         if name == "stack":
@@ -408,7 +484,7 @@ class _Finder:
             return [[t.moved(at(t.axes)) for tags in ins for t in tags]]
         if name == "optimization_barrier":
             return ins
-        if name in _SAME_SHAPE or name in ("pad", "concatenate"):
+        if name in SAME_SHAPE or name in ("pad", "concatenate"):
             return [[t for tags in ins for t in tags]]
         if name in ("mul", "div"):
             for side in (0, 1) if name == "mul" else (0,):
@@ -416,33 +492,50 @@ class _Finder:
                 other = eqn.invars[1 - side]
                 # What was computed from a weight needs that weight's full value.
                 plain = not any(t.blurred for t in ins[1 - side])
+                # A vector that meets an activation scales it, whatever its shape.
+                small = all(len(t.axes) < 2 for t in ins[side])
+                if small and not operands[1 - side].number:
+                    continue
                 if ins[side] and whole and plain and self.varies_along(other) <= 1:
-                    self.record(eqn, ins[1 - side], None, context)
+                    self.meets(eqn, ins, 1 - side, operands, context)
                     return [ins[side]]
-        return None
+            return None
+        if not ins or any(ins[1:]):
+            return None
+        each = [(t, moved_axes(eqn, t.axes)) for t in ins[0]]
+        if any(axes is None for _, axes in each):
+            return None
+        return [[t.moved(axes[0]) for t, axes in each if axes is not None]]
 
     def varies_along(self, var: Any) -> int:
         """The number of axes along which a value really varies: a number, or a vector
         that jnp has broadcast, scales one factor of a delta."""
-        shape = var.aval.shape
         found = None if isinstance(var, compat.Literal) else self.made_by.get(var)
-        if found is not None and found.primitive.name == "broadcast_in_dim":
-            shape = found.invars[0].aval.shape
+        if found is not None and found.primitive.name in _SPREADS:
+            return self.varies_along(found.invars[0])
+        shape: tuple[int, ...] = getattr(var.aval, "shape", ())  # a token has none
         return sum(n > 1 for n in shape)
 
     def computed(
-        self, eqn: Any, ins: list[Tags], fed: bool, context: tuple[str, ...]
+        self,
+        eqn: Any,
+        ins: list[Tags],
+        operands: list[Operand],
+        fed: bool,
+        context: tuple[str, ...],
     ) -> list[Tags]:
         """Anything else: a use; a blurred piece of the weight if no data entered."""
-        for tags in ins:
-            self.record(eqn, [t for t in tags if not t.blurred], None, context)
+        for k in range(len(ins)):
+            self.meets(eqn, ins, k, operands, context)
         out = []
         for v in eqn.outvars:
             tags = []
             for k, own in enumerate(ins):
                 shape = eqn.invars[k].aval.shape
+                alone = all(x.number for j, x in enumerate(operands) if j != k)
                 for t in own:
-                    if fed and not _is_edit(eqn, t, shape, v.aval.shape):
+                    stays = (t.row and alone) or _is_edit(eqn, t, shape, v.aval.shape)
+                    if fed and not stays:
                         continue
                     axes = _axes_after(t, shape, v.aval.shape)
                     tags.append(dataclasses.replace(t.moved(axes), blurred=True))
@@ -455,9 +548,15 @@ class _Finder:
         tags: Tags,
         roles: Sequence[str] | None,
         context: tuple[str, ...],
-        lookup: str = "",
+        lookup: tuple[str, tuple[int, ...]] = ("", ()),
+        part: str = "",
+        of: frozenset[int] = _NOTHING,
     ) -> None:
-        """Notes a use; roles: a label for each axis of the value, None for no role."""
+        """Notes a use.
+
+        roles: a label for each axis of the value, None for no role.  lookup, part: see
+        `Use`.  of: the weights whose product, or scaled value, it is added to.
+        """
         opaque = any(c in compat.CUSTOM_RULES for c in context)
         for t in tags:
             labels = ""
@@ -471,17 +570,40 @@ class _Finder:
                     for k in axes:
                         seen[k].add(label)
                 labels = "".join(map(_one_label, seen, self.shapes[t.leaf]))
-            self.uses[t.leaf].append(
-                Use(
-                    eqn.primitive.name,
-                    labels,
-                    compat.source_line(eqn),
-                    context,
-                    opaque,
-                    t.blurred,
-                    lookup,
-                )
+            if t.row and not part:
+                continue
+            use = Use(
+                eqn.primitive.name,
+                labels,
+                compat.source_line(eqn),
+                context,
+                opaque,
+                t.blurred,
+                *lookup,
+                part,
             )
+            self.uses[t.leaf].append((use, of))
+
+    def meets(
+        self,
+        eqn: Any,
+        ins: list[Tags],
+        k: int,
+        operands: Sequence[Operand],
+        context: tuple[str, ...],
+    ) -> None:
+        """Notes the use of operand k in an equation of activations, and the part that
+        it plays there.  What was computed from a weight is noted only if it plays one.
+        """
+        shape = eqn.outvars[0].aval.shape if eqn.outvars else ()
+        for t in ins[k]:
+            part, of = "", _NOTHING
+            if operands[k].weight and len(t.axes) == len(shape):
+                own = self.shapes[t.leaf]
+                wide = [any(own[q] > 1 for q in axes - t.picked) for axes in t.axes]
+                part, of = part_of(eqn, operands, k, wide)
+            if part or not t.blurred:
+                self.record(eqn, [t], None, context, part=part, of=of)
 
 
 # With data these make another weight of a weight: a mask, a gate, a row written.
@@ -529,29 +651,57 @@ def _cut(t: Tag, src: Sequence[int], dst: Sequence[int]) -> Tag:
     return dataclasses.replace(t.moved(axes), gone=t.gone | lost)
 
 
+def _read_often(jaxpr: Any) -> set[Any]:
+    """The variables that more than one equation reads, or one and the outside."""
+    literal = lambda v: isinstance(v, compat.Literal)
+    read = collections.Counter(v for v in jaxpr.outvars if not literal(v))
+    for eqn in jaxpr.eqns:
+        read.update({v for v in eqn.invars if not literal(v)})
+    return {v for v, n in read.items() if n > 1}
+
+
 # --- the verdict ---------------------------------------------------------------------
 
 
 def _verdict(
-    path: str, shape: tuple[int, ...], uses: list[Use], name: LeafUse
+    path: str, shape: tuple[int, ...], uses: list[Use], name: LeafUse, state: bool
 ) -> LeafUse:
+    """state: whether the model keeps it and no optimiser trains it."""
     made = LeafUse(path, shape, uses=tuple(uses))
     if not uses:
         return dataclasses.replace(made, kind=UNUSED)
+    small = OTHER if state else _small_kind(path, name, uses, shape)
+    parts = {u.part for u in uses}
+    of_product = parts & {BIAS, LATE_BIAS, MAYBE_BIAS}
+    of_norm = name.of_norm and (in_norm(path) or not of_product)
+    as_small = dataclasses.replace(
+        made,
+        kind=small,
+        of_norm=small == BIAS and of_norm,
+        state=state,
+        late=small == BIAS and any(u.part == LATE_BIAS for u in uses),
+    )
     eaten = [u for u in uses if u.primitive in CONSUMERS and u.roles]
     fit = [u for u in eaten if not u.blurred and _is_matrix(u.roles, shape, name)]
+    if any(u.primitive != "gather" for u in fit):
+        # Features picked by constants are a product's, if there is one.
+        fit = [u for u in fit if u.primitive != "gather" or u.lookup != CONSTANT]
+    elif fit and small != OTHER:
+        return as_small
     if not fit:
         changed = [u for u in eaten if u.primitive != "gather" and _wide(u, shape)]
-        if changed:
+        if changed and name.kind not in (BIAS, NORM):
             u = changed[0]
+            axes = u.roles if _is_matrix(u.roles, shape, name) else None
             return dataclasses.replace(
                 made,
                 kind=CONSUMERS[u.primitive],
-                changed_axes=u.roles if _is_matrix(u.roles, shape, name) else None,
+                axes=axes,
+                changed_axes=axes,
                 doubt=f"the model changes it before `{u.primitive}` at "
                 f"{u.site or 'a library line'}",
             )
-        return dataclasses.replace(made, kind=_small_kind(name, uses, shape))
+        return as_small
     # A tied table is parametrised as a table: (vocabulary, width).
     fit.sort(key=lambda u: u.primitive != "gather")
     kind, axes = CONSUMERS[fit[0].primitive], fit[0].roles
@@ -560,7 +710,7 @@ def _verdict(
     notes = []
     if not seen <= both:
         notes.append("grouped as " + " and ".join(sorted(seen)))
-    rest = sorted({u.primitive for u in uses if u not in fit})
+    rest = sorted({u.primitive for u in uses if u not in fit and not u.part})
     if rest:
         notes.append("also consumed by " + ", ".join(rest))
     opaque = [u for u in fit if u.opaque]
@@ -595,22 +745,82 @@ def _is_matrix(roles: str, shape: tuple[int, ...], name: LeafUse) -> bool:
 
 
 def _wide(use: Use, shape: tuple[int, ...]) -> bool:
-    wide = {c for c, n in zip(use.roles, shape, strict=True) if n > 1}
-    return {"i", "o"} <= wide or ("x" in wide)
+    """Whether it is as wide as a matrix, a stack aside."""
+    wide = [c for c, n in zip(use.roles, shape, strict=True) if n > 1 and c != "s"]
+    return {"i", "o"} <= set(wide) or ("x" in wide and len(wide) > 1)
 
 
 def _canonical(roles: str, shape: tuple[int, ...]) -> str:
     return "".join("-" if n == 1 else c for c, n in zip(roles, shape, strict=True))
 
 
-def _small_kind(name: LeafUse, uses: list[Use], shape: tuple[int, ...]) -> str:
-    """Biases and scales: by name first, else one real axis that is added or scales."""
-    if name.kind in (BIAS, NORM):
-        return name.kind
-    if sum(n > 1 for n in shape) == 1:
-        primitives = {u.primitive for u in uses}
-        if primitives <= {"add", "add_any"}:
-            return BIAS
-        if primitives <= {"mul"}:
-            return NORM
+_BIAS_PARTS = frozenset({BIAS, LATE_BIAS, NORM_BIAS})
+
+
+def _small_kind(
+    path: str, name: LeafUse, uses: list[Use], shape: tuple[int, ...]
+) -> str:
+    """A bias, a norm's scale, or neither: by what it does, and where that is in doubt
+    by its name."""
+    table = sum(n > 1 for n in shape) > 1
+    looked_up = [u for u in uses if table and u.primitive == "gather"]
+    computed = lambda u: u.blurred and u.primitive in CONSUMERS
+    met = [u for u in uses if u.primitive != "gather" and not computed(u)]
+    parts = {u.part for u in met} - {NEUTRAL}
+    if name.kind == NORM:
+        # What scales a product is a layer's scale, unless a norm is so called.
+        scales = parts == {LAYER_SCALE} and not in_norm(path)
+        return OTHER if scales else NORM
+    if name.kind == BIAS:
+        return BIAS
+    if not parts or sum(n > 1 for n in shape) < 1 or name.kind == EMBEDDING:
+        return OTHER
+    makes_a_weight = any(u.roles and u.blurred for u in uses)
+    if parts == {NORM_SCALE} and not makes_a_weight:
+        return NORM
+    if looked_up:
+        # Rows that the text's own ids choose are embeddings, wherever they are added.
+        chosen = any(u.lookup in (DIRECT, CONSTANT) for u in looked_up)
+        named = named_as(BIAS, path)
+        return BIAS if parts <= _BIAS_PARTS and (named or not chosen) else OTHER
+    if parts <= _BIAS_PARTS:
+        return OTHER if never_a_bias(path) else BIAS
+    if parts <= _BIAS_PARTS | {MAYBE_BIAS} and named_as(BIAS, path):
+        return BIAS
+    if parts <= {NORM_SCALE, MAYBE_SCALE} and named_as(NORM, path):
+        return NORM
     return OTHER
+
+
+def _with_biases(
+    found: Mapping[str, LeafUse],
+    paths: Sequence[str],
+    uses: Sequence[Sequence[tuple[Use, frozenset[int]]]],
+    names: Mapping[str, LeafUse],
+) -> dict[str, LeafUse]:
+    """The same, where each weight knows the bias that is added to its product: to no
+    other weight's product, and always the same.  A bias added to a norm is the norm's
+    if it stands beside the norm's scale."""
+    beside: dict[str, set[str]] = {}
+    out = dict(found)
+    module = lambda p: p.rpartition("/")[0]
+    for path, seen in zip(paths, uses, strict=True):
+        if found[path].kind != BIAS:
+            continue
+        for use, of in seen:
+            if use.part in (BIAS, LATE_BIAS, MAYBE_BIAS) and len(of) == 1:
+                (k,) = of
+                beside.setdefault(paths[k], set()).add(path)
+            if use.part == NORM_BIAS and module(path) in {module(paths[k]) for k in of}:
+                out[path] = dataclasses.replace(found[path], of_norm=True)
+    for path, use in found.items():
+        bias = names[path].bias
+        if bias is not None and found[bias].kind != BIAS:
+            bias = None
+        if len(own := beside.get(path, set())) == 1:
+            (bias,) = own
+        elif bias is not None and any(bias in b for b in beside.values()):
+            bias = bias if bias in own else None
+        if use.is_weight and bias is not None:
+            out[path] = dataclasses.replace(use, bias=bias)
+    return out

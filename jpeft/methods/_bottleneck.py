@@ -7,13 +7,14 @@
                                     U (*stack, rank, *out)   u (*stack, *out)
 
 A leaf at the end of a sub-layer stands on its last bias or, where there is none, on its
-last weight.  What it adds may wait through dropout (`Late`).
+last weight.  What it adds may wait through dropout (`Late`).  A bias may meet the
+product late, x + h W + b: then y is h W + b still, and what is added goes to the sum.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -152,11 +153,14 @@ class Bottleneck(AtEnd):
     def finish(
         self, it: Interpreter, eqn: Any, y: jax.Array, labels: list[Label]
     ) -> Any:
+        options = {"precision": eqn.params.get("precision")}
+        if (own := _own_output(it, eqn, self)) is not None:
+            return y + self.added(own, labels, **options).astype(y.dtype)
         waiting = Waiting(
             y=y,
             leaf=self.replace(base=None),
             labels=tuple(labels),
-            precision=eqn.params.get("precision"),
+            **options,
         )
         return waiting if self.late else waiting.settle()
 
@@ -286,6 +290,64 @@ def _add(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     return leaf.finish(it, eqn, settled(it.base(eqn, ins)), out)
 
 
+def _own_output(it: Interpreter, eqn: Any, leaf: Bottleneck) -> jax.Array | None:
+    """h W + b, where a bias is added to the sum of h W and something else.
+
+    None where it is added to the product, or leaf is no bias.  Of two summands the
+    product is the one that nothing else reads: not the stream that goes on.
+    """
+    if eqn.primitive.name not in ("add", "add_any"):
+        return None
+    side = next(k for k, v in enumerate(eqn.invars) if is_leaf(it.read(v)))
+    made = it.producer(eqn.invars[1 - side])
+    if made is None or not _is_sum(made):
+        return None
+    at_hand = made.primitive.name not in compat.JITS  # what it was made of
+    products = [v for v in made.invars if at_hand and _is_product(it, v)]
+    if len(products) > 1:
+        products = [v for v in products if it.readers(v) == 1]
+        if len(products) > 1:
+            return None  # one product in parts
+    value = settled(it.read(products[0])) if products else None
+    if value is None or is_leaf(leaf.base):
+        raise ValueError(
+            f"{leaf.where()}an adapter reads its sub-layer's output, and at "
+            f"{it.site(eqn)} this bias is added to a sum in which that is no part of "
+            "its own; let the model add it to the product of the last weight first, "
+            "x + (h @ w + b), or exclude= the sub-layer"
+        )
+    return value + jnp.asarray(leaf.base).astype(value.dtype)
+
+
+def _is_sum(eqn: Any) -> bool:
+    if eqn.primitive.name in compat.JITS:
+        inner, _ = compat.open_jaxpr(eqn.params["jaxpr"])
+        return any(_is_sum(e) for e in inner.eqns if e.outvars == inner.outvars)
+    return eqn.primitive.name in ("add", "add_any")
+
+
+def _is_product(it: Interpreter, var: Any) -> bool:
+    """Whether a product of a weight made it, moved about at most."""
+    made = it.producer(var)
+    if made is None:
+        return False
+    name = made.primitive.name
+    if name in compat.JITS:
+        inner, _ = compat.open_jaxpr(made.params["jaxpr"])
+        last = [e for e in inner.eqns if e.outvars == inner.outvars]
+        return any(e.primitive.name in _PRODUCTS for e in last)
+    if name in _PRODUCTS:
+        return True
+    return name in _MOVES and _is_product(it, made.invars[0])
+
+
+_PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
+_MOVES = frozenset(
+    "reshape transpose squeeze expand_dims convert_element_type copy name psum "
+    "psum_invariant sharding_constraint reduce_precision".split()
+)
+
+
 @rule("dot_general", kind=BranchStart)
 def _start(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     if all(map(is_leaf, ins)):
@@ -337,7 +399,8 @@ class Late(Carried):
     """An output that is still owed its adapter, and waits while it is only dropped.
 
     It goes through x / keep, x * number, select(mask, x, 0), x * mask and casts, which
-    is how `nn.Dropout` and its kin are written; at any other equation it is settled.
+    is how `nn.Dropout` and its kin are written, where the mask is drawn from random
+    bits; at any other equation, a mask of padding included, it is settled.
     """
 
     y: Any
@@ -392,14 +455,17 @@ def _only_drops(it: Interpreter, eqn: Any, ins: list[Any], own: Any) -> bool:
         return at == 0 and _is_number(it, eqn.invars[1])
     if name == "mul":
         other = eqn.invars[1 - at]
-        return _is_number(it, other) or _is_mask(it, other)
+        return _is_number(it, other) or _is_mask(it, other, own.shape)
     if name == "select_n" and len(ins) == 3 and at > 0:
-        return _is_zero(it, eqn.invars[3 - at])
+        return _is_zero(it, eqn.invars[3 - at]) and _is_drawn(
+            it, eqn.invars[0], own.shape
+        )
     return False
 
 
 def _is_number(it: Interpreter, var: Any) -> bool:
     """One value, perhaps broadcast."""
+    var = it.source(var)
     if math.prod(var.aval.shape) == 1:
         return True
     made = it.producer(var)
@@ -410,15 +476,70 @@ def _is_number(it: Interpreter, var: Any) -> bool:
     )
 
 
-def _is_mask(it: Interpreter, var: Any) -> bool:
+def _is_mask(it: Interpreter, var: Any, shape: Sequence[int]) -> bool:
     made = it.producer(var)
     if made is None or made.primitive.name not in _SAME_VALUES:
         return False
     source = made.invars[0]
-    return source.aval.dtype == jnp.bool_ or _is_mask(it, source)
+    if source.aval.dtype == jnp.bool_:
+        return _is_drawn(it, source, shape)
+    return _is_mask(it, source, shape)
+
+
+def _is_drawn(it: Interpreter, var: Any, shape: Sequence[int]) -> bool:
+    """Whether random bits and numbers alone made it, not what entered.
+
+    A constant was drawn before if it has a value for each feature, which padding has
+    not.
+    """
+    return _drawn(it, var, tuple(shape), {}) is True
+
+
+def _drawn(
+    it: Interpreter,
+    var: Any,
+    shape: tuple[int, ...],
+    known: dict[Any, bool | None],
+) -> bool | None:
+    """True: of random bits.  None: the same whatever is drawn.  False: of an input."""
+    var = it.source(var)
+    if isinstance(var, compat.Literal) or math.prod(var.aval.shape) == 1:
+        return None
+    if var not in known:
+        known[var] = it.is_constant(var) and var.aval.shape == shape
+        made = it.producer(var)
+        if made is not None and made.primitive.name in _RANDOM:
+            known[var] = True
+        elif made is not None:
+            draws = _draws(made)
+            of = [v for v in made.invars if not (draws and _is_key(v))]
+            parts = [_drawn(it, v, shape, known) for v in of]
+            known[var] = _all_drawn([True if draws else None, *parts])
+    return known[var]
+
+
+def _draws(eqn: Any) -> bool:
+    inner = compat.CALLS.get(eqn.primitive.name)
+    if inner is None or inner not in eqn.params:
+        return eqn.primitive.name in _RANDOM
+    return any(map(_draws, compat.open_jaxpr(eqn.params[inner])[0].eqns))
+
+
+def _is_key(var: Any) -> bool:
+    return compat.is_key_array(var.aval) or var.aval.dtype == jnp.uint32
+
+
+def _all_drawn(parts: list[bool | None]) -> bool | None:
+    if False in parts:
+        return False
+    return True if True in parts else None
+
+
+_RANDOM = frozenset({"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"})
 
 
 def _is_zero(it: Interpreter, var: Any) -> bool:
+    var = it.source(var)
     if isinstance(var, compat.Literal):
         return not np.any(np.asarray(var.val))
     made = it.producer(var)

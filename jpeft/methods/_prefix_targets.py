@@ -35,11 +35,7 @@ def targets(
         for path in dict.fromkeys((*part.key, *part.value)):
             use = known[path] = told_by_output(part, path, known)
             if use.axes is None or use.doubt:
-                raise ValueError(
-                    f"{path}: prefix cannot tell input from output axes of shape "
-                    f"{use.shape} ({use.doubt}); pass uses=jpeft.find_uses(fn, params, "
-                    f"*args), or exclude={part.path!r}"
-                )
+                raise ValueError(in_doubt(path, use, part))
             shape = use.sizes("o")
             makes = [r for r in ("key", "value") if path in getattr(part, r)]
             if not part.fused and len(makes) == 2:
@@ -66,6 +62,15 @@ def check_apart(name: str, parts: Sequence[SubLayer]) -> None:
                 "nothing tells which of the two a product of them scores"
                 + ELSEWHERE.replace("exclude= the sub-layer", f"exclude={part.path!r}")
             )
+
+
+def in_doubt(path: str, use: LeafUse, part: SubLayer) -> str:
+    """The refusal of a projection whose axes are unknown, or that is changed first."""
+    asking = "" if use.uses else "pass uses=jpeft.find_uses(fn, params, *args), or "
+    return (
+        f"{path}: prefix cannot tell input from output axes of shape {use.shape} "
+        f"({use.doubt}); {asking}exclude={part.path!r}"
+    )
 
 
 def chosen_layers(

@@ -41,11 +41,13 @@ from jpeft.leaf import (
     trainable,
     wide_dtype,
 )
+from jpeft.methods._prefix_targets import in_doubt
 from jpeft.methods._virtual import (
     TOKENS,
     VirtualEmbedding,
     check_lookups,
     is_table,
+    looked_up_together,
     token_embeddings,
 )
 from jpeft.transform import Transform, check_finite, path_key, place_beside
@@ -223,7 +225,8 @@ def virtual_rows(
         raise PromiseError(
             start + f"cannot tell which of {len(found)} texts of shape "
             f"{tuple(found[0].shape)} it projects; give them different lengths, or use "
-            "jpeft.prefix(..., mode='kv')"
+            "jpeft.prefix(..., mode='kv'); if it is one text looked up in two tables, "
+            "pass uses=jpeft.find_uses(fn, params, *args) to the transform"
         )
     return found[0].reshape(sizes)
 
@@ -317,7 +320,10 @@ def tokens_prefix(
         )
         made[path] = _put(transform, path, slot, leaf)
     tables = {p: u for p, u in known.items() if is_table(u) and p not in places}
-    for path in token_embeddings(tables, name):
+    heard: set[str] = set()  # tables whose ids another one tells of
+    for path in token_embeddings(tables, name, known):
+        silent = path in heard
+        heard.update(looked_up_together(path, tables))
         slot = at[path]
         told = [x for x in layers(slot) if getattr(x, "vocab", None) is not None]
         if told:
@@ -333,7 +339,11 @@ def tokens_prefix(
         check_lookups(path, use, name)
         assert use.axes is not None
         leaf = VirtualEmbedding(
-            base=slot, axes=use.axes, vocab=use.sizes("i")[0], tokens=tokens
+            base=slot,
+            axes=use.axes,
+            vocab=use.sizes("i")[0],
+            tokens=tokens,
+            silent=silent,
         )
         made[path] = leaf.replace(origin=origin)
     return flat.rebuild(made.get(p, x) for p, x in flat.items())
@@ -363,17 +373,13 @@ def _places(
         for kernel in dict.fromkeys((*part.key, *part.value)):
             use = known[kernel]
             if use.axes is None:
-                raise ValueError(
-                    f"{kernel}: prefix cannot tell input from output axes of shape "
-                    f"{use.shape} ({use.doubt}); pass uses=jpeft.find_uses(fn, params, "
-                    f"*args), or exclude={part.path!r}"
-                )
+                raise ValueError(in_doubt(kernel, use, part))
             stack, features = use.sizes("s"), use.sizes("o")
             makes = [r for r in ("key", "value") if kernel in getattr(part, r)]
             marks = [part.features(r, features, heads=heads).ravel() for r in makes]
             cut = np.logical_or.reduce(marks)
             columns = () if cut.all() else _runs(cut)
-            bias = _bias(kernel, at)
+            bias = use.bias
             if bias is not None and weight(at[bias]).shape == (*stack, *features):
                 axes = "s" * len(stack) + "o" * len(features)
                 out[bias] = axes, columns, stream
@@ -387,9 +393,3 @@ def _runs(cut: np.ndarray) -> Columns:
     return tuple(
         (bool(cut[a]), int(b - a)) for a, b in zip([0, *ends], ends, strict=False)
     )
-
-
-def _bias(kernel: str, at: Mapping[str, Any]) -> str | None:
-    module = kernel.rpartition("/")[0]
-    names = [f"{module}/{n}".lstrip("/") for n in ("bias", "b")]
-    return next((n for n in names if n in at and n != kernel), None)

@@ -12,7 +12,7 @@ virtual.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -28,9 +28,11 @@ from jpeft.adapt.labels import (
     factor_along,
     operand_labels,
 )
+from jpeft.adapt.lookups import DIRECT, tables_looked_up
 from jpeft.compat import Tracer
 from jpeft.leaf import adapted_leaf, is_leaf, layers, static, trainable
-from jpeft.tree.layout import EMBEDDING, MATRIX, LeafUse
+from jpeft.tree.layout import EMBEDDING, MATRIX, LeafUse, traced
+from jpeft.tree.paths import suggest
 
 TOKENS = "tokens"  # the label of the virtual tokens
 
@@ -43,11 +45,13 @@ class VirtualEmbedding(Labelled):
 
     vocab: rows of the table; virtual ids begin there.  tokens: how many there are.
     one_hot: whether a row of zeros in a one-hot lookup is a virtual token.
+    silent: whether another table is looked up by the same ids and tells of them.
     """
 
     vocab: int = static()
     tokens: int = static()
     one_hot: bool = static(default=False)
+    silent: bool = static(default=False)
 
     knows_rows: ClassVar[bool] = True
     merges: ClassVar[bool] = False
@@ -55,6 +59,34 @@ class VirtualEmbedding(Labelled):
     @classmethod
     def labels_of(cls, axes: str) -> dict[str, list[Label]]:
         return {}
+
+    def instead(self, name: str) -> str:
+        return (
+            "Let the model look rows up by the text's own ids, table[ids], or train "
+            "keys and values instead, which needs no table: "
+            'jpeft.prefix(length, mode="kv")'
+        )
+
+    def enters(self, program: Any, k: int) -> None:
+        """The same ids must not reach a table that has no rows for virtual tokens."""
+        found = tables_looked_up(program.closed.jaxpr)
+        own = {ids for table, ids in found if table == k}
+        bare = [
+            program.names[table]
+            for table in dict.fromkeys(table for table, ids in found if ids in own)
+            if not any(hasattr(x, "vocab") for x in layers(program.inputs[table]))
+        ]
+        if bare:
+            names = [program.names[k], *bare]
+            raise ValueError(
+                f"{self.where()}the model looks up {bare} by the same ids, which has "
+                "no rows for virtual tokens; the method must stand on all of these "
+                + (
+                    "tables: pass uses=jpeft.find_uses(fn, params, *args) to it"
+                    if type(self) is VirtualEmbedding
+                    else f"tables: where={names!r}"
+                )
+            )
 
     @property
     def axis(self) -> int | None:
@@ -210,7 +242,8 @@ def _told(
     virtual = wide >= first
     number = jnp.where(virtual, wide - first, jnp.zeros_like(first)).astype(jnp.int32)
     if not beneath(leaf):
-        it.add_rows(jnp.where(virtual, number, jnp.int32(-1)))
+        if not leaf.silent:
+            it.add_rows(jnp.where(virtual, number, jnp.int32(-1)))
         _check_ids(it, leaf, ids)
     return virtual, number
 
@@ -262,7 +295,7 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     zero = jnp.all(x == 0, axis=contracting[1 - side][0])
     rank = jnp.cumsum(zero, axis=-1, dtype=jnp.int32) - 1
     virtual = zero & (rank < leaf.tokens)
-    if not beneath(leaf):
+    if not beneath(leaf) and not leaf.silent:
         it.add_rows(jnp.where(virtual, rank, jnp.int32(-1)))
     y = it.base(eqn, ins)
     _, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
@@ -331,23 +364,91 @@ def is_table(use: LeafUse) -> bool:
     return use.kind in (EMBEDDING, MATRIX) and len(use.shape) >= 2
 
 
-def token_embedding(candidates: Mapping[str, LeafUse], method: str) -> str:
-    """The path of the one weight that is looked up by token ids."""
-    found = _token_tables(candidates, method)
+def token_embedding(
+    candidates: Mapping[str, LeafUse], method: str, known: Mapping[str, LeafUse]
+) -> str:
+    """The path of the one weight that is looked up by token ids.
+
+    known: all weights, for the message.
+    """
+    found = _token_tables(candidates)
+    if not found:
+        near = suggest(list(candidates), "embed_tokens/embedding", 1)
+        asking = "" if traced(known) else f", or pass {_USES}"
+        named = f"; name it with where={next(iter(near), '...')!r}{asking}"
+        raise ValueError(
+            f"{method}: no weight here is a token embedding by its name or use"
+            f"{named if near or asking else ''}. A model that is given "
+            'vectors instead of ids has none: there jpeft.prefix(length, mode="kv") '
+            "is the way"
+        )
     if len(found) > 1:
-        raise ValueError(_which(found, method))
+        raise ValueError(_which(found, candidates, method))
     return found[0]
 
 
-def token_embeddings(candidates: Mapping[str, LeafUse], method: str) -> list[str]:
-    """The paths of all of them: an encoder and a decoder may have one each."""
-    found = _token_tables(candidates, method)
+def looked_up_together(path: str, known: Mapping[str, LeafUse]) -> list[str]:
+    """Further tables whose rows the same ids of the text choose, as `find_uses` saw."""
+    ids = {u.ids for u in known[path].uses if u.lookup == DIRECT and u.ids}
+    # Positions made of ids may look as if they were clipped to their table.
+    may_hold = lambda p, u: (
+        u.lookup == DIRECT or (u.lookup in LOST and not _named(p, _OTHER_TABLES))
+    )
+    return [
+        p
+        for p, use in known.items()
+        if p != path and any(u.ids in ids and may_hold(p, u) for u in use.uses)
+    ]
+
+
+def check_together(
+    chosen: Sequence[str], known: Mapping[str, LeafUse], method: str
+) -> None:
+    """Raises if the ids of virtual tokens reach a table that has no rows for them."""
+    for path in chosen:
+        others = looked_up_together(path, known)
+        if missing := [p for p in others if p not in chosen]:
+            raise ValueError(
+                f"{path}: the model looks up {missing} by the same ids, which has no "
+                f"rows for virtual tokens; {method} must stand on all of these tables: "
+                f"where={[p for p in known if p in (path, *others)]!r}"
+            )
+
+
+def token_embeddings(
+    candidates: Mapping[str, LeafUse], method: str, known: Mapping[str, LeafUse]
+) -> list[str]:
+    """The paths of all of them: an encoder and a decoder may have one each.
+
+    known: all weights, for the message.
+    """
+    found = _token_tables(candidates)
+    if not found:
+        raise ValueError(
+            f"{method}: no weight here is a token embedding by its name or use, and in "
+            f"mode 'tokens' it is the ids that tell{_asking(known)}; a model that "
+            f'is given vectors instead of ids takes jpeft.{method}(..., mode="kv")'
+        )
     if len(found) > 1 and not all(_named(p, _TOKENS) for p in found):
-        raise ValueError(_which(found, method))
-    return found
+        together = {found[0], *looked_up_together(found[0], candidates)}
+        if not set(found) <= together:
+            raise ValueError(
+                f"{method}: which of {found} is the token embedding, neither their "
+                f"names nor their use say{_asking(known)}; "
+                f'jpeft.{method}(..., mode="kv") needs none'
+            )
+    more = [p for f in found for p in looked_up_together(f, candidates)]
+    return [p for p in candidates if p in (*found, *more)]
 
 
-def _token_tables(candidates: Mapping[str, LeafUse], method: str) -> list[str]:
+_USES = "uses=jpeft.find_uses(fn, params, *args)"
+
+
+def _asking(candidates: Mapping[str, LeafUse]) -> str:
+    return "" if traced(candidates) else f"; pass {_USES}"
+
+
+def _token_tables(candidates: Mapping[str, LeafUse]) -> list[str]:
     """By how the model uses it, where `find_uses` says so, and by its name."""
     tables = {
         p: u
@@ -358,13 +459,6 @@ def _token_tables(candidates: Mapping[str, LeafUse], method: str) -> list[str]:
     found = [p for p in fed if not _named(p, _OTHER_TABLES)] or list(fed)
     if len(found) > 1:
         found = [p for p in found if _named(p, _TOKENS)] or found
-    if not found:
-        raise ValueError(
-            f"{method}: no weight here is a token embedding by its name or use; name "
-            'it with where="...", or pass uses=jpeft.find_uses(fn, params, *args). A '
-            "model that is given vectors instead of ids has none: there "
-            'jpeft.prefix(length, mode="kv") is the way'
-        )
     return found
 
 
@@ -372,10 +466,17 @@ def _named(path: str, names: re.Pattern[str]) -> bool:
     return any(names.search(s) for s in path.split("/")[-2:])
 
 
-def _which(found: list[str], method: str) -> str:
+def _which(found: list[str], known: Mapping[str, LeafUse], method: str) -> str:
+    together = looked_up_together(found[0], known)
+    if together:
+        every = [p for p in known if p in (found[0], *together)]
+        return (
+            f"{method}: the model looks up {every} by the same ids, and virtual tokens "
+            f"need rows in each; name all of them: where={every!r}"
+        )
     return (
         f"{method}: which of {found} is the token embedding? Name it with "
-        f"where={found[0]!r}, or pass uses=jpeft.find_uses(fn, params, *args)"
+        f"where={found[0]!r}" + ("" if traced(known) else f", or pass {_USES}")
     )
 
 
@@ -384,7 +485,10 @@ def check_lookups(path: str, use: LeafUse, method: str) -> None:
     if use.axes is None or sorted(use.axes.replace("o", "")) != ["i"]:
         raise ValueError(
             f"{path}: {method} needs a table (vocabulary, features), and this weight "
-            f"of shape {use.shape} has the axes {use.axes!r}; exclude={path!r}"
+            f"of shape {use.shape} has the axes {use.axes!r}"
+            + (f" ({use.doubt})" if use.doubt else "")
+            + _asking({path: use})
+            + '; jpeft.prefix(length, mode="kv") needs no table'
         )
     for u in use.uses:
         if u.lookup in LOST:

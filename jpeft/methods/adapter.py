@@ -234,9 +234,14 @@ def _at_end(part: SubLayer, known: Mapping[str, LeafUse]) -> LeafUse:
     if bias.shape != tuple(last.shape[k] for k in kept):
         raise ValueError(
             f"{part.last}: axes {last.axes!r} of shape {last.shape} do not fit its "
-            f"bias {part.last_bias} of shape {bias.shape}; pass "
-            "uses=jpeft.find_uses(fn, params, *args), which looks at how the model "
-            f"uses it, or exclude={part.path!r}"
+            f"bias {part.last_bias} of shape {bias.shape}; "
+            + (
+                ""
+                if last.uses
+                else "pass uses=jpeft.find_uses(fn, params, *args), which looks at how "
+                "the model uses it, or "
+            )
+            + f"exclude={part.path!r}"
         )
     return dataclasses.replace(bias, axes="".join(last.axes[k] for k in kept), doubt="")
 

@@ -104,6 +104,9 @@ class BitFit(LeafMethod):
     dtype: Floating | None = None
 
     needs_axes: ClassVar[bool] = False
+    otherwise: ClassVar[str] = (
+        "jpeft.bitfit(where=None, add='linear') gives projections a bias"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,6 +156,7 @@ class _AddBias(LeafMethod):
     dtype: str | None
 
     name: ClassVar[str] = "bitfit"
+    has_value: ClassVar[bool] = False
 
     def selection(self) -> tuple[Where, Where]:
         return self.where, self.exclude
@@ -164,13 +168,7 @@ class _AddBias(LeafMethod):
         self, flat: Slots, uses: Mapping[str, LeafUse] | None
     ) -> dict[str, LeafUse]:
         found = super().targets(flat, uses)
-        paths = set(flat.paths)
-        beside = lambda p, name: p.rpartition("/")[0] + "/" + name in paths
-        bare = {
-            p: u
-            for p, u in found.items()
-            if not beside(p, "bias") and not beside(p, "b")
-        }
+        bare = {p: u for p, u in found.items() if u.bias is None}
         if not bare:
             raise ValueError(
                 f"bitfit: every weight of add={self.where!r} has a bias already; "

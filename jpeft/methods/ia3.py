@@ -33,8 +33,8 @@ from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, static, transient, wi
 from jpeft.methods._draw import filled
 from jpeft.methods._scaled import ScaledInput, ScaledOutput
 from jpeft.transform import LeafMethod, Transform, method
-from jpeft.tree.layout import BIAS, CONV, LINEAR, MATRIX, LeafUse
-from jpeft.tree.paths import Slots, slots
+from jpeft.tree.layout import BIAS, CONV, LINEAR, MATRIX, LeafUse, layouts
+from jpeft.tree.paths import Slots, slots, suggest
 from jpeft.tree.sublayers import MLP, SubLayer, sublayers
 from jpeft.tree.where import Where, WhereOrNothing
 from jpeft.types import PyTree
@@ -117,7 +117,7 @@ class IA3(Transform):
                 f"{min(both)}: ia3: selected by where=, which rescales its output, and "
                 "by feedforward=, which rescales its input; choose one of the two"
             )
-        if biases := beside(flat, found.get(OUTPUT, {})):
+        if biases := beside(found.get(OUTPUT, {})):
             links = tuple((k, k) for k in biases.values())
             steps[OUTPUT] = dataclasses.replace(steps[OUTPUT], links=links)
             steps[BIAS] = _Rescale(
@@ -141,11 +141,16 @@ class IA3(Transform):
         if where is None:
             parts = [s for s in found if s.kind != MLP]
             names = _named(parts, lambda s: (*s.key, *s.value))
-            where = _some(names, "where", "keys and values of an attention")
+            what = "keys and values of an attention"
+            mlps = [s for s in found if s.kind == MLP and s.last]
+            # Who names these is not to be told of the others next.
+            alone = feedforward is None and not mlps
+            where = _some(names, "where", what, "value/kernel", flat, uses, alone)
         if feedforward is None:
             parts = [s for s in found if s.kind == MLP]
             names = _named(parts, lambda s: (s.last,) if s.last else ())
-            feedforward = _some(names, "feedforward", "last weight of a feed-forward")
+            what = "last weight of a feed-forward"
+            feedforward = _some(names, "feedforward", what, "down/kernel", flat, uses)
         return where, feedforward
 
 
@@ -160,11 +165,32 @@ def _named(parts: list[SubLayer], of: Any) -> list[str]:
     return [p for s in parts for p in of(s)]
 
 
-def _some(names: list[str], argument: str, what: str) -> Where:
+def _some(
+    names: list[str],
+    argument: str,
+    what: str,
+    like: str,
+    flat: Slots,
+    uses: Mapping[str, LeafUse] | None,
+    alone: bool = False,
+) -> Where:
+    """like: how such a weight is called where the names do show it.  alone: whether no
+    name shows the last weight of a feed-forward either."""
     if not names:
+        known = layouts(flat, uses)
+        matrices = [p for p, u in known.items() if u.kind in (LINEAR, MATRIX)]
+        near = suggest(matrices or list(known), like, 1)
+        as_in = f"{argument}={next(iter(near), like)!r}"
         raise ValueError(
-            f"ia3: no name in this tree shows the {what}; name the weights, as in "
-            f"{argument}='.*value/kernel', or leave them out with {argument}=()"
+            f"ia3: no name in this tree shows the {what}"
+            + (
+                ", nor the last weight of a feed-forward; name the weights of either, "
+                f"with {argument}=() or feedforward=() for none, as in {as_in}, "
+                "feedforward=()"
+                if alone
+                else f"; name the weights, as in {as_in}, or leave them out with "
+                f"{argument}=()"
+            )
         )
     return exactly(names)
 
@@ -173,16 +199,9 @@ def exactly(paths: Any) -> tuple[str, ...]:
     return tuple(map(re.escape, dict.fromkeys(paths)))
 
 
-def beside(flat: Slots, kernels: Mapping[str, LeafUse]) -> dict[str, str]:
+def beside(kernels: Mapping[str, LeafUse]) -> dict[str, str]:
     """bias -> kernel, for those that have one."""
-    paths, out = set(flat.paths), {}
-    for path in kernels:
-        module = path.rpartition("/")[0]
-        for name in ("bias", "b"):
-            bias = f"{module}/{name}" if module else name
-            if bias in paths:
-                out[bias] = path
-    return out
+    return {use.bias: path for path, use in kernels.items() if use.bias is not None}
 
 
 # --- its three parts -----------------------------------------------------------------

@@ -19,7 +19,7 @@ from jpeft.checks import Floating
 from jpeft.methods._draw import filled
 from jpeft.methods.bitfit import Delta
 from jpeft.transform import LeafMethod, method
-from jpeft.tree.layout import BIAS, NORM, LeafUse, in_norm
+from jpeft.tree.layout import NORM, LeafUse
 from jpeft.tree.where import Where
 
 
@@ -38,7 +38,7 @@ class NormTuning(LeafMethod):
         return self.where, self.exclude
 
     def accepts(self, use: LeafUse) -> bool:
-        return use.kind == NORM or (use.kind == BIAS and in_norm(use.path))
+        return use.kind == NORM or use.of_norm
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Delta:
         return Delta(base=base, delta=filled(use.shape, 0, self.adapter_dtype(base)))

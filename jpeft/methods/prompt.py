@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,9 @@ from jpeft.methods._virtual import (
     Prompt,
     VirtualEmbedding,
     check_lookups,
+    check_together,
     is_table,
+    looked_up_together,
     token_embedding,
 )
 from jpeft.transform import (
@@ -62,6 +64,8 @@ class VirtualMethod(LeafMethod):
     one_hot: bool = False
     dtype: Floating | None = None
 
+    has_value: ClassVar[bool] = False
+
     def selection(self) -> tuple[Where, Where]:
         return self.where or ".*", self.exclude
 
@@ -71,14 +75,17 @@ class VirtualMethod(LeafMethod):
     def targets(
         self, flat: Slots, uses: Mapping[str, LeafUse] | None
     ) -> dict[str, LeafUse]:
-        if self.where is not None:
-            return super().targets(flat, uses)
         known, at = layouts(flat, uses), dict(flat.items())
+        if self.where is not None:
+            chosen = super().targets(flat, uses)
+            check_together(list(chosen), known, self.name)
+            return _telling_once(chosen)
         tables = {p: u for p, u in known.items() if self.accepts(u)}
         if tables and self.exclude:
             chosen = select(tables, at, ".*", self.exclude, method=self.name)
             tables = {p: tables[p] for p in chosen}
-        path = token_embedding(tables, self.name)
+        path = token_embedding(tables, self.name, known)
+        check_together([path], known, self.name)
         check_target(self, path, at[path], known[path], True)
         return {path: known[path]}
 
@@ -114,6 +121,23 @@ def check_init(method: str, name: str, init: Any) -> str | tuple[int, ...]:
             f"one of {INITS} or the token ids of a text, a list of integers",
         )
     return tuple(ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table(LeafUse):
+    """silent: see `VirtualEmbedding`."""
+
+    silent: bool = False
+
+
+def _telling_once(chosen: dict[str, LeafUse]) -> dict[str, LeafUse]:
+    """Of tables that the same ids look up, the first tells which tokens are virtual."""
+    out, told = {}, set()
+    for path, use in chosen.items():
+        fields = {f.name: getattr(use, f.name) for f in dataclasses.fields(LeafUse)}
+        out[path] = _Table(**fields, silent=path in told)
+        told.update(looked_up_together(path, chosen))
+    return out
 
 
 @method("prompt")
@@ -167,6 +191,7 @@ class PromptTuning(VirtualMethod):
             vocab=vocab,
             tokens=tokens,
             one_hot=self.one_hot,
+            silent=isinstance(use, _Table) and use.silent,
             prompt=prompt.astype(dtype),
         )
 
@@ -191,7 +216,8 @@ def prompt(
         tokens), or the token ids of a text, at most `length`, whose rows are taken.
     tasks: how many prompts; example b uses the one that
         `prepend_virtual_tokens(..., task=...)` says.
-    where: the token embedding; None finds it by its use or name.
+    where: the token embedding; None finds it by its use or name.  Of tables that the
+        same ids look up (per-layer embeddings), all.
     exclude: tables that are not it.
     one_hot: allow a model that looks up by one-hot rows times the table, in which the
         k-th row of zeros of a text is then virtual token k.

@@ -19,11 +19,17 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from jpeft.tree.paths import Slots, is_array, suggest, weight
+from jpeft.tree.state import states
 
 LINEAR, CONV, EMBEDDING = "linear", "conv", "embedding"
 BIAS, NORM, MATRIX = "bias", "norm", "matrix"
 OTHER, UNUSED = "other", "unused"
 WEIGHTS = frozenset({LINEAR, CONV, EMBEDDING, MATRIX})
+
+# The part of a vector in an equation, see `Use.part`; a bias is `BIAS` too.
+NORM_SCALE, NORM_BIAS, LATE_BIAS = "norm scale", "norm bias", "late bias"
+LAYER_SCALE, NEUTRAL = "layer scale", "neutral"
+MAYBE_SCALE, MAYBE_BIAS = "maybe a scale", "maybe a bias"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,14 @@ class Use:
     opaque: bool  # behind a gradient rule of the user's own
     blurred: bool  # not the weight itself, but something computed from it
     lookup: str = ""  # of a lookup by row: what an id beyond the table becomes
+    ids: tuple[int, ...] = ()  # of a lookup: the inputs of data that make its ids
+    part: str = ""
+    """What a vector does there.  "norm scale": it scales what was normalised.  "norm
+    bias": it is added to that.  "bias": to the product of a weight.  "late bias": to
+    the sum of such a product and something else, a residual.  "layer scale": it scales
+    a product, or what has a scale.  "maybe a scale", "maybe a bias": it scales, or is
+    added to, something unknown.  "neutral": what any of them may go through.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +62,12 @@ class LeafUse:
     axes: a label for each axis, or None where there is a doubt; `doubt` then says why.
     tied: consumed in both directions (an embedding table that is also the head).
     changed_axes: the labels of a weight that the model changes first, element by
-        element (its norm divided out, a mask), which is a doubt for what acts on axes.
+        element (its norm divided out, a mask); they are `axes` too, and in doubt.
+    bias: of a weight, the path of the bias that is added to its product.
+    late: of a bias, whether something else was added to the product before.
+    of_norm: of a bias, whether it is that of a norm.
+    state: whether it is kept by the model, and no optimiser trains it: a running
+        statistic, a counter, a cache.
     """
 
     path: str
@@ -60,6 +79,10 @@ class LeafUse:
     conflict: str = ""
     uses: tuple[Use, ...] = ()
     changed_axes: str | None = None
+    bias: str | None = None
+    late: bool = False
+    of_norm: bool = False
+    state: bool = False
 
     @property
     def is_weight(self) -> bool:
@@ -80,6 +103,11 @@ class LeafUse:
     def sizes(self, label: str) -> list[int]:
         assert self.axes is not None
         return [n for n, c in zip(self.shape, self.axes, strict=True) if c == label]
+
+
+def traced(known: Mapping[str, LeafUse]) -> bool:
+    """Whether this is what `find_uses` saw, not what names say."""
+    return any(u.uses or u.kind == UNUSED for u in known.values())
 
 
 class Uses(Mapping[str, LeafUse]):
@@ -122,8 +150,16 @@ def layouts(tree: Slots, uses: Mapping[str, LeafUse] | None) -> dict[str, LeafUs
                 f"{path}: uses= was found for shape {use.shape}, the tree has {shape}; "
                 "call jpeft.find_uses with the parameters you pass to the transform"
             )
-        out[path] = dataclasses.replace(use, path=path)
+        bias = use.bias and _moved_along(use.bias, use.path, path)
+        out[path] = dataclasses.replace(use, path=path, bias=bias)
     return out
+
+
+def _moved_along(other: str, known_as: str, path: str) -> str:
+    """The path of a weight beside one that is known under another path here."""
+    if known_as.endswith("/" + path):
+        return other.removeprefix(known_as.removesuffix(path))
+    return path.removesuffix(known_as) + other
 
 
 def _look_up(path: str, uses: Mapping[str, LeafUse]) -> LeafUse:
@@ -149,16 +185,62 @@ def _look_up(path: str, uses: Mapping[str, LeafUse]) -> LeafUse:
 # --- by name -------------------------------------------------------------------------
 
 _KERNELS = {"kernel", "w", "weight", "weights"}
-_NOT_WEIGHTS = {"bias", "b", "scale", "gamma", "beta", "mean", "var", "cls", "count"}
-_POSITIONS = re.compile(r"pos|cls|dist|token$|query_tokens|latents|probe|mask", re.I)
+_BIASES = {"bias", "b", "beta"}
+_SCALES = {"scale", "gamma"}
+_NOT_WEIGHTS = {*_BIASES, "scale", "gamma", "offset", "cls", "count"}
+# Running statistics of norms and of the data; Haiku keeps averages in modules.
+_STATISTICS = re.compile(
+    r"(.*_)?(mean|var|variance|std|stddev)(_?(ema|avg|stat))?"
+    r"|num_batches_tracked|count(er)?",
+    re.I,
+)
+_AVERAGES = re.compile(r"(mean|var|variance)_ema|batch_?stats", re.I)
+_POSITIONS = re.compile(
+    r"pos|cls|dist|token$|query_tokens|queries|latent|probe|mask|register", re.I
+)
 _NORMS = re.compile(r"(norm|^ln|_ln|ln_|layernorm|^bn|batchnorm)", re.I)
+_LAYER_SCALES = re.compile(r"layer_?scale|^ls_?\d*$", re.I)
 _CONVS = re.compile(r"conv", re.I)
+# Where how a vector is used leaves a doubt, names like these decide.
+_MAYBE_BIAS = re.compile(
+    r"(^|_)(bias|offset|shift|beta)\d*(_|$)|^b[a-z]?\d*$|^b_", re.I
+)
+_MAYBE_SCALE = re.compile(r"(^|_)(scale|gain|gamma)\d*$|norm|^(ln|rms)_?\d*$", re.I)
+_NO_BIAS = re.compile(r"embed|pos|token|type|modality|segment|time", re.I)
 
 
 def in_norm(path: str) -> bool:
     """Whether the module that holds this array is a normalisation, by its name."""
     module = path.split("/")[-2:-1]
     return bool(module and _NORMS.search(module[0]))
+
+
+def is_statistic(path: str) -> bool:
+    """Whether the name is that of a mean or variance that is counted, not trained."""
+    *modules, name = path.split("/")
+    return bool(_STATISTICS.fullmatch(name) or any(map(_AVERAGES.fullmatch, modules)))
+
+
+def state_of(tree: Slots) -> frozenset[str]:
+    """The paths of what a model keeps and no optimiser trains: see `jpeft.tree.state`;
+    means and deviations of the data too, by their names."""
+    return frozenset(states(tree)) | frozenset(filter(is_statistic, tree.paths))
+
+
+def named_as(kind: str, path: str) -> bool:
+    """Whether the array's own name is one that a bias, or a norm's scale, may have."""
+    *modules, name = path.split("/")
+    if kind == BIAS:
+        return bool(_MAYBE_BIAS.search(name)) and not _NO_BIAS.search(name)
+    scaled = [*modules[-1:], name]
+    return bool(_MAYBE_SCALE.search(name)) and not any(
+        map(_LAYER_SCALES.search, scaled)
+    )
+
+
+def never_a_bias(path: str) -> bool:
+    """Whether the array's own name is that of a position, a type, a token."""
+    return bool(_NO_BIAS.search(path.rsplit("/", 1)[-1])) and not named_as(BIAS, path)
 
 
 def by_name(tree: Slots) -> dict[str, LeafUse]:
@@ -169,7 +251,18 @@ def by_name(tree: Slots) -> dict[str, LeafUse]:
         if is_array(weight(x))
     }
     paths = dict(zip(tree.keys, tree.paths, strict=True))
-    return {paths[k]: _by_name(paths[k], k, shapes) for k in shapes}
+    found = {paths[k]: _by_name(paths[k], k, shapes) for k in shapes}
+    for path in state_of(tree) & found.keys():
+        if not found[path].is_weight:
+            found[path] = LeafUse(path, found[path].shape, OTHER, state=True)
+    for path, use in found.items():
+        bias = _beside(path, use, found)
+        if bias is None:
+            continue
+        found[path] = dataclasses.replace(use, bias=bias)
+        if found[bias].kind == OTHER:
+            found[bias] = dataclasses.replace(found[bias], kind=BIAS)
+    return found
 
 
 def _by_name(
@@ -179,15 +272,24 @@ def _by_name(
 ) -> LeafUse:
     shape, name = shapes[keys], keys[-1] if keys else ""
     parent = keys[-2] if len(keys) > 1 else ""
-    of_norm = in_norm(path)
+    # A module with a scale and nothing larger is a norm, whatever it is called.
+    beside = {k[-1].lower(): s for k, s in shapes.items() if k[:-1] == keys[:-1]}
+    alone = all(len(s) <= len(shape) for s in beside.values())
+    of_norm = in_norm(path) or bool(beside.keys() & _SCALES and alone)
+    of_norm = of_norm and not _LAYER_SCALES.search(parent)
 
     def is_(kind: str, axes: str | None = None, doubt: str = "") -> LeafUse:
-        return LeafUse(path, shape, kind, axes, doubt=doubt)
+        bias_of_norm = kind == BIAS and of_norm
+        return LeafUse(path, shape, kind, axes, doubt=doubt, of_norm=bias_of_norm)
 
     lower = name.lower()
-    if lower in ("bias", "b", "beta"):
+    if is_statistic(path):
+        return is_(OTHER)
+    if lower in _BIASES or (lower == "offset" and of_norm):
         return is_(BIAS)
-    if lower in ("scale", "gamma") or (of_norm and lower in ("weight", "w")):
+    if lower in _SCALES and not _LAYER_SCALES.search(parent):
+        return is_(NORM)
+    if in_norm(path) and lower in ("weight", "w"):
         return is_(NORM)
     if len(shape) < 2 or lower in _NOT_WEIGHTS:
         return is_(OTHER)
@@ -238,3 +340,36 @@ def _by_bias(shape: tuple[int, ...], bias: tuple[int, ...] | None) -> str | None
         if inputs > 0 and shape[:s] == bias[:s] and shape[n - len(outs) :] == outs:
             found.add("s" * s + "i" * inputs + "o" * len(outs))
     return found.pop() if len(found) == 1 else None
+
+
+def _beside(path: str, use: LeafUse, known: Mapping[str, LeafUse]) -> str | None:
+    """The bias of a weight by its name: `bias` in its module, or `b1` beside `w1`."""
+    if not use.is_weight or use.kind == EMBEDDING:
+        return None
+    module, _, name = path.rpartition("/")
+    place = f"{module}/" if module else ""
+    for bias in _bias_names(name):
+        if (found := place + bias) in known and found != path:
+            if name.lower() in _KERNELS or _may_be_bias(known[found], use):
+                return found
+    return None
+
+
+def _bias_names(name: str) -> list[str]:
+    """Of the bias beside a weight, in Flax's modules or in one without modules."""
+    if name.lower() in _KERNELS:
+        return ["bias", "b"]
+    out = [f"{name}_bias", f"{name}_b"]
+    if stem := re.fullmatch(r"(.+)_(kernel|weight|weights|w)", name, re.I):
+        out += [f"{stem[1]}_bias", f"{stem[1]}_b"]
+    if name[0] in "wW":  # w1, wq, w_up
+        out.append("b" + name[1:])
+    return out
+
+
+def _may_be_bias(bias: LeafUse, use: LeafUse) -> bool:
+    """By its size: a bias has the last axis of its weight, or the first of one that is
+    stored the other way round."""
+    if bias.kind not in (BIAS, OTHER) or not bias.shape:
+        return False
+    return bias.shape[-1] in (use.shape[-1], use.shape[0])

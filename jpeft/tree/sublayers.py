@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jpeft.tree.layout import LINEAR, MATRIX, LeafUse, layouts
+from jpeft.tree.layout import LINEAR, MATRIX, UNUSED, LeafUse, layouts
 from jpeft.tree.paths import Slots, suggest
 from jpeft.tree.where import Where, in_attention, in_mlp
 
@@ -205,7 +205,17 @@ _CROSS = re.compile(
     r"cross|encoder_?attn|enc_?dec|encoder_?decoder_?att|src_?attn|multihead_attn", re.I
 )
 _STREAM = re.compile(r"(encoder|decoder)s?", re.I)
-_FORM = "'mlp: (.*)/inner/kernel -> \\1/outer/kernel'"
+_FORMS = {
+    MLP: "'mlp: (.*)/inner/kernel -> \\1/outer/kernel'",
+    ATTENTION: "'attention: (.*)/query/kernel \\1/key/kernel \\1/value/kernel -> "
+    "\\1/out/kernel'",
+}
+
+
+def _form(kind: str, needs: Sequence[str]) -> str:
+    """How the weights of such a sub-layer, as a method needs it, are named in full."""
+    attends = kind in (ATTENTION, CROSS) or {"query", "key", "value"} & {*needs}
+    return _FORMS[ATTENTION if attends else MLP]
 
 
 def sublayers(flat: Slots, uses: Mapping[str, LeafUse] | None = None) -> list[SubLayer]:
@@ -217,9 +227,19 @@ def sublayers(flat: Slots, uses: Mapping[str, LeafUse] | None = None) -> list[Su
     return _Finder(flat, uses).all()
 
 
+def weights_of_parts(flat: Slots, uses: Mapping[str, LeafUse] | None) -> dict[str, str]:
+    """Path of a weight -> the kind of sub-layer that it is in, "attention" or "mlp",
+    where the weights beside it say so."""
+    return {
+        path: MLP if s.kind == MLP else ATTENTION
+        for s in sublayers(flat, uses)
+        if not s.doubt
+        for path in s.weights
+    }
+
+
 class _Finder:
     def __init__(self, flat: Slots, uses: Mapping[str, LeafUse] | None):
-        self.paths = set(flat.paths)
         self.by_use = uses is not None
         known = layouts(flat, uses)
         self.known = {p: u for p, u in known.items() if u.kind in (LINEAR, MATRIX)}
@@ -231,10 +251,14 @@ class _Finder:
             if segments[-1] in _ARRAYS and len(segments) > 1:
                 segments = segments[:-1]
             for k in range(len(segments)):
-                root, name = "/".join(segments[:k]), "/".join(segments[k:])
+                # Haiku's `mlp/~/linear_0` is made when the module is, no layer more.
+                below = [s for s in segments[k:] if s != "~"]
+                root, name = "/".join(segments[:k]), "/".join(below)
                 self.below.setdefault(root, {})[name] = path
         self.claimed: set[str] = set()
         self.found: list[SubLayer] = []
+        # Of weights whose names fit a convention and whose sizes do not: what is wrong.
+        self.misfits: dict[str, str] = {}
 
     def all(self) -> list[SubLayer]:
         # From the inside out, so that `attention/{query, key, value, dense}` is not
@@ -266,7 +290,10 @@ class _Finder:
         # A fused kernel makes keys and values beside as many queries as `last` takes.
         fits = operator.gt if row.fused.endswith("qkv") else operator.eq
         width = self.width(q, last, fits) if complete else 0
+        if width is None and not row.fused:  # values may be of another width than keys
+            width = self.width(v, last, lambda n, w: w % n == 0)
         if width is None:
+            self.misfit(root, v, last)
             return
         cross = bool(_CROSS.search(root.rsplit("/", 1)[-1]))
         self.add(
@@ -291,9 +318,13 @@ class _Finder:
         # Gate and value may be one weight of twice the width.
         most = 2 if len(first) == 1 else 1
         if firsts and lasts:
-            width = self.width(firsts, lasts[0], lambda n, w: n in (w, most * w))
+            stack = self.stack(lasts[0])  # experts, which are outputs of what reads x
+            fits = lambda n, w: n in {w * k * m for k in (1, most) for m in (1, stack)}
+            width = self.width(firsts, lasts[0], fits)
             if width is not None:
                 self.add_mlp(root, firsts, lasts[0], width)
+            else:
+                self.misfit(root, firsts, lasts[0])
 
     def add_mlp(
         self, root: str, first: Sequence[str], last: str, width: int = 0
@@ -330,7 +361,8 @@ class _Finder:
                 kind,
                 root,
                 first=paths,
-                doubt=self.without_values(root)
+                doubt=self.misfits.get(root)
+                or self.without_values(root)
                 or f"the names of its weights {list(paths[:4])} do not say which "
                 "read its input and which makes its output",
             )
@@ -353,6 +385,14 @@ class _Finder:
                 f"makes keys and values, write where='{named}'"
             )
         return ""
+
+    def misfit(self, root: str, firsts: Sequence[str], last: str) -> None:
+        of = lambda p, c: math.prod(self.known[p].sizes(c))
+        self.misfits.setdefault(
+            root,
+            f"{firsts[0]} puts out {of(firsts[0], 'o')} features and {last} takes in "
+            f"{of(last, 'i')}, so it is not sure which of them make the output",
+        )
 
     # -- what is there ----------------------------------------------------------------
 
@@ -381,9 +421,20 @@ class _Finder:
                 math.prod(u.sizes(c))
                 for u, c in zip(uses, out * len(firsts) + into, strict=True)
             )
+            # Read the other way round, the first must take what the last one gives.
+            reads, gives = (
+                math.prod(uses[0].sizes(into)),
+                math.prod(uses[-1].sizes(out)),
+            )
+            if out == "i" and reads != gives:
+                continue
             if all(fits(n, width) for n in outs):
                 return width
         return None
+
+    def stack(self, path: str) -> int:
+        use = self.known[path]
+        return 1 if use.axes is None else math.prod(use.sizes("s"))
 
     def name(self, root: str, kind: str) -> str:
         """The module's path; the layer's and the kind if the layer holds the weights
@@ -398,7 +449,7 @@ class _Finder:
         path, k = found.path, 2
         while path in taken:
             path, k = f"{found.path}_{k}", k + 1
-        bias = _bias_of(found.last, self.paths)
+        bias = self.known[found.last].bias if found.last else None
         self.found.append(dataclasses.replace(found, path=path, last_bias=bias))
 
     def with_streams(self) -> list[SubLayer]:
@@ -406,14 +457,6 @@ class _Finder:
         if len(set(streams.values()) - {""}) < 2:
             return self.found
         return [dataclasses.replace(s, stream=streams[s.path]) for s in self.found]
-
-
-def _bias_of(weight: str, paths: set[str]) -> str | None:
-    module, _, array = weight.rpartition("/")
-    if array not in _ARRAYS:
-        return None
-    beside = lambda name: f"{module}/{name}" if module else name
-    return next((beside(n) for n in ("bias", "b") if beside(n) in paths), None)
 
 
 def _stream(path: str) -> str:
@@ -447,17 +490,28 @@ def parts_of(
     Raises ValueError on an item that matches nothing and on a sub-layer in doubt.
     """
     found = sublayers(flat, uses)
+    idle = _idle(flat, uses)
     chosen: dict[str, SubLayer] = {}
     for item in _items(where):
         if isinstance(item, str) and "->" in item:
-            hits = _explicit(flat, uses, item, method, found)
+            hits = _explicit(flat, uses, item, method, found, needs)
         else:
             hits = [s for s in found if _matches(item, s)]
+            out = lambda s: any(_matches(e, s) or _holds(e, s) for e in _items(exclude))
+            named = [s for s in idle if _matches(item, s) and not out(s)]
+            if named and item not in PRESETS:
+                raise ValueError(
+                    f"{method}: where={_shown(item)} names {named[0].path}, whose "
+                    f"weights {list(named[0].weights[:3])} the call that "
+                    "jpeft.find_uses traced does not use; trace a call that does, "
+                    "jpeft.find_uses(fn, params, *args), or "
+                    + (f"exclude={_of(named)!r}" if hits else "take it out of where=")
+                )
         if not hits:
-            raise ValueError(_nothing(item, found, flat, method))
+            raise ValueError(_nothing(item, found, flat, method, needs))
         chosen.update((s.path, s) for s in hits)
     for item in _items(exclude):
-        every = {s.path: s for s in (*found, *chosen.values())}.values()
+        every = {s.path: s for s in (*idle, *found, *chosen.values())}.values()
         gone = [s.path for s in every if _matches(item, s) or _holds(item, s)]
         if not gone and isinstance(item, str) and item not in PRESETS:
             raise ValueError(
@@ -467,11 +521,34 @@ def parts_of(
         for path in gone:
             chosen.pop(path, None)
     if not chosen:
-        raise ValueError(f"{method}: exclude={exclude!r} leaves nothing of {where!r}")
+        raise ValueError(
+            f"{method}: exclude={exclude!r} leaves nothing of where={where!r}; "
+            f"sub-layers found: {suggest([s.path for s in found], str(where))}"
+        )
     order = {p: k for k, p in enumerate(flat.paths)}
     out = sorted(chosen.values(), key=lambda s: min(order[p] for p in s.weights))
     _check(out, method, needs)
     return out
+
+
+def _idle(flat: Slots, uses: Mapping[str, LeafUse] | None) -> list[SubLayer]:
+    """What the names show and the traced call does not use."""
+    if uses is None:
+        return []
+    known = layouts(flat, uses)
+    unused = {p for p, u in known.items() if u.kind == UNUSED}
+    if not unused:
+        return []
+    return [s for s in sublayers(flat) if unused & {*s.weights}]
+
+
+def _of(parts: Sequence[SubLayer]) -> Any:
+    paths = [s.path for s in parts]
+    return paths[0] if len(paths) == 1 else paths
+
+
+def _shown(item: Any) -> str:
+    return getattr(item, "__qualname__", repr(item))
 
 
 def _check(chosen: Sequence[SubLayer], method: str, needs: Sequence[str]) -> None:
@@ -481,13 +558,15 @@ def _check(chosen: Sequence[SubLayer], method: str, needs: Sequence[str]) -> Non
             raise ValueError(
                 f"{s.path}: {method} cannot act on this sub-layer: {s.doubt}. "
                 f"exclude={s.path!r}, or name its weights in full, in the form "
-                f"where={_FORM}"
+                f"where={_form(s.kind, needs)}"
             )
         missing = [n for n in needs if not getattr(s, n)]
         if missing:
             raise ValueError(
                 f"{s.path}: {method} needs {' and '.join(missing)}, which a sub-layer "
-                f"of kind {s.kind!r} does not have; exclude={s.path!r}"
+                f"of kind {s.kind!r} does not have; exclude={s.path!r}, or name the "
+                "weights of another one in full, in the form "
+                f"where={_form(s.kind, needs)}"
             )
         for path in s.weights:
             if owner.setdefault(path, s.path) != s.path:
@@ -510,25 +589,38 @@ def _matches(item: Any, s: SubLayer) -> bool:
         return s.kind in (ATTENTION, CROSS)
     if item == MLP:
         return s.kind == MLP
-    return re.fullmatch(item, s.path) is not None
+    return item == s.path or re.fullmatch(item, s.path) is not None
 
 
 def _holds(item: Any, s: SubLayer) -> bool:
     """Messages about a weight say how to leave it out: with its sub-layer."""
     paths = (*s.weights, s.last_bias or "")
-    return isinstance(item, str) and any(re.fullmatch(item, p) for p in paths)
+    return isinstance(item, str) and any(
+        p == item or re.fullmatch(item, p) for p in paths
+    )
 
 
-def _nothing(item: Any, found: Sequence[SubLayer], flat: Slots, method: str) -> str:
-    shown = getattr(item, "__qualname__", repr(item))
-    start = f"{method}: where={shown} matches no sub-layer. "
+def _nothing(
+    item: Any,
+    found: Sequence[SubLayer],
+    flat: Slots,
+    method: str,
+    needs: Sequence[str],
+) -> str:
+    start = f"{method}: where={_shown(item)} matches no sub-layer. "
+    form = _form(str(item), needs)
     if isinstance(item, str) and "->" in item:
         return start + f"Paths look like {suggest(flat.paths, item.split()[0])}"
     paths = [s.path for s in found]
     if not paths:
         return start + (
             "The names in this tree show none; name the weights in full, in the form "
-            f"where={_FORM}. Its weights look like {list(flat.paths[:3])}"
+            f"where={form}. Its weights look like {list(flat.paths[:3])}"
+        )
+    if item in (ATTENTION, MLP):
+        return start + (
+            f"The names in this tree show {suggest(paths, item)} alone; name the "
+            f"weights in full, in the form where={form}"
         )
     if isinstance(item, str):
         part = [p for p in paths if item not in PRESETS and re.search(item, p)]
@@ -559,11 +651,14 @@ def _explicit(
     item: str,
     method: str,
     others: Sequence[SubLayer],
+    needs: Sequence[str],
 ) -> list[SubLayer]:
+    # As it is shown, but typed without r before it: '\1' is one character then.
+    item = re.sub(r"[\x01-\x09]", lambda c: f"\\{ord(c[0])}", item)
     form = _EXPLICIT.fullmatch(item)
     if form is None:
         raise ValueError(
-            f"{method}: where={item!r}: expected the form {_FORM}, with "
+            f"{method}: where={item!r}: expected the form {_form('', needs)}, with "
             "'attention:' or 'cross_attention:' before query, key and value"
         )
     kind, fused, firsts, last = form[1] or MLP, form[2] or "", form[3].split(), form[4]
@@ -583,9 +678,16 @@ def _explicit(
         weights = [path, *(match.expand(f) for f in (*firsts[1:], last))]
         for p in weights:
             if p not in finder.known:
+                idle = p in flat.paths and layouts(flat, uses)[p].kind == UNUSED
                 raise ValueError(
-                    f"{method}: where={item!r}: {p!r} is no linear weight of this "
-                    f"tree; nearest: {suggest(list(finder.known), p)}"
+                    f"{method}: where={item!r}: {p!r} is "
+                    + (
+                        "not used by the call that jpeft.find_uses traced; trace a "
+                        "call that does, jpeft.find_uses(fn, params, *args)"
+                        if idle
+                        else "no linear weight of this tree; nearest: "
+                        f"{suggest(list(finder.known), p)}"
+                    )
                 )
         *first, end = weights
         # With a fused kernel `first` is shorter: the last of them makes the rest.

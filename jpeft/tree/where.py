@@ -1,24 +1,27 @@
 """`where` and `exclude`: presets, regular expressions, callables, lists of these.
 
 A preset or a pattern selects among the weights a method can act on.  What matches
-nothing is an error; so is a selected weight whose axes are in doubt.
+nothing is an error; so is a selected weight whose axes are in doubt, and one that a
+pattern names and the model, as it was traced, does not use.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 from jpeft.checks import check_regex, refusal, shown
 from jpeft.tree.layout import (
     BIAS,
+    CONV,
     EMBEDDING,
     LINEAR,
     MATRIX,
     NORM,
+    UNUSED,
     LeafUse,
-    in_norm,
+    traced,
 )
 from jpeft.tree.paths import suggest
 
@@ -36,8 +39,8 @@ _ATTENTION = re.compile(
 )
 _MLP = re.compile(
     r"mlp|ffn|ffw|feed_?forward|densereludense|intermediate|expert|moe|gating_einsum"
-    r"|^(fc|fc_?\d|c_fc|wi|wi_\d|wo|w[123]|up|down|gate|up_proj|down_proj|gate_proj"
-    r"|gate_up_proj|output|lin[12]|linear[12]?)$",
+    r"|^(fc|fc_?\d|c_fc|wi|wi_\d|w[123]|up|down|gate|up_proj|down_proj|gate_proj"
+    r"|gate_up_proj|lin[12]|linear[12]?)$",
     re.I,
 )
 
@@ -50,11 +53,13 @@ def in_mlp(path: str) -> bool:
     return not in_attention(path) and any(_MLP.search(s) for s in path.split("/"))
 
 
-def _preset(name: str, use: LeafUse) -> bool:
-    if name == "attention":
-        return use.kind in (LINEAR, MATRIX) and in_attention(use.path)
-    if name == "mlp":
-        return use.kind in (LINEAR, MATRIX) and in_mlp(use.path)
+def _preset(name: str, use: LeafUse, part: str | None) -> bool:
+    """part: the sub-layer that the weight is in, "attention" or "mlp", if one is known
+    by the weights beside it; else its own path must say so."""
+    if name in ("attention", "mlp"):
+        by_path = in_attention if name == "attention" else in_mlp
+        within = part == name if part is not None else by_path(use.path)
+        return use.kind in (LINEAR, MATRIX) and within
     # An unknown matrix may be linear: it is selected so that it is refused by name
     # rather than passed over in silence.
     if name == "linear":
@@ -64,8 +69,8 @@ def _preset(name: str, use: LeafUse) -> bool:
     if name == "bias":
         return use.kind == BIAS
     if name == "norm":
-        return use.kind == NORM or (use.kind == BIAS and in_norm(use.path))
-    return True
+        return use.kind == NORM or use.of_norm
+    return not use.state
 
 
 def check_where(method: str, name: str, where: Any) -> One | tuple[One, ...]:
@@ -113,25 +118,39 @@ def select(
     exclude: Where,
     *,
     method: str,
-    others: Sequence[str] = (),
+    others: Mapping[str, LeafUse] | None = None,
+    otherwise: str = "",
+    unused: Collection[str] = (),
+    parts: Mapping[str, str] | None = None,
 ) -> dict[str, bool]:
     """The paths selected, in tree order, each with whether it was named explicitly
     (by a pattern or a callable, not by a preset alone).
 
-    candidates: the weights the method can act on; others: all further paths, for the
-    messages.  Each item of `where` must match something.
+    candidates: the weights the method can act on; others: all further ones, for the
+    messages.  otherwise: what to type where there is nothing to act on.  unused: paths
+    that the model, as it was traced, does not use.  parts: path -> "attention" or
+    "mlp", see `_preset`.  Each item of `where` must match something.
     """
     chosen: set[str] = set()
     named: set[str] = set()
+    parts, others = parts or {}, others or {}
+    matches = lambda item, p: _matches(item, candidates[p], slots[p], parts.get(p))
     for item in _items(where):
-        hits = {p for p, use in candidates.items() if _matches(item, use, slots[p])}
+        hits = {p for p in candidates if matches(item, p)}
+        idle = [p for p in unused if _names(item, p, slots[p])]
+        idle = [
+            p for p in idle if not any(_names(e, p, slots[p]) for e in _items(exclude))
+        ]
+        if idle:
+            used = [p for p in slots if p not in unused]
+            raise ValueError(_not_used(item, idle, used, bool(hits), method))
         if not hits:
-            raise ValueError(_nothing(item, candidates, others, method))
+            raise ValueError(_nothing(item, candidates, others, method, otherwise))
         chosen |= hits
         if item not in PRESETS:
             named |= hits
     for item in _items(exclude):
-        hits = {p for p, use in candidates.items() if _matches(item, use, slots[p])}
+        hits = {p for p in candidates if matches(item, p)}
         if isinstance(item, str) and item not in PRESETS and not hits:
             if not any(_full(item, p) for p in others):
                 raise ValueError(
@@ -146,6 +165,15 @@ def select(
     return {p: p in named for p in candidates if p in chosen}
 
 
+def asks_parts(*selections: Where) -> bool:
+    """Whether a preset asks which sub-layer a weight is in."""
+    return any(
+        isinstance(item, str) and item in ("attention", "mlp")
+        for where in selections
+        for item in _items(where)
+    )
+
+
 def _items(where: Where) -> tuple[One, ...]:
     if isinstance(where, str) or callable(where):
         return (where,)
@@ -153,17 +181,59 @@ def _items(where: Where) -> tuple[One, ...]:
 
 
 def _full(pattern: str, path: str) -> bool:
-    return re.fullmatch(pattern, path) is not None
+    return pattern == path or re.fullmatch(pattern, path) is not None
 
 
-def _matches(item: One, use: LeafUse, slot: Any) -> bool:
+def _matches(item: One, use: LeafUse, slot: Any, part: str | None) -> bool:
+    if isinstance(item, str) and item in PRESETS:
+        return _preset(item, use, part)
+    return _names(item, use.path, slot)
+
+
+def _names(item: One, path: str, slot: Any) -> bool:
+    """Whether a pattern or a callable, not a preset, selects the weight."""
     if not isinstance(item, str):
-        return bool(item(use.path, slot))
-    return _preset(item, use) if item in PRESETS else _full(item, use.path)
+        return bool(item(path, slot))
+    return item not in PRESETS and _full(item, path)
+
+
+def _not_used(
+    item: One, idle: list[str], used: Sequence[str], more: bool, method: str
+) -> str:
+    """more: whether the item selects something else too."""
+    shown = repr(item) if isinstance(item, str) else getattr(item, "__qualname__", item)
+    names = [*idle[:3], "..."] if len(idle) > 3 else idle
+    patterns = all_of(idle, used)
+    out = patterns[0] if len(patterns) == 1 else patterns
+    leave = f"exclude={out!r}" if more else "take it out of where="
+    return (
+        f"{method}: where={shown} names {', '.join(names)}, which the call that "
+        "jpeft.find_uses traced does not use; trace a call that does, "
+        f"jpeft.find_uses(fn, params, *args), or {leave}"
+    )
+
+
+def all_of(paths: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Patterns for these paths and none of the others, as few as modules allow."""
+    out = []
+    for path in paths:
+        segments = path.split("/")
+        for k in range(1, len(segments)):
+            module = "/".join(segments[:k]) + "/"
+            if not any(p.startswith(module) for p in others):
+                out.append(re.escape(module) + ".*")
+                break
+        else:
+            out.append(path)
+    return list(dict.fromkeys(out))
 
 
 def _nothing(
-    item: One, candidates: dict[str, LeafUse], others: Sequence[str], method: str
+    item: One,
+    candidates: Mapping[str, LeafUse],
+    others: Mapping[str, LeafUse],
+    method: str,
+    otherwise: str,
 ) -> str:
     if not isinstance(item, str):
         item_name = getattr(item, "__qualname__", repr(item))
@@ -174,8 +244,10 @@ def _nothing(
     start = f"{method}: where={item!r} matches nothing. "
     if item in PRESETS:
         if not candidates:
-            return start + (
-                f"{method} can act on no array of this tree; it has {[*others][:5]}"
+            return (
+                start
+                + f"{method} can act on no array of this tree; it has {[*others][:5]}"
+                + _instead(list(others), others, method, otherwise)
             )
         if any(use.uses for use in candidates.values()):
             return start + (
@@ -189,14 +261,9 @@ def _nothing(
         )
     unfit = [p for p in others if _full(item, p)]
     if unfit:
-        need = (
-            " (a weight with an input and an output axis is needed)"
-            if method not in ("full", "bitfit", "norm_tuning")
-            else ""
-        )
         return (
             f"{method}: where={item!r} matches only {unfit[:3]}, which {method} cannot "
-            f"act on{need}"
+            f"act on{_instead(unfit, others, method, otherwise)}"
         )
     part = [p for p in candidates if re.search(item, p)]
     if part:
@@ -205,3 +272,36 @@ def _nothing(
             f"{part[:3]}"
         )
     return start + f"Nearest paths: {suggest([*candidates, *others], item)}"
+
+
+# What acts on a weight of a kind that not every method can act on.
+_ACTING = {
+    CONV: ("a convolution", "jpeft.lora, jpeft.dora and jpeft.loha act on those"),
+    EMBEDDING: ("looked up by row", "jpeft.lora and jpeft.dora act on such tables"),
+    LINEAR: ("a matrix", "jpeft.lora and its kin act on those"),
+    BIAS: ("a bias", "jpeft.bitfit trains those"),
+    NORM: ("a scale", "jpeft.norm_tuning trains those"),
+}
+
+
+def _instead(
+    paths: Sequence[str], known: Mapping[str, LeafUse], method: str, otherwise: str
+) -> str:
+    """Why a method cannot act on such weights, and what can."""
+    asks = "" if traced(known) else ASK
+    if otherwise:
+        return f"; {otherwise}{asks}"
+    kinds = {known[p].kind: p for p in reversed(paths)}
+    kind = next((k for k in _ACTING if k in kinds), None)
+    if kind is not None:
+        what, acts = _ACTING[kind]
+        return f" ({kinds[kind]} is {what}); {acts}"
+    if not paths:
+        return ""
+    if known[paths[0]].kind == UNUSED:
+        return "; the call that jpeft.find_uses traced uses none of them"
+    by = "name" if asks else "use"
+    return f" ({paths[0]} is none by its {by}); jpeft.full trains any array{asks}"
+
+
+ASK = ", or pass uses=jpeft.find_uses(fn, params, *args), which looks at the use"

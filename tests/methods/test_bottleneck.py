@@ -612,3 +612,146 @@ def test_no_more_flops_or_temporaries_than_by_hand(case):
     hand = cost(by_twin)
     assert 0 < ours[0] <= 1.02 * hand[0]
     assert 0 < ours[1] <= 1.02 * hand[1]
+
+
+# --- where the output is -------------------------------------------------------------
+
+
+def product(p, x):
+    return jax.nn.gelu(x @ p["mlp"]["fc1"]) @ p["mlp"]["fc2"]
+
+
+BIAS = lambda p: p["mlp"]["fc2_bias"][None, None]
+LATE_BIASES = {
+    "x + h w + b": lambda p, x: x + product(p, x) + BIAS(p),
+    "b + (h w + x)": lambda p, x: BIAS(p) + (product(p, x) + x),
+    "an einsum": lambda p, x: (
+        x
+        + jnp.einsum("btf,fd->btd", jax.nn.gelu(x @ p["mlp"]["fc1"]), p["mlp"]["fc2"])
+        + BIAS(p)
+    ),
+    "in a loop": lambda p, x: jax.lax.scan(
+        lambda c, _: (c + product(p, c) + BIAS(p), None), x, None, length=1
+    )[0],
+    "a stream that is a product": lambda p, x: (lambda y: y + product(p, y) + BIAS(p))(
+        x @ jnp.eye(D)
+    ),
+}
+
+
+def flat_mlp():
+    rng = np.random.default_rng(5)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape) * 0.4, jnp.float32)
+    return {"mlp": {"fc1": draw(D, F), "fc2": draw(F, D), "fc2_bias": draw(D)}}
+
+
+def with_values(fn, params, *args, uses=True):
+    """The tree with an adapter that does something, and its leaf."""
+    known = jpeft.find_uses(fn, params, *args) if uses else None
+    tree = jpeft.adapter(R, where="mlp")(KEY, params, uses=known)
+    t, f = jpeft.partition(tree)
+    tree = jpeft.combine(noisy(t), f)
+    (leaf,) = [x for x in jax.tree.leaves(tree, is_leaf=is_leaf) if is_leaf(x)]
+    return tree, leaf
+
+
+def added(leaf, y):
+    names = ("down", "down_bias", "up", "up_bias")
+    return by_hand({n: getattr(leaf, n) for n in names}, y, jax.nn.gelu)
+
+
+@pytest.mark.parametrize("how", LATE_BIASES)
+@pytest.mark.parametrize("uses", [True, False])
+def test_a_bias_after_the_residual_is_part_of_the_output_that_is_read(how, uses):
+    fn, params = LATE_BIASES[how], flat_mlp()
+    tree, leaf = with_values(fn, params, X, uses=uses)
+    y = fn(params, X) - X
+    got = jax.jit(jpeft.adapt(fn))(tree, X)
+    np.testing.assert_allclose(got, X + y + added(leaf, y), rtol=1e-5, atol=1e-5)
+
+
+def test_an_output_that_is_no_summand_of_its_own_is_refused():
+    fn = lambda p, x: jax.jit(jnp.add)(x, product(p, x)) + BIAS(p)
+    params = flat_mlp()
+    tree, _ = with_values(fn, params, X)
+    with pytest.raises(ValueError, match=r"mlp/fc2_bias: .* x \+ \(h @ w \+ b\)"):
+        jpeft.adapt(fn)(tree, X)
+    first = lambda p, x: x + (product(p, x) + BIAS(p))  # as it says
+    assert jpeft.adapt(first)(with_values(first, params, X)[0], X).shape == X.shape
+
+
+PADS = {
+    "product": lambda y, m: y * m[..., None].astype(y.dtype),
+    "where": lambda y, m: jnp.where(m[..., None], y, 0.0),
+    "select": lambda y, m: jax.lax.select(
+        jnp.broadcast_to(m[..., None], y.shape), y, jnp.zeros_like(y)
+    ),
+    "in a jit": lambda y, m: jax.jit(lambda y, m: y * m[..., None].astype(y.dtype))(
+        y, m
+    ),
+    "after dropout": lambda y, m: (
+        jnp.where(jax.random.bernoulli(KEY, KEEP, y.shape), y / KEEP, 0.0)
+        * m[..., None].astype(y.dtype)
+    ),
+    "beside dropout": lambda y, m: (
+        y * (m[..., None] & bernoulli(KEY, y.shape)).astype(y.dtype)
+    ),
+    "a constant": lambda y, m: y * jnp.asarray(MASK)[..., None].astype(y.dtype),
+}
+MASK = np.arange(5)[None] < np.array([[3], [5]])
+
+
+@pytest.mark.parametrize("how", PADS)
+def test_padded_positions_stay_zero(how):
+    def fn(p, x, mask):
+        return x + PADS[how](product(p, x) + BIAS(p), mask)
+
+    mask = jnp.asarray(MASK)
+    tree, _ = with_values(fn, flat_mlp(), X, mask)
+    change = jpeft.adapt(fn)(tree, X, mask) - X
+    assert not jnp.any(change[0, 3:]) and jnp.all(jnp.any(change[1] != 0, -1))
+
+
+DROPS = {
+    "where": lambda y, k: jnp.where(bernoulli(k, y.shape), y / KEEP, 0.0),
+    "select": lambda y, k: jax.lax.select(
+        bernoulli(k, y.shape), y / KEEP, jnp.zeros_like(y)
+    ),
+    "a whole branch": lambda y, k: y * bernoulli(k, (2, 1, 1)).astype(y.dtype) / KEEP,
+    "uniform": lambda y, k: y * (jax.random.uniform(k, y.shape) < KEEP).astype(y.dtype),
+    "an old key": lambda y, k: (
+        y * bernoulli(jax.random.PRNGKey(1), y.shape).astype(y.dtype)
+    ),
+}
+
+
+def bernoulli(key, shape):
+    return jax.random.bernoulli(key, KEEP, shape)
+
+
+@pytest.mark.parametrize("how", DROPS)
+def test_a_mask_that_is_drawn_is_waited_for(how):
+    fn = lambda p, x, k: x + DROPS[how](product(p, x) + BIAS(p), k)
+    params, key = flat_mlp(), jax.random.key(8)
+    tree, leaf = with_values(fn, params, X, key)
+    y = fn(params, X, key) - X
+    got = jpeft.adapt(fn)(tree, X, key)
+    np.testing.assert_allclose(got, X + y + added(leaf, y), rtol=1e-5, atol=1e-5)
+
+
+def test_what_has_no_merged_value_is_offered_none():
+    def fn(p, x):
+        groups = jnp.array([2, 2, 1])
+        h = jax.lax.ragged_dot(x, p["experts"]["up_proj"], groups)
+        return jax.lax.ragged_dot(jax.nn.relu(h), p["experts"]["down_proj"], groups)
+
+    params = {"experts": {"up_proj": jnp.ones((3, D, F))}}
+    params["experts"]["down_proj"] = jnp.ones((3, F, D))
+    uses = jpeft.find_uses(fn, params, X[0])
+    tree = jpeft.adapter(R, where="mlp")(KEY, params, uses=uses)
+    for materialize in ("refuse", "allow"):
+        with pytest.raises(
+            jpeft.DensifyError, match="exclude='experts/down_proj'"
+        ) as e:
+            jpeft.adapt(fn, materialize=materialize)(tree, X[0])
+        assert "materialize" not in str(e.value)

@@ -160,3 +160,21 @@ def test_it_is_refused_over_what_trains_and_with_other_first_values():
         jpeft.dora(2, init="pissa")
     with pytest.raises(ValueError, match="dora: rank=0: expected an integer"):
         jpeft.dora(0)
+
+
+def test_a_refusal_of_stacked_weights_names_all_of_them():
+    def fn(p, x):
+        stack = lambda name: jnp.stack([p[name][k]["kernel"] for k in "012"])
+        h = jax.nn.relu(jnp.einsum("tef,edf->ted", x, stack("up")))
+        return jnp.einsum("ted,edf->tf", h, stack("down"))
+
+    experts = lambda i, o: {k: {"kernel": n(i, o, k=int(k))} for k in "012"}
+    params = {"up": experts(5, 7), "down": experts(5, 4)}
+    x = n(3, 3, 7)
+    uses = jpeft.find_uses(fn, params, x)
+    with pytest.raises(jpeft.DensifyError, match="down/0/kernel.*down/2/kernel") as e:
+        jpeft.adapt(fn)(jpeft.dora(2)(KEY, params, uses=uses), x)
+    typed = str(e.value).split("exclude='")[1].split("'")[0]
+    rest = jpeft.dora(2, exclude=typed)(KEY, params, uses=uses)
+    assert not any(map(is_leaf, (rest["down"][k]["kernel"] for k in "012")))
+    assert jpeft.adapt(fn)(rest, x).shape == (3, 4)

@@ -188,3 +188,37 @@ def test_norm_tuning_takes_the_norms_alone():
         lambda: jpeft.norm_tuning()(KEY, {"attn": dense(6, 6, 0)}),
         "where='norm' matches nothing",
     )
+
+
+def test_a_bias_by_another_name_is_rescaled_too():
+    """Trees without modules: wk, bk beside each other."""
+    params = {"attn": {k + c: n(6, 6, k=ord(c)) for c in "qkvo" for k in "w"}}
+    params["attn"] |= {"b" + c: n(6, k=ord(c) + 50) for c in "qkv"}
+
+    def model(p, x, by=(1.0, 1.0)):
+        a = p["attn"]
+        q, k, v = (x @ a["w" + c] + a["b" + c][None, None] for c in "qkv")
+        s = jax.nn.softmax(q @ jnp.swapaxes(k * by[0], 1, 2))
+        return x + s @ (v * by[1]) @ a["wo"]
+
+    x = n(2, 3, 6, k=5)
+    known = jpeft.find_uses(model, params, x)
+    for uses in (None, known):
+        tree = moved(jpeft.ia3(feedforward=())(KEY, params, uses=uses))
+        by = [tree["attn"]["w" + c].scale[None, None] for c in "kv"]
+        want = model(params, x, by)
+        got = jpeft.adapt(model)(tree, x)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        assert isinstance(jpeft.merge(tree)["attn"]["bk"], jax.Array)
+    bare = jpeft.bitfit(where=None, add="linear")(KEY, params, uses=known)["attn"]
+    assert [k for k, x in bare.items() if is_leaf(x)] == ["wo"]
+
+
+def test_a_refusal_names_weights_of_this_tree():
+    params = {"a": {"kernel": n(6, 6)}, "b": {"kernel": n(6, 6)}}
+    with pytest.raises(ValueError, match=r"where='[ab]/kernel', feedforward=\(\)$"):
+        jpeft.ia3()(KEY, params)  # one sentence for both
+    with pytest.raises(ValueError, match=r"where='([^']*)', or .* where=\(\)") as e:
+        jpeft.ia3(feedforward=())(KEY, params)
+    typed = str(e.value).split("where='")[1].split("'")[0]
+    assert is_leaf(jpeft.ia3(where=typed, feedforward=())(KEY, params)["a"]["kernel"])

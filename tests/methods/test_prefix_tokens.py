@@ -352,3 +352,33 @@ def test_without_ids_the_message_says_mode_kv():
 def test_a_network_for_the_prefix_belongs_to_mode_kv():
     with pytest.raises(ValueError, match="exclude each other"):
         jpeft.prefix(2, mode="tokens", reparametrization="mlp")
+
+
+def test_one_text_looked_up_in_two_tables_is_one_text():
+    def fn(p, ids):
+        h, e, a = (
+            p["embed"]["embedding"][ids],
+            p["embed_2"]["embedding"][ids],
+            p["attn"],
+        )
+        q, k, v = (h @ a[n]["kernel"] for n in ("query", "key", "value"))
+        o = jax.nn.softmax(q @ jnp.swapaxes(k, 1, 2)) @ v
+        return (h + o @ a["out"]["kernel"]) * e
+
+    names = ("query", "key", "value", "out")
+    params = {"attn": {n: {"kernel": jnp.ones((8, 8))} for n in names}}
+    params |= {n: {"embedding": jnp.ones((11, 8))} for n in ("embed", "embed_2")}
+    ids = jnp.array([[3, 1, 4, 1, 5]])
+    text = jpeft.prepend_virtual_tokens(ids, 2, vocab_size=11).ids
+    prefix = jpeft.prefix(2, mode="tokens")
+    uses = jpeft.find_uses(fn, params, ids)
+    got = jpeft.adapt(fn)(prefix(KEY, params, uses=uses), text)
+    assert got.shape == (1, 7, 8) and bool(jnp.isfinite(got).all())
+    with pytest.raises(jpeft.PromiseError, match=r"pass uses=jpeft.find_uses"):
+        jpeft.adapt(fn)(prefix(KEY, params), text)
+    other = {**params, "scale_of": {"table": params["embed_2"]["embedding"]}}
+    fn_ = lambda p, ids: fn(
+        {**p, "embed_2": {"embedding": p["scale_of"]["table"]}}, ids
+    )
+    with pytest.raises(ValueError, match=r"scale_of/table.* pass uses=jpeft.find_uses"):
+        jpeft.adapt(fn_)(prefix(KEY, other), text)

@@ -12,6 +12,7 @@ from speed import slow_but
 from text_forms import IDS, LENGTH, TEXT_FORMS, VOCAB, WIDTH, Lm, N, linen_text
 
 import jpeft
+from jpeft.tree.paths import slots
 
 KEY = jax.random.key(3)
 E = normal(0, VOCAB, WIDTH)
@@ -438,3 +439,64 @@ def test_a_transform_says_how_many_virtual_tokens_texts_need():
     assert jpeft.p_tuning(4).virtual_tokens() == 4
     assert jpeft.prefix(5, mode="tokens").virtual_tokens() == 5
     assert jpeft.chain(jpeft.prefix(5), full).virtual_tokens() == 0
+
+
+# --- a second table of the same ids --------------------------------------------------
+
+
+def two_tables(look):
+    def fn(p, ids):
+        h = look(p["embed_tokens"]["embedding"], ids)
+        e = look(p["embed_tokens_per_layer"]["embedding"], ids)
+        return h + (jnp.tanh(h @ p["gate"]) * e) @ p["gate"].T
+
+    table = lambda k, f: {"embedding": jax.random.normal(jax.random.key(k), (VOCAB, f))}
+    params = {"embed_tokens": table(1, WIDTH), "embed_tokens_per_layer": table(2, 4)}
+    return fn, {**params, "gate": jnp.ones((WIDTH, 4))}
+
+
+@pytest.mark.parametrize("how", ["index", "take_fill"])
+@pytest.mark.parametrize("method", [jpeft.prompt, jpeft.p_tuning])
+def test_tables_of_the_same_ids_get_rows_together(how, method):
+    """One of them alone would read a real token's row of the other, or NaN."""
+    fn, params = two_tables(LOOKUPS[how])
+    uses = jpeft.find_uses(fn, params, IDS)
+    both = ["embed_tokens/embedding", "embed_tokens_per_layer/embedding"]
+    for where in (None, both[0], both[1]):
+        with pytest.raises(ValueError, match="by the same ids") as e:
+            method(N, where=where)(KEY, params, uses=uses)
+        assert f"where={both!r}" in str(e.value)
+    tree = method(N, where=both)(KEY, params, uses=uses)
+    if method is jpeft.prompt:
+        rows = [tree[p.split("/")[0]]["embedding"].prompt for p in both]
+        got = jpeft.adapt(fn)(tree, VIRTUAL)[:, :N]
+        want = (
+            rows[0] + (jnp.tanh(rows[0] @ params["gate"]) * rows[1]) @ params["gate"].T
+        )
+        np.testing.assert_allclose(
+            got, np.stack([want] * len(IDS)), rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("how", ["index", "take_fill", "jit"])
+def test_without_uses_the_call_refuses_a_second_table(how):
+    fn, params = two_tables(LOOKUPS[how])
+    tree = jpeft.prompt(N, where="embed_tokens/embedding")(KEY, params)
+    with pytest.raises(ValueError, match="by the same ids") as e:
+        jpeft.adapt(fn)(tree, VIRTUAL)
+    typed = eval(str(e.value).split("where=")[1])
+    tree = jpeft.prompt(N, where=typed)(KEY, params)
+    assert bool(jnp.isfinite(jpeft.adapt(fn)(tree, VIRTUAL)).all())
+
+
+def test_tables_of_other_ids_are_no_concern():
+    def fn(p, ids, kinds):
+        at = jnp.arange(ids.shape[1])
+        return p["wte"][ids] + p["types"][kinds] + p["wpe"][at][None]
+
+    params = {n: jnp.ones((VOCAB, WIDTH)) for n in ("wte", "types", "wpe")}
+    uses = jpeft.find_uses(fn, params, IDS, jnp.zeros_like(IDS))
+    assert list(jpeft.prompt(N).targets(slots(params), uses)) == ["wte"]
+    tree = jpeft.prompt(N)(KEY, params, uses=uses)
+    kinds = jnp.zeros_like(VIRTUAL)
+    assert jpeft.adapt(fn)(tree, VIRTUAL, kinds).shape == (*VIRTUAL.shape, WIDTH)

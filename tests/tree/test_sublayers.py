@@ -463,3 +463,74 @@ def test_an_attention_without_a_known_output_serves_who_needs_none():
         choose("attention", shapes=shapes)
     with pytest.raises(ValueError, match="needs key, which a sub-layer of kind 'mlp'"):
         choose("mlp", needs=("key",))
+
+
+# --- sizes, names, and what a refusal shows ------------------------------------------
+
+
+def test_values_may_be_of_another_width_than_keys():
+    names = [f"attn/{n}_proj" for n in ("q", "k", "v", "o")]
+    (got,) = found(kernels(names, [(D, 12), (D, 12), (D, 6), (6, D)])).values()
+    assert got.width == 6 and not got.doubt and got.last.endswith("o_proj/kernel")
+    # Shared by groups of queries.
+    (got,) = found(kernels(names, [(D, 12), (D, 4), (D, 4), (12, D)])).values()
+    assert got.width == 12
+
+
+def test_sizes_that_do_not_fit_are_named():
+    names = [f"attn/{n}_proj" for n in ("q", "k", "v", "o")]
+    shapes = kernels(names, [(D, 12), (D, 12), (D, 5), (6, D)])
+    with pytest.raises(ValueError, match="v_proj/kernel puts out 5 features and .* 6"):
+        choose("attention", shapes=shapes)
+
+
+def test_haiku_makes_a_feed_forward_in_a_module_called_tilde():
+    shapes = {"mlp/~/linear_0/w": (D, F), "mlp/~/linear_0/b": (F,)}
+    shapes |= {"mlp/~/linear_1/w": (F, D), "mlp/~/linear_1/b": (D,)}
+    (got,) = found(shapes, "net/").values()
+    assert (got.kind, got.path) == ("mlp", "net/mlp")
+    assert (got.last, got.last_bias) == (
+        "net/mlp/~/linear_1/w",
+        "net/mlp/~/linear_1/b",
+    )
+
+
+def test_experts_mapped_over_are_a_feed_forward():
+    def fn(p, x):
+        one = lambda e: (x @ e["up_proj"]) @ e["down_proj"]
+        return jax.vmap(one)(p["experts"])
+
+    params = {
+        "experts": {"up_proj": jnp.ones((3, D, F)), "down_proj": jnp.ones((3, F, D))}
+    }
+    uses = jpeft.find_uses(fn, params, jnp.ones((2, D)))
+    (got,) = sublayers(slots(params), uses)
+    assert got.kind == "mlp" and got.last == "experts/down_proj" and not got.doubt
+
+
+SHOWN = {
+    "names that say nothing": ("attention", {k: ODD[k] for k in list(ODD)[:4]}),
+    "no sub-layer": ("all", {"a/kernel": (D, D), "b/kernel": (D, D)}),
+    "the other kind": ("mlp", kernels(["up", "down"], [(D, F), (F, D)])),
+    "the other kind alone": ("attention", kernels(["up", "down"], [(D, F), (F, D)])),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_refusal_shows_a_form_that_the_method_accepts(name):
+    where, shapes = SHOWN[name]
+    for needs, roles in (
+        (("key", "value"), ("query", "key", "value", "out")),
+        (("last",), ("inner", "outer")),
+    ):
+        if needs == ("last",) and "other kind" in name:
+            continue
+        with pytest.raises(ValueError, match="in the form where=") as e:
+            choose(where, shapes=shapes, needs=needs)
+        form = str(e.value).split("where='")[-1].split("'")[0]
+        if needs == ("last",) and where == "attention":
+            roles = ("query", "key", "value", "out")
+        own = kernels(roles, [(D, D)] * len(roles))
+        # Typed as it is shown, with an r before it or without.
+        for typed in (form, eval(f"'{form}'")):
+            assert len(choose(typed, shapes=own, needs=needs)) == 1

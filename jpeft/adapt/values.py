@@ -1,0 +1,300 @@
+"""What an activation is, as far as the vectors that meet it need to know.
+
+A vector that a model multiplies is a norm's scale if the other factor was divided by
+the root of a statistic; one that it adds is a bias if the other summand is the product
+of a weight, or such a norm.  So each value of a program is followed from there:
+
+    statistic     a sum or maximum over some axes, and what is made of such alone
+    root          of a statistic, or of a weight by itself (a running variance)
+    normalised    times or divided by a root; `scaled`: and times a vector since
+    product       of one weight or several, where nothing else was added yet
+    joined        a product and something else, such as the residual stream
+    weighted      a product or sum of these times a vector;  biased: plus a vector
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from jpeft import compat
+from jpeft.adapt.labels import axis_groups
+from jpeft.tree.layout import (
+    BIAS,
+    LATE_BIAS,
+    LAYER_SCALE,
+    MAYBE_BIAS,
+    MAYBE_SCALE,
+    NEUTRAL,
+    NORM_BIAS,
+    NORM_SCALE,
+)
+
+STATISTIC, ROOT, SCALED_ROOT = "statistic", "root", "scaled root"
+NORMALISED, SCALED = "normalised", "scaled"
+PRODUCT, JOINED, WEIGHTED, BIASED = "product", "joined", "weighted", "biased"
+_OF_WEIGHTS = frozenset({PRODUCT, JOINED, WEIGHTED, BIASED})
+_OF_DATA_ALONE = frozenset({STATISTIC, ROOT})
+
+Axes = tuple[frozenset[int], ...]
+_NOTHING: frozenset[int] = frozenset()
+_OWN = frozenset({0})
+
+SAME_SHAPE = frozenset(
+    "convert_element_type copy copy_p stop_gradient reduce_precision neg "
+    "sharding_constraint layout_constraint name mesh_cast reshard pvary pcast rev "
+    "optimization_barrier".split()
+)
+_SUMS = frozenset({"psum", "psum2", "psum_invariant", "pmean"})
+_REDUCTIONS = frozenset(
+    "reduce_sum reduce_max reduce_min reduce_window_sum reduce_window_max".split()
+)
+_ADDS = frozenset({"add", "add_any"})
+# Of a statistic alone these make a statistic.
+_OF_ONE = frozenset("abs square integer_pow log exp sign log1p is_finite".split())
+_OF_TWO = frozenset("add add_any sub mul div max min pow select_n clamp".split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """kind: see above, or "".
+
+    of: of products, the weights' numbers; of what is scaled, that of its scale.
+    out: for each axis, empty unless it is an axis of those weights.
+    shared: of products, whether they have another reader.
+    """
+
+    kind: str = ""
+    of: frozenset[int] = _NOTHING
+    out: Axes = ()
+    shared: bool = False
+
+    def now(self, kind: str) -> Value:
+        return dataclasses.replace(self, kind=kind)
+
+
+UNKNOWN = Value()
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """One operand of an equation.
+
+    weight: it is made of weights alone, or a row of one.  vector: and has one axis.
+    number: it is the same everywhere.  leaves: the weights' numbers.
+    """
+
+    value: Value
+    weight: bool
+    vector: bool
+    number: bool
+    leaves: frozenset[int] = _NOTHING
+
+
+def moved_axes(eqn: Any, axes: Axes) -> list[Axes] | None:
+    """Where the axes of the first operand are in each output of an equation that only
+    moves it about; None if it does more."""
+    name, p = eqn.primitive.name, eqn.params
+    src = eqn.invars[0].aval.shape
+    dst = eqn.outvars[0].aval.shape
+    at = lambda k, kept: axes[kept.index(k)] if k in kept else _NOTHING
+    if name in SAME_SHAPE or name in ("slice", "dynamic_slice", "split"):
+        return [axes] * len(eqn.outvars)
+    if name == "tile" and len(p["reps"]) == len(src):
+        return [axes]
+    if name == "all_gather" and p["tiled"]:
+        return [axes]
+    if name == "transpose":
+        return [tuple(axes[k] for k in p["permutation"])]
+    if name == "broadcast_in_dim":
+        return [tuple(at(k, p["broadcast_dimensions"]) for k in range(len(dst)))]
+    if name == "expand_dims":
+        kept = [k for k in range(len(dst)) if k not in p["dimensions"]]
+        return [tuple(at(k, kept) for k in range(len(dst)))]
+    if name == "squeeze":
+        return [tuple(x for k, x in enumerate(axes) if k not in p["dimensions"])]
+    if name == "reshape":
+        turn = p.get("dimensions") or range(len(src))
+        source = {
+            k: [turn[q] for q in s]
+            for s, d in axis_groups([src[q] for q in turn], dst)
+            for k in d
+        }
+        held = lambda k: _NOTHING.union(*(axes[s] for s in source.get(k, ())))
+        return [tuple(held(k) for k in range(len(dst)))]
+    return None
+
+
+class Values:
+    """The values of the programs entered so far."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Value] = {}
+
+    def __getitem__(self, var: Any) -> Value:
+        if isinstance(var, compat.Literal):
+            return UNKNOWN
+        return self._known.get(var, UNKNOWN)
+
+    def enter(self, inner: Sequence[Any], given: Sequence[Any]) -> None:
+        """The variables `inner` are what `given` are: of a program called with them,
+        of an equation that gives its program's outputs."""
+        found = [self[v] for v in given]
+        for v, x in zip(inner, found, strict=True):
+            self._known[v] = x
+
+    def forget(self, variables: Sequence[Any]) -> None:
+        for v in variables:
+            self._known.pop(v, None)
+
+    def share(self, variables: Iterable[Any]) -> None:
+        """These have more than one reader."""
+        for v in variables:
+            if v in self._known:
+                self._known[v] = dataclasses.replace(self._known[v], shared=True)
+
+    def product(self, eqn: Any, of: frozenset[int], out: Axes) -> None:
+        """The equation's output is a product of weights, with these axes of theirs."""
+        self._known[eqn.outvars[0]] = Value(PRODUCT, of, out)
+
+    def add(self, eqn: Any, ins: Sequence[Operand]) -> None:
+        """What an equation makes of its operands."""
+        for v, x in zip(eqn.outvars, self._made(eqn, ins), strict=True):
+            self._known[v] = x
+
+    def _made(self, eqn: Any, ins: Sequence[Operand]) -> list[Value]:
+        name, none = eqn.primitive.name, [UNKNOWN] * len(eqn.outvars)
+        if not ins:
+            return none
+        first = ins[0].value
+        if name in _REDUCTIONS or (name == "dot_general" and _sums_all(eqn)):
+            return [Value(STATISTIC)]
+        if name in _SUMS:
+            return [x.value for x in ins] if len(ins) == len(none) else none
+        if name in ("sqrt", "rsqrt") or (name == "pow" and _is_half(eqn.invars[1])):
+            of_weight = ins[0].weight and first.kind != ROOT
+            return [Value(ROOT)] if first.kind == STATISTIC or of_weight else none
+        if name in ("concatenate", "stack"):
+            same = {x.value.kind for x in ins} == {PRODUCT} and name == "concatenate"
+            return [_together([x.value for x in ins])] if same else none
+        if name in _OF_TWO:
+            return [_of_two(name, ins, len(eqn.outvars[0].aval.shape))]
+        if name in _OF_ONE:
+            return [first if first.kind in _OF_DATA_ALONE else UNKNOWN]
+        if first.out:
+            axes = moved_axes(eqn, first.out)
+            if axes is None:
+                return none
+            return [dataclasses.replace(first, out=a) for a in axes]
+        moves = first.kind and moved_axes(
+            eqn, (_NOTHING,) * len(eqn.invars[0].aval.shape)
+        )
+        return [first] * len(none) if moves else none
+
+
+def _of_two(name: str, ins: Sequence[Operand], ndim: int) -> Value:
+    kinds = {x.value.kind for x in ins if not x.number}
+    if kinds and kinds <= _OF_DATA_ALONE:
+        return Value(ROOT if ROOT in kinds else STATISTIC)
+    if name in ("select_n", "clamp"):
+        kinds = {x.value.kind for x in ins[1:] if not x.number}
+        return Value(kinds.pop()) if kinds in ({STATISTIC}, {ROOT}) else UNKNOWN
+    a, b = ins
+    if name in ("mul", "div"):
+        if b.number:
+            return a.value
+        if a.number and name == "mul":
+            return b.value
+        return _scaled(name, a, b)
+    if name == "sub" and b.value.kind == STATISTIC:
+        return Value(out=a.value.out)
+    if name in _ADDS:
+        return _added(a, b)
+    return UNKNOWN
+
+
+def _scaled(name: str, a: Operand, b: Operand) -> Value:
+    for x, y in ((a, b), (b, a)) if name == "mul" else ((a, b),):
+        if y.value.kind in (ROOT, SCALED_ROOT) and x.value.kind not in _OF_DATA_ALONE:
+            if x.vector and not x.value.kind:
+                once = y.value.kind == ROOT
+                return Value(SCALED_ROOT, x.leaves) if once else UNKNOWN
+            whole = NORMALISED if y.value.kind == ROOT else SCALED
+            return Value(whole, y.value.of, x.value.out)
+        if y.weight and not y.value.kind and x.value.kind == NORMALISED:
+            return Value(SCALED, y.leaves, x.value.out)
+        if y.weight and x.value.kind in _OF_WEIGHTS:
+            return x.value.now(WEIGHTED)
+    return UNKNOWN
+
+
+def _added(a: Operand, b: Operand) -> Value:
+    for x, y in ((a, b), (b, a)):
+        if y.weight and y.value.kind != PRODUCT:
+            known = x.value.kind in (PRODUCT, JOINED, WEIGHTED)
+            return x.value.now(BIASED) if known else UNKNOWN
+    products = [x.value for x in (a, b) if x.value.kind == PRODUCT]
+    if len(products) == 2:
+        return _together(products)
+    return products[0].now(JOINED) if products else UNKNOWN
+
+
+def _together(values: Sequence[Value]) -> Value:
+    of = _NOTHING.union(*(x.of for x in values))
+    each = zip(*(x.out for x in values), strict=True)
+    out = tuple(_OWN if all(axis) else _NOTHING for axis in each)
+    return Value(PRODUCT, of, out, any(x.shared for x in values))
+
+
+def _sums_all(eqn: Any) -> bool:
+    """A sum over all that one factor has: the mean of squares as a product."""
+    contracting, batch = eqn.params["dimension_numbers"]
+    return any(
+        contracting[k] and len(contracting[k]) + len(batch[k]) == len(v.aval.shape)
+        for k, v in enumerate(eqn.invars)
+    )
+
+
+def _is_half(var: Any) -> bool:
+    return isinstance(var, compat.Literal) and abs(float(var.val)) == 0.5
+
+
+# --- the part of a weight ------------------------------------------------------------
+
+
+def part_of(
+    eqn: Any, ins: Sequence[Operand], k: int, wide: Sequence[bool]
+) -> tuple[str, frozenset[int]]:
+    """What operand k, made of a weight, does to the other one, and whose product, or
+    scaled by what, that is.
+
+    wide: along which axes the operand has the weight's own values.
+    """
+    name = eqn.primitive.name
+    if len(ins) != 2 or name not in (*_ADDS, "mul", "div"):
+        return "", _NOTHING
+    other = ins[1 - k]
+    value = other.value
+    if name in _ADDS:
+        if other.number:
+            return NEUTRAL, _NOTHING
+        if value.kind in (NORMALISED, SCALED):
+            return NORM_BIAS, value.of
+        own = all(out for out, w in zip(value.out, wide, strict=False) if w)
+        if value.kind in (PRODUCT, JOINED, WEIGHTED, BIASED):
+            if not own:
+                return "", _NOTHING
+            if value.shared or value.kind in (WEIGHTED, BIASED):
+                return MAYBE_BIAS, value.of
+            return (BIAS if value.kind == PRODUCT else LATE_BIAS), value.of
+        return ("" if value.kind or other.weight else MAYBE_BIAS), _NOTHING
+    if value.kind == ROOT or (value.kind == NORMALISED and name == "mul"):
+        return NORM_SCALE, _NOTHING
+    if name == "div":
+        return (NEUTRAL if k == 0 and other.number else ""), _NOTHING
+    if other.number:
+        return NEUTRAL, _NOTHING
+    if value.kind in (*_OF_WEIGHTS, SCALED):
+        return LAYER_SCALE, value.of
+    return ("" if value.kind or other.weight else MAYBE_SCALE), _NOTHING
