@@ -296,15 +296,20 @@ def prepare(args: argparse.Namespace, peft: jpeft.Transform | None = None) -> Ru
 
 
 def restore(run: Run, base: Any) -> None:
-    """Puts the run where its latest checkpoint was."""
-    if (step := run.manager.latest_step()) is None:
-        raise _runs.nothing_to_resume(run.out)
-    ends = itertools.accumulate(stage.steps for stage in run.stages)
-    stage = next(x for x, end in zip(run.stages, ends, strict=True) if step <= end)
-    run.params, run.opt_state, metadata = run.manager.restore(
-        base, partial(initial_state, stage), step=step
-    )
-    run.step, run.history = step, metadata["history"]
+    """Puts the run where its latest checkpoint was, the latest that can be read."""
+    for step in reversed(run.manager.steps()):
+        ends = itertools.accumulate(stage.steps for stage in run.stages)
+        stage = next(x for x, end in zip(run.stages, ends, strict=True) if step <= end)
+        try:
+            run.params, run.opt_state, metadata = run.manager.restore(
+                base, partial(initial_state, stage), step=step
+            )
+        except jpeft.DamagedError as error:
+            print(f"step {step} is left out: {error}", file=sys.stderr)
+            continue
+        run.step, run.history = step, metadata["history"]
+        return
+    raise _runs.nothing_to_resume(run.out)
 
 
 def initial_state(stage: _stages.Stage, params: Any) -> Any:

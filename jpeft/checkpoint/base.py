@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jpeft import compat
 from jpeft.boxes import unbox
 from jpeft.checkpoint.digest import digests
+from jpeft.checkpoint.folder import Folder
 from jpeft.checkpoint.names import Names, told_by
 from jpeft.leaf import KINDS, array_fields, innermost, is_leaf, layers
 from jpeft.methods.quantize import ACTIVATION, Quantize
@@ -99,7 +99,7 @@ class Saved:
     lost: of the statistics those that have no place here.
     """
 
-    folder: Path
+    folder: Folder
     version: int
     leaves: dict[str, Described]
     base: Fingerprint
@@ -126,7 +126,7 @@ class Saved:
 
 
 def seen_from(
-    folder: Path, manifest: Mapping[str, Any], flat: Slots, names: Names = None
+    folder: Folder, manifest: Mapping[str, Any], flat: Slots, names: Names = None
 ) -> Saved:
     """The description for the tree of `flat`, whose paths `names` translates."""
     parts = {n: dict(manifest.get(n, {})) for n in ("leaves", "base", "statistics")}
