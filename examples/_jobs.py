@@ -282,9 +282,10 @@ def _stamp(path: Path | None) -> list[Any] | None:
 
 
 def exit_code(work: Callable[[], int], out: Path) -> int:
-    """What ``work`` gives; 2 for input that cannot be used, 130 after Ctrl-C."""
+    """What ``work`` gives; 2 for input that cannot be used, 130 after Ctrl-C or SIGTERM."""
     try:
-        return work()
+        with _runs.sigterm_as_ctrl_c():
+            return work()
     except REFUSED as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
