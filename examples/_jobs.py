@@ -282,7 +282,7 @@ def _stamp(path: Path | None) -> list[Any] | None:
 
 
 def exit_code(work: Callable[[], int], out: Path) -> int:
-    """What ``work`` gives; 2 for input that cannot be used, 130 after Ctrl-C or SIGTERM."""
+    """What ``work`` gives; 2 for input that cannot be used, 130 if interrupted."""
     try:
         with _runs.sigterm_as_ctrl_c():
             return work()

@@ -92,7 +92,7 @@ def nothing_to_resume(out: Path) -> FileNotFoundError:
 
 
 def how_to_resume(script: str, argv: Sequence[str], step: int | None) -> str:
-    """What to tell after Ctrl-C or SIGTERM; ``step`` is the latest one with a checkpoint."""
+    """What to tell after Ctrl-C; ``step`` is the latest one with a checkpoint."""
     if step is None:
         return "interrupted before a step was saved; the same command starts again"
     options = [x for x in argv if x not in ("--resume", "--overwrite")]

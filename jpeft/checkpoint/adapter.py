@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -202,8 +202,12 @@ def describe(
     transform: Transform,
     fingerprint: Fingerprint | None = None,
     statistics: bool = True,
+    also: Collection[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(manifest, {name: array}) of an adapted tree."""
+    """(manifest, {name: array}) of an adapted tree.
+
+    also: paths without an adapter that are saved as statistics are.
+    """
     flat = slots(params)
     adapted = {p: x for p, x in flat.items() if is_leaf(x)}
     for path, x in adapted.items():
@@ -236,8 +240,9 @@ def describe(
     at, kinds = dict(flat.items()), states(flat)
     moved = {
         p: unbox(at[p])
-        for p, kind in kinds.items()
-        if statistics and kind == STATISTIC and unbox(at[p]).size
+        for p in at
+        if p in also or (statistics and kinds.get(p) == STATISTIC)
+        if unbox(at[p]).size
     }
     arrays |= {array_name(p, *_OF_STATISTIC): x for p, x in moved.items()}
     found = digests(arrays)

@@ -25,7 +25,7 @@ import numpy as np
 from jpeft import compat
 from jpeft.checkpoint import _orbax
 from jpeft.checkpoint.adapter import describe, filled, load
-from jpeft.checkpoint.base import Fingerprint, base_fingerprint
+from jpeft.checkpoint.base import Watch, base_weights
 from jpeft.checkpoint.digest import digests
 from jpeft.checkpoint.folder import (
     Fill,
@@ -42,8 +42,10 @@ from jpeft.checkpoint.folder import (
 from jpeft.checkpoint.manifest import MANIFEST, read_manifest
 from jpeft.checkpoint.processes import Crew, is_first
 from jpeft.checkpoint.sealed import DIGEST, metadata_of, seal, unseal
+from jpeft.leaf import is_leaf
 from jpeft.methods.quantize import Quantize
 from jpeft.transform import Transform
+from jpeft.tree.paths import slots
 from jpeft.types import CheckpointError, CheckpointWarning, DamagedError, PyTree
 
 ADAPTER, STATE, ABOUT = "adapter", "state", "state.json"
@@ -82,8 +84,9 @@ class CheckpointManager:
     transform: what adapted the parameters.
     max_to_keep: so many steps stay, those that were saved last; None keeps all.
 
-    The base is fingerprinted at the first save: it must not change during the run.
-    What a run that was cut short left in the directory is deleted.
+    The base is fingerprinted at the first save.  What of it moves during the run,
+    statistics that nothing marks as such, is saved with the adapter; a weight under an
+    adapter must not.  What a run that was cut short left in the directory is deleted.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class CheckpointManager:
         self.directory = location(directory)
         self.transform = transform
         self.max_to_keep = max_to_keep
-        self._fingerprint: Fingerprint | None = None
+        self._base = Watch()
         self._sweep()
 
     def steps(self) -> list[int]:
@@ -217,10 +220,19 @@ class CheckpointManager:
         statistics: bool,
     ) -> tuple[Fill, str]:
         """What fills the folder of a step, and the text of its last file."""
-        if self._fingerprint is None:
-            self._fingerprint = base_fingerprint(params)
+        moved = self._base.moved(params)
+        at = dict(slots(params).items())
+        if under := sorted(p for p in moved if is_leaf(at[p])):
+            raise CheckpointError(
+                f"{self._folder(step)}: the weight under the adapter of {under[0]} is "
+                "not as it was at the run's first save, and only adapters are saved; "
+                "leave the base as it is, as jpeft.partition does, or begin another "
+                "run, after a merge, with a manager and a directory of its own"
+            )
         adapter, text = filled(
-            *describe(params, self.transform, self._fingerprint, statistics),
+            *describe(
+                params, self.transform, self._base.fingerprint, statistics, moved
+            ),
             step=step,
             metadata=None,
         )
@@ -359,6 +371,12 @@ class CheckpointManager:
         if callable(like):
             like = like(params)
         state, fresh = _state(folder, about, like, restore_state)
+        if manifest["version"] > 1 and not how:
+            self._base = Watch(manifest["base"])
+            own = manifest.get("statistics", {})
+            self._base.remember(
+                {p: x for p, x in base_weights(params).items() if p not in own}
+            )
         restored = Restored(params, state, about["metadata"])
         restored.step, restored.fresh = step, fresh
         return restored

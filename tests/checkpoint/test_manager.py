@@ -252,6 +252,7 @@ def test_another_optimiser_gets_what_it_has_in_common(tmp_path):
         state = jax.tree.map(lambda x: x + 1, optax.adam(1e-3).init(trainable))
         other = optax.adam(optax.constant_schedule(1e-3)).init(trainable)
     manager.save(1, PARAMS, state={"opt": state, "key": jax.random.key(3)})
+    manager.save(2, PARAMS, state={"opt": state, "key": jax.random.key(3), "m": 1})
     like = {"opt": other, "key": jax.random.key(0), "n": jnp.zeros(2)}
     restored = manager.restore(BASE, like, restore_state="matching")
     assert restored.fresh == ("['n']", "['opt'][1].count")
@@ -471,7 +472,7 @@ def test_shapes_are_compared_before_memory_is_asked_for(run, monkeypatch):
         arrays["a"]["shape"], arrays["b"]["shape"] = [5, 2**31], [2**31, 3]
 
     resealed(file, large)
-    monkeypatch.setattr(_orbax, "_checkpointer", lambda: pytest.fail("was asked for"))
+    monkeypatch.setattr(_orbax, "_checkpointer", lambda _: pytest.fail("was asked for"))
     refused(
         ["dense/kernel/a", "does not fit a weight"],
         lambda: jpeft.load(file.parent, BASE),
@@ -493,3 +494,58 @@ def test_an_array_stored_larger_than_it_is_said_to_be_is_refused(field, run):
     about[field] = [2**31, 4]
     store.write(name, json.dumps(about).encode()).result()
     refused(["dense/kernel/a"], lambda: jpeft.load(arrays.parent, BASE))
+
+
+# --- a base that moves ---------------------------------------------------------------
+
+
+def test_what_moves_beside_the_adapters_is_saved_and_comes_back(tmp_path):
+    """Statistics that no name and no type tells of; again after a restart."""
+    base = BASE | {"ema": {"of_inputs": jnp.zeros(3)}, "other": jnp.ones(2)}
+    params = PEFT(KEY, base)
+    manager = jpeft.CheckpointManager(tmp_path, PEFT)
+    manager.save(0, params)
+    for step in (1, 2):
+        # As a step of training under jit: every array is another one.
+        params = jax.tree.map(lambda x: x + 0, params)
+        params["ema"] = {"of_inputs": params["ema"]["of_inputs"] + 1}
+        manager.save(step, params)
+        file = tmp_path / f"{step:08d}" / "adapter" / "jpeft.json"
+        assert list(json.loads(file.read_text())["statistics"]) == ["ema/of_inputs"]
+        manager = jpeft.CheckpointManager(tmp_path, PEFT)
+        params, _, _ = manager.restore(base)
+        np.testing.assert_array_equal(params["ema"]["of_inputs"], np.full(3, step))
+        np.testing.assert_array_equal(params["other"], np.ones(2))
+
+
+def test_a_weight_that_moves_under_its_adapter_is_refused_by_name(tmp_path):
+    manager = jpeft.CheckpointManager(tmp_path, PEFT)
+    manager.save(0, PARAMS)
+    leaf = PARAMS["dense"]["kernel"]
+    moved = {"dense": {"kernel": leaf.replace(base=leaf.base * 2)}}
+    refused(
+        ["dense/kernel", "not as it was", "a directory of its own"],
+        lambda: manager.save(1, moved),
+    )
+    jpeft.CheckpointManager(tmp_path / "after", PEFT).save(1, moved)
+    assert manager.steps() == [0]
+
+
+@pytest.mark.parametrize(
+    "peft",
+    [
+        jpeft.chain(jpeft.quantize("nf4"), PEFT),
+        jpeft.loftq(rank=2),
+        jpeft.full("dense/kernel"),
+        jpeft.lora(rank=2, init="pissa"),
+    ],
+)
+def test_a_run_that_goes_on_after_a_restart_saves_its_base_as_it_was(peft, tmp_path):
+    base = {"dense": {"kernel": jax.random.normal(KEY, (64, 64))}}
+    manager = jpeft.CheckpointManager(tmp_path, peft)
+    manager.save(0, peft(KEY, base))
+    for step in (1, 2):
+        params, _, _ = manager.restore(base)
+        manager.save(step, jax.tree.map(lambda x: x * 1, params))
+        manager = jpeft.CheckpointManager(tmp_path, peft)
+    assert manager.restore(base).step == 2
