@@ -86,6 +86,5 @@ class Crew:
         low, high = number % 2**31, number // 2**31
         mine = np.array([failed, low, high], np.int32)
         told = np.asarray(multihost_utils.process_allgather(mine))
-        return [int(k) for k in np.flatnonzero(told[:, 0])], int(
-            told[0, 1] + int(told[0, 2]) * 2**31
-        )
+        of_first = int(told[0, 1]) + int(told[0, 2]) * 2**31
+        return [int(k) for k in np.flatnonzero(told[:, 0])], of_first
