@@ -296,7 +296,7 @@ class CheckpointManager:
         """Every step that has a folder with anything in it, finished or not."""
         names = [n for n in listed(self.directory) if n.isascii() and n.isdigit()]
         steps = [int(n) for n in names if n == f"{int(n):08d}"]
-        return sorted(n for n in steps if any(find_folder(self._folder(n)).iterdir()))
+        return sorted(n for n in steps if _is_filled(find_folder(self._folder(n))))
 
     def _is_finished(self, step: int) -> bool:
         return self._saved(step) is not None
@@ -592,6 +592,13 @@ def _differences(saved: Any, here: Any, at: str = "") -> list[str]:
         for k in keys
     ]
     return [x for found in lists for x in found]
+
+
+def _is_filled(folder: Folder) -> bool:
+    try:
+        return any(folder.iterdir())
+    except OSError:  # another process has just deleted it
+        return False
 
 
 def _bytes(file: Folder) -> bytes | None:

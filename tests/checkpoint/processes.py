@@ -52,21 +52,23 @@ def loop(directory, first):
         manager.save(step, params, state=state)
     like = {"opt": tx.init(trainable), "key": jax.random.key(0), "seen": np.int64(0)}
     restored = manager.restore(base, like)
-    here = lambda x: [np.asarray(s.data) for s in x.addressable_shards]
+    from jax.experimental import multihost_utils
+
+    def whole(x):
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        local = not isinstance(x, jax.Array) or x.is_fully_addressable
+        return x if local else multihost_utils.process_allgather(x, tiled=True)
+
     for a, b in zip(
         *map(jax.tree.leaves, ((params, state), restored[:2])), strict=True
     ):
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = map(jax.random.key_data, (a, b))
+        np.testing.assert_array_equal(whole(a), whole(b))
+    for a, b in zip(*map(jax.tree.leaves, (like, restored.state)), strict=True):
         if isinstance(a, jax.Array):
             assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
-            np.testing.assert_array_equal(here(a), here(b))
-        else:
-            assert a == b
     if first:  # damage is seen by one, and all fall back
         (Path(directory) / "00000003" / "state.json").write_text("")
-    from jax.experimental import multihost_utils
-
     multihost_utils.sync_global_devices("damaged")
     return {"steps": manager.steps(), "fallen": manager.restore(base, like).step}
 
