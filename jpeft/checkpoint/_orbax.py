@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,13 +41,16 @@ def write(folder: Any, arrays: Mapping[str, Any]) -> None:
     if not arrays:
         return
     try:
-        with _quiet(), _checkpointer(ocp.StandardCheckpointHandler) as writer:
+        with _quiet(), _checkpointer(ocp.StandardCheckpointHandler, folder) as writer:
             writer.save(_absolute(folder), args=ocp.args.StandardSave(arrays))
     except OSError:
         raise
     except Exception as error:  # tensorstore's own have no errno
         if (number := _errno(error)) is None:
-            raise
+            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"{folder}: Orbax cannot write the arrays: {text[:120]}"
+            ) from error
         raise OSError(number, os.strerror(number), os.fspath(folder)) from error
 
 
@@ -68,7 +72,7 @@ def read(
         return made
     _check_stored(folder, full, spelled)
     try:
-        with _quiet(), _checkpointer(ocp.PyTreeCheckpointHandler) as reader:
+        with _quiet(), _checkpointer(ocp.PyTreeCheckpointHandler, folder) as reader:
             found = reader.restore(_absolute(folder), args=_wanted(full))
     except Exception as error:  # Orbax raises many types, with pages of text
         what = _first_unreadable(folder, full, spelled)
@@ -159,9 +163,19 @@ def _zeros(like: jax.ShapeDtypeStruct) -> Any:
     return zeros if like.sharding is None else jax.device_put(zeros, like.sharding)
 
 
-def _checkpointer(handler: Any) -> Any:
-    # Only if the processes are named do Orbax' barriers end after a time.
-    how = ocp.options.MultiprocessingOptions(active_processes=_everyone())
+_times: Counter[str] = Counter()
+
+
+def _checkpointer(handler: Any, folder: Any) -> Any:
+    how = ocp.options.MultiprocessingOptions()
+    if (everyone := _everyone()) is not None:
+        # Only if the processes are named do Orbax' barriers end after a time (300 s);
+        # one at which they did not meet must not have the name of a later one.
+        _times[str(folder)] += 1
+        how = ocp.options.MultiprocessingOptions(
+            active_processes=everyone,
+            barrier_sync_key_prefix=f"{folder}-{_times[str(folder)]}",
+        )
     return ocp.Checkpointer(
         handler(multiprocessing_options=how), multiprocessing_options=how
     )
@@ -186,7 +200,12 @@ def _errno(error: BaseException) -> int | None:
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
         if os.strerror(number) in text:
             return number
-    return errno.ENOSPC if "RESOURCE_EXHAUSTED" in text else None
+    names = {
+        "RESOURCE_EXHAUSTED": errno.ENOSPC,
+        "PERMISSION_DENIED": errno.EACCES,
+        "UNAUTHENTICATED": errno.EACCES,
+    }
+    return next((number for name, number in names.items() if name in text), None)
 
 
 def _because(error: BaseException) -> str:

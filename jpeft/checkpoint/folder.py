@@ -402,10 +402,13 @@ def _told(target: Folder) -> Iterator[None]:
     """Errors of the disk become ours, with the folder's name."""
     try:
         yield
-    except CheckpointError:
+    except (ValueError, TypeError):  # ours, and what cannot be saved anywhere
         raise
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and not _is_remote(target):
+            raise
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()
         raise CheckpointError(
-            f"{target}: cannot be written: {error.strerror or error}; choose a folder "
-            "that can be written to, with space for it"
+            f"{target}: cannot be written: {(reason or [type(error).__name__])[0]:.150}"
+            "; choose a folder that can be written to, with space for it"
         ) from error

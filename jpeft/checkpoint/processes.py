@@ -17,7 +17,7 @@ from jpeft.checkpoint import _orbax
 from jpeft.types import CheckpointError
 
 T = TypeVar("T")
-TIMEOUT_S = 300
+TIMEOUT_S = 600  # longer than Orbax waits within a step
 _begun = itertools.count()
 
 

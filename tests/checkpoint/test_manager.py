@@ -472,7 +472,9 @@ def test_shapes_are_compared_before_memory_is_asked_for(run, monkeypatch):
         arrays["a"]["shape"], arrays["b"]["shape"] = [5, 2**31], [2**31, 3]
 
     resealed(file, large)
-    monkeypatch.setattr(_orbax, "_checkpointer", lambda _: pytest.fail("was asked for"))
+    monkeypatch.setattr(
+        _orbax, "_checkpointer", lambda *_: pytest.fail("was asked for")
+    )
     refused(
         ["dense/kernel/a", "does not fit a weight"],
         lambda: jpeft.load(file.parent, BASE),

@@ -31,7 +31,7 @@ def told(what, directory, count=2):
         for k in range(count)
     ]
     try:
-        found = [p.communicate(timeout=240) for p in run]
+        found = [p.communicate(timeout=900) for p in run]
     finally:
         for p in run:
             p.kill()
