@@ -267,7 +267,14 @@ class CheckpointManager:
         others = [n for n in self.steps() if n != written]
         others.sort(key=self._order, reverse=True)
         for step in others[self.max_to_keep - 1 :]:
-            remove_folder(self._folder(step), STEP)
+            try:
+                remove_folder(self._folder(step), STEP)
+            except OSError as error:  # the step that was written is there
+                warnings.warn(
+                    f"{self._folder(step)}: cannot be deleted: {error}",
+                    CheckpointWarning,
+                    stacklevel=3,
+                )
 
     def _sweep(self) -> None:
         sweep(self.directory)
@@ -371,7 +378,7 @@ class CheckpointManager:
         if callable(like):
             like = like(params)
         state, fresh = _state(folder, about, like, restore_state)
-        if manifest["version"] > 1 and not how:
+        if manifest["version"] > 1 and not how.keys() - {"shardings"}:
             self._base = Watch(manifest["base"])
             own = manifest.get("statistics", {})
             self._base.remember(

@@ -14,11 +14,12 @@ import jax
 import numpy as np
 
 from jpeft.checkpoint import _orbax
-from jpeft.types import CheckpointError
+from jpeft.types import CheckpointError, DamagedError
 
 T = TypeVar("T")
 TIMEOUT_S = 600  # longer than Orbax waits within a step
 _begun = itertools.count()
+_DONE, _DAMAGED, _FAILED = range(3)  # how a process did
 
 
 def is_first() -> bool:
@@ -50,28 +51,34 @@ class Crew:
     def _together(self, do: Callable[[], T]) -> tuple[T, int | None]:
         if jax.process_count() == 1:
             return do(), None
+        made, error = None, None
         try:
-            made, error = do(), None
+            made = do()
         except Exception as raised:
-            made, error = None, raised
+            error = raised
         number = made if isinstance(made, int) and is_first() else 0
         try:
-            failed, number = self._meet(error is not None, number)
+            told, number = self._meet(_code(error), number)
         except CheckpointError:
             if error is not None:
                 raise error from None
             raise
-        if error is not None:
+        failed = [k for k, code in enumerate(told) if code != _DONE]
+        if not failed:
+            return made, number  # type: ignore[return-value]
+        # Of one kind for all of them, so that all go on or none does.
+        damaged = _FAILED not in told
+        if error is not None and damaged == isinstance(error, DamagedError):
             raise error
-        if failed:
-            raise CheckpointError(
-                f"{self.purpose}: process {failed[0]} of {jax.process_count()} failed; "
-                "its own error says why"
-            )
-        return made, number  # type: ignore[return-value]
+        worst = failed[0] if damaged else told.index(_FAILED)
+        kind = DamagedError if damaged else CheckpointError
+        raise kind(
+            f"{self.purpose}: process {worst} of {jax.process_count()} failed; its own "
+            "error says why"
+        ) from error
 
-    def _meet(self, failed: bool, number: int) -> tuple[list[int], int]:
-        """(the processes that failed, the first one's number)."""
+    def _meet(self, code: int, number: int) -> tuple[list[int], int]:
+        """(the codes of all processes, the first one's number)."""
         # A collective alone would wait for a missing process without end.
         name = f"{self._meeting}-{next(self._steps)}"
         try:
@@ -83,8 +90,13 @@ class Crew:
             ) from error
         from jax.experimental import multihost_utils
 
-        low, high = number % 2**31, number // 2**31
-        mine = np.array([failed, low, high], np.int32)
+        mine = np.array([code, number % 2**31, number // 2**31], np.int32)
         told = np.asarray(multihost_utils.process_allgather(mine))
-        of_first = int(told[0, 1]) + int(told[0, 2]) * 2**31
-        return [int(k) for k in np.flatnonzero(told[:, 0])], of_first
+        codes, low, high = told.T.tolist()
+        return codes, low[0] + high[0] * 2**31
+
+
+def _code(error: Exception | None) -> int:
+    if error is None:
+        return _DONE
+    return _DAMAGED if isinstance(error, DamagedError) else _FAILED

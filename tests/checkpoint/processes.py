@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 import jpeft  # noqa: E402
 from jpeft.checkpoint import _orbax, folder  # noqa: E402
+from jpeft.checkpoint.processes import Crew  # noqa: E402
 
 PEFT = jpeft.lora(rank=2)
 FAILURES = {
@@ -67,7 +68,7 @@ def loop(directory, first):
     for a, b in zip(*map(jax.tree.leaves, (like, restored.state)), strict=True):
         if isinstance(a, jax.Array):
             assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
-    if first:  # damage is seen by one, and all fall back
+    if first:  # all fall back
         (Path(directory) / "00000003" / "state.json").write_text("")
     multihost_utils.sync_global_devices("damaged")
     return {"steps": manager.steps(), "fallen": manager.restore(base, like).step}
@@ -100,11 +101,23 @@ def fails(directory, first, where):
 def differs(directory, first):
     _, params = on_mesh()
     manager = jpeft.CheckpointManager(directory, PEFT)
+    found = {"error": "", "kinds": []}
     try:
         manager.save(1, params, state={"key": jax.random.key(int(first))})
     except ValueError as error:
-        return {"error": str(error)}
-    return {"error": ""}
+        found["error"] = str(error)
+
+    def bad(kinds):
+        if kinds[int(first)]:
+            raise kinds[int(first)]("bad")
+
+    damaged, other = jpeft.DamagedError, jpeft.CheckpointError
+    for kinds in ((damaged, None), (damaged, other), (None, ValueError), (None, None)):
+        try:
+            Crew("this").all(lambda kinds=kinds: bad(kinds))
+        except ValueError as error:
+            found["kinds"].append(type(error).__name__)
+    return found
 
 
 def main(port, count, index, directory, what):
