@@ -48,6 +48,8 @@ def write(folder: Any, arrays: Mapping[str, Any]) -> None:
     except Exception as error:  # tensorstore's own have no errno
         if (number := _errno(error)) is None:
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if "DEADLINE_EXCEEDED" in text:
+                text = "another process failed, or did not come, to write its part"
             raise CheckpointError(
                 f"{folder}: Orbax cannot write the arrays: {text[:120]}"
             ) from error
