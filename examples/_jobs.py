@@ -222,10 +222,8 @@ def _run(task: Task, folder: Path, scratch: str) -> Any:
     jax.clear_caches()  # the programs of a method are of no use to the next
     folder.mkdir(parents=True, exist_ok=True)
     path = _path(task, folder, settings)
-    partial_file = path.with_suffix(".partial")
     values = {"settings": settings, "found": dataclasses.asdict(found)}
-    _runs.write_json(partial_file, values)
-    os.replace(partial_file, path)  # a file that is there is whole
+    _runs.write_json(path, values)
     return found
 
 

@@ -101,5 +101,10 @@ def how_to_resume(script: str, argv: Sequence[str], step: int | None) -> str:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes plain data, indented."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    """Writes plain data, indented; a file that is there is whole."""
+    unfinished = path.with_name(path.name + ".partial")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(values, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # before it has its name
+    os.replace(unfinished, path)

@@ -215,11 +215,9 @@ def _because(error: BaseException) -> str:
     return "" if number is None else f" ({os.strerror(number)})"
 
 
-def _unreadable(folder: Path, what: str, error: Exception) -> CheckpointError:
-    text = str(error).strip() or type(error).__name__
+def _unreadable(folder: Path, what: str, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{folder}: {what} cannot be read; the folder is truncated or damaged "
-        f"({text.splitlines()[0][:200]})"
+        f"{folder}: {what} cannot be read; the folder is truncated or damaged{why}"
     )
 
 
@@ -257,7 +255,7 @@ class Leaves:
             with _quiet(), ocp.PyTreeCheckpointer() as reader:
                 found: Any = reader.metadata(self._folder)
         except Exception as error:
-            raise _unreadable(folder, "its description", error) from error
+            raise _unreadable(folder, "its description", _because(error)) from error
         # Orbax 0.11 and later wrap the tree once or twice, by who wrote it.
         for inside in ("item_metadata", "tree"):
             found = getattr(found, inside, found)
@@ -274,7 +272,7 @@ class Leaves:
             self._keys[name] = keys
             self.stored[name] = jax.ShapeDtypeStruct(tuple(x.shape), x.dtype)
         if not self.stored:  # what Orbax says when it cannot read them
-            raise _unreadable(folder, "the arrays", ValueError("none is described"))
+            raise _unreadable(folder, "the arrays", " (none is described)")
 
     def read(self, name: str) -> np.ndarray:
         """The whole array, in the memory of the host."""
@@ -290,7 +288,7 @@ class Leaves:
             with _quiet(), ocp.PyTreeCheckpointer() as reader:
                 found = reader.restore(self._folder, args=args)
         except Exception as error:
-            raise _unreadable(self._folder, repr(name), error) from error
+            raise _unreadable(self._folder, repr(name), _because(error)) from error
         for k in keys:
             found = found[k]
         return np.asarray(found)
