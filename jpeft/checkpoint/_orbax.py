@@ -31,6 +31,13 @@ def meet(name: str, timeout_s: int) -> None:
         ocp.multihost.sync_global_processes(name, timeout=timeout_s, processes=everyone)
 
 
+def is_local(x: Any) -> bool:
+    """Whether an array is one process's alone, of several: Optax' `count`, a key."""
+    if jax.process_count() == 1:
+        return False
+    return not isinstance(x, jax.Array) or x.is_fully_addressable
+
+
 def write(folder: Any, arrays: Mapping[str, Any]) -> None:
     """Writes a flat {name: array}; names hold no '.', with which Orbax joins keys.
 
@@ -38,6 +45,8 @@ def write(folder: Any, arrays: Mapping[str, Any]) -> None:
     """
     # Orbax writes no empty arrays, and no empty trees; `read` makes them again.
     arrays = {n: x for n, x in arrays.items() if x.size}
+    # What each process has to itself Orbax takes from the first one, as NumPy's.
+    arrays = {n: np.asarray(x) if is_local(x) else x for n, x in arrays.items()}
     if not arrays:
         return
     try:
@@ -76,6 +85,9 @@ def read(
     try:
         with _quiet(), _checkpointer(ocp.PyTreeCheckpointHandler, folder) as reader:
             found = reader.restore(_absolute(folder), args=_wanted(full))
+            for n, x in full.items():
+                if x.sharding is not None and not _is_shared(x.sharding):
+                    found[n] = jax.device_put(found[n], x.sharding)
     except Exception as error:  # Orbax raises many types, with pages of text
         what = _first_unreadable(folder, full, spelled)
         raise DamagedError(
@@ -89,7 +101,7 @@ def _wanted(like: Mapping[str, jax.ShapeDtypeStruct]) -> Any:
     """What tells Orbax to read these arrays and no others."""
     how = {
         n: ocp.RestoreArgs(restore_type=np.ndarray)
-        if x.sharding is None
+        if x.sharding is None or not _is_shared(x.sharding)
         else ocp.ArrayRestoreArgs(
             sharding=x.sharding, global_shape=x.shape, dtype=x.dtype
         )
@@ -158,6 +170,11 @@ def _first_unreadable(
                 return spelled(name)
             break
     return f"{spelled(next(iter(names)))}, or the index of all arrays, {INDEX},"
+
+
+def _is_shared(place: Any) -> bool:
+    """Whether Orbax reads onto it: with several processes, not onto one's alone."""
+    return jax.process_count() == 1 or not place.is_fully_addressable
 
 
 def _zeros(like: jax.ShapeDtypeStruct) -> Any:

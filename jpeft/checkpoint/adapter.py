@@ -12,7 +12,6 @@ refused.
 from __future__ import annotations
 
 import dataclasses
-import operator
 import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -44,9 +43,11 @@ from jpeft.checkpoint.manifest import (
     VERSION,
     check_sizes,
     read_manifest,
+    step_number,
 )
 from jpeft.checkpoint.names import Names
 from jpeft.checkpoint.places import Place, Told, told_by
+from jpeft.checkpoint.processes import check_alike
 from jpeft.checkpoint.sealed import metadata_of, seal
 from jpeft.leaf import (
     KINDS,
@@ -101,7 +102,7 @@ def save(
 
     def make() -> tuple[Fill, str]:
         described = describe(params, transform, fingerprint, statistics)
-        number = None if step is None else operator.index(step)
+        number = None if step is None else step_number(step)
         return filled(*described, step=number, metadata=metadata)
 
     write_folder(path, ADAPTER, make, overwrite=overwrite)
@@ -115,6 +116,7 @@ def filled(
     metadata: Mapping[str, Any] | None,
 ) -> tuple[Fill, str]:
     """What writes the arrays into a folder, and the text of its description."""
+    check_alike(arrays)
     text = seal({**manifest, "step": step, "metadata": metadata_of(metadata)})
     return lambda place: _orbax.write(place / ARRAYS, arrays), text
 

@@ -24,6 +24,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -237,7 +238,9 @@ def _exchange(new: Path, target: Path) -> None:
 
 
 def _exchange_at_once(new: Path, target: Path) -> None:
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    linux = sys.platform == "linux"
+    library = ctypes.CDLL(None, use_errno=True) if linux else None
+    rename = getattr(library, "renameat2", None)
     if rename is None:
         raise OSError(errno.ENOSYS, "renameat2 is not there")
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE

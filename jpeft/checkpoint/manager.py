@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import operator
 import os
 import re
 import warnings
@@ -26,7 +25,7 @@ from jpeft import compat
 from jpeft.checkpoint import _orbax
 from jpeft.checkpoint.adapter import describe, filled, load
 from jpeft.checkpoint.base import Watch, base_weights
-from jpeft.checkpoint.digest import digests
+from jpeft.checkpoint.digest import digests, words
 from jpeft.checkpoint.folder import (
     Fill,
     Folder,
@@ -39,8 +38,8 @@ from jpeft.checkpoint.folder import (
     write_folder,
     write_text,
 )
-from jpeft.checkpoint.manifest import MANIFEST, read_manifest
-from jpeft.checkpoint.processes import Crew, is_first
+from jpeft.checkpoint.manifest import MANIFEST, read_manifest, step_number
+from jpeft.checkpoint.processes import Crew, check_alike, is_first
 from jpeft.checkpoint.sealed import DIGEST, metadata_of, seal, unseal
 from jpeft.leaf import is_leaf
 from jpeft.methods.quantize import Quantize
@@ -133,7 +132,7 @@ class CheckpointManager:
         Raises ValueError, naming it, for what cannot be saved, CheckpointError if the
         disk refuses.
         """
-        number = _step_number(step)
+        number = step_number(step)
 
         def make() -> tuple[Fill, str]:
             return self._described(number, params, state, metadata, statistics)
@@ -177,7 +176,7 @@ class CheckpointManager:
             )
         folders = self._folders()
         if step is not None:
-            if (number := _step_number(step)) not in folders:
+            if (number := step_number(step)) not in folders:
                 raise CheckpointError(
                     f"{self.directory}: no checkpoint of step {number}; there are "
                     f"{self.steps()}"
@@ -237,14 +236,14 @@ class CheckpointManager:
             metadata=None,
         )
         flat = _flat(state)
-        arrays = {f"{k:06d}": _as_written(p, x) for k, (p, x) in enumerate(flat)}
-        _check_alike({p: arrays[f"{k:06d}"] for k, (p, _) in enumerate(flat)})
+        arrays = {f"{k:06d}": _as_array(p, x) for k, (p, x) in enumerate(flat)}
+        check_alike({f"state{p}": arrays[f"{k:06d}"] for k, (p, _) in enumerate(flat)})
         about = {
             "step": step,
             "saved": 1 + max((self._saved(n) or 0 for n in self.steps()), default=0),
             "adapter": json.loads(text)[DIGEST],
             "paths": [p for p, _ in flat],
-            "digests": digests({n: _words(x) for n, x in arrays.items()}),
+            "digests": digests({n: words(x) for n, x in arrays.items()}),
             "arrays": {
                 n: {"shape": list(x.shape), "dtype": str(x.dtype)}
                 for n, x in arrays.items()
@@ -439,7 +438,7 @@ def _state(
     spelled = {n: f"state{p}" for p, n in named.items()}
     arrays = _orbax.read(folder / STATE, abstract, spelled.__getitem__)
     # Files without a digest of their own have one of a number's lower half.
-    as_saved = {n: _words(x) for n, x in arrays.items()} if DIGEST in about else arrays
+    as_saved = {n: words(x) for n, x in arrays.items()} if DIGEST in about else arrays
     for name, digest in digests(as_saved).items():
         if digest != about["digests"][name]:
             raise DamagedError(
@@ -491,69 +490,17 @@ def _as_array(path: str, x: Any) -> Any:
     raise TypeError(f"state{path}: expected an array, got {type(x).__name__}")
 
 
-def _as_written(path: str, x: Any) -> Any:
-    """As it is written: by all processes what they share, by the first its own."""
-    x = _as_array(path, x)
-    return np.asarray(x) if _is_local(x) else x
-
-
-def _is_local(x: Any) -> bool:
-    """Whether an array is one process's alone, of several: Optax' `count`, a key."""
-    return (
-        jax.process_count() > 1 and isinstance(x, jax.Array) and x.is_fully_addressable
-    )
-
-
 def _place(x: Any) -> Any:
-    return x.sharding if isinstance(x, jax.Array) and not _is_local(x) else None
+    return x.sharding if isinstance(x, jax.Array) else None
 
 
 def _as_was(x: Any, like: Any) -> Any:
     if compat.is_key_array(like):
-        data = jax.random.key_data(like)
-        if _is_local(data):
-            x = jax.device_put(x, data.sharding)
         return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
-    return jax.device_put(x, like.sharding) if _is_local(like) else x
-
-
-def _words(x: Any) -> Any:
-    """What a digest is taken of: of 64 bits JAX alone would take the lower half."""
-    if isinstance(x, np.ndarray) and x.dtype.itemsize in (8, 16):
-        return np.atleast_1d(np.ascontiguousarray(x)).view(np.uint32)
     return x
 
 
-def _check_alike(arrays: Mapping[str, Any]) -> None:
-    """Raises, naming it, for what each process has to itself and not all have alike."""
-    own = {p: _words(x) for p, x in arrays.items() if isinstance(x, np.ndarray)}
-    if jax.process_count() == 1 or not own:
-        return
-    from jax.experimental import multihost_utils
-
-    mine = np.array([int(d, 16) for d in digests(own).values()], np.uint64)
-    told = np.asarray(multihost_utils.process_allgather(mine.view(np.uint32)))
-    for k, path in enumerate(own):
-        if (told[:, 2 * k : 2 * k + 2] != told[0, 2 * k : 2 * k + 2]).any():
-            raise ValueError(
-                f"save: state{path} is not the same in all {jax.process_count()} "
-                "processes, and a checkpoint holds it once; put it on the mesh as one "
-                "array, or derive it from one that is the same, as "
-                "jax.random.fold_in(key, jax.process_index()) does"
-            )
-
-
 # --- what is refused -----------------------------------------------------------------
-
-
-def _step_number(step: Any) -> int:
-    try:
-        number = operator.index(step)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise ValueError(f"step={step!r}: expected a whole number, 0 or more")
-    return number
 
 
 def _check_transform(

@@ -12,6 +12,7 @@ Version 1 had no digest of itself.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,6 +59,17 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
         )
     _check(file, manifest)
     return manifest
+
+
+def step_number(step: Any) -> int:
+    """A step as a plain number; ValueError for what is none."""
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"step={step!r}: expected a whole number, 0 or more")
+    return number
 
 
 def check_sizes(

@@ -7,13 +7,14 @@ does not come at all is waited for `TIMEOUT_S` seconds.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from jpeft.checkpoint import _orbax
+from jpeft.checkpoint.digest import digests, words
 from jpeft.types import CheckpointError, DamagedError
 
 T = TypeVar("T")
@@ -25,6 +26,26 @@ _DONE, _DAMAGED, _FAILED = range(3)  # how a process did
 def is_first() -> bool:
     """Whether this process is the one that changes names on the disk."""
     return jax.process_index() == 0
+
+
+def check_alike(arrays: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming it, for an array that each process has to itself and
+    that is not the same in all."""
+    own = {n: words(x) for n, x in arrays.items() if _orbax.is_local(x)}
+    if jax.process_count() == 1 or not own:
+        return
+    from jax.experimental import multihost_utils
+
+    mine = np.array([int(d, 16) for d in digests(own).values()], np.uint64)
+    told = np.asarray(multihost_utils.process_allgather(mine.view(np.uint32)))
+    for k, name in enumerate(own):
+        if (told[:, 2 * k : 2 * k + 2] != told[0, 2 * k : 2 * k + 2]).any():
+            raise ValueError(
+                f"save: {name} is not the same in all {jax.process_count()} processes, "
+                "and a checkpoint holds it once; put it on the mesh as one array, or "
+                "derive it from one that is the same, as "
+                "jax.random.fold_in(key, jax.process_index()) does"
+            )
 
 
 class Crew:

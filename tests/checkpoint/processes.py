@@ -2,9 +2,9 @@
 
     python processes.py PORT COUNT INDEX DIRECTORY WHAT
 
-WHAT: "loop", the README's loop with its own state, a key in it; "fails", one process
-fails while the others save; "differs", what each has to itself is not the same in all.
-Prints a line of what was found.
+WHAT: "loop", the README's loop with its own state, a key in it; "local", each process
+has a model of its own; "fails", one process fails while the others save; "differs",
+what each has to itself is not the same in all.  Prints a line of what was found.
 """
 
 import json
@@ -75,6 +75,22 @@ def loop(directory, first):
     return {"steps": manager.steps(), "fallen": manager.restore(base, like).step}
 
 
+def local(directory, first):
+    """Each process has the whole model to itself."""
+    base = {"dense": {"kernel": jnp.arange(64.0).reshape(8, 8)}}
+    params = PEFT(jax.random.key(0), base)
+    jpeft.save(f"{directory}/a", params, PEFT)
+    loaded = jpeft.load(f"{directory}/a", base)
+    for a, b in zip(*map(jax.tree.leaves, (loaded, params)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.sharding == b.sharding
+    other = PEFT(jax.random.key(int(first)), base)
+    try:
+        jpeft.save(f"{directory}/b", other, PEFT)
+    except ValueError as error:
+        return {"error": str(error), "names": sorted(os.listdir(directory))}
+
+
 def fails(directory, first, where):
     _, params = on_mesh()
     manager = jpeft.CheckpointManager(directory, PEFT)
@@ -124,7 +140,7 @@ def differs(directory, first):
 def main(port, count, index, directory, what):
     jax.distributed.initialize(f"localhost:{port}", int(count), int(index))
     what, *more = what.split("-")
-    work = {"loop": loop, "fails": fails, "differs": differs}[what]
+    work = {"loop": loop, "local": local, "fails": fails, "differs": differs}[what]
     print(json.dumps(work(directory, index == "0", *more)), flush=True)
 
 

@@ -114,6 +114,11 @@ def test_what_is_no_step_and_no_metadata_is_refused(tmp_path):
             lambda s=step: manager.save(s, PARAMS),
             ValueError,
         )
+    refused(
+        ["step=2.5"],
+        lambda: jpeft.save(tmp_path / "a", PARAMS, PEFT, step=2.5),
+        ValueError,
+    )
     for metadata, part in (({1: 0, "1": 1}, "two are written alike"), ({"x": {1}}, "")):
         refused(
             ["metadata: ", part],

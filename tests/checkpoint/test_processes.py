@@ -47,6 +47,12 @@ def test_the_state_of_the_readme_loop_is_saved_and_comes_back(tmp_path):
         assert found["steps"] == [2] and found["fallen"] == 2
 
 
+def test_a_model_that_each_process_has_to_itself_is_saved_once(tmp_path):
+    for found in told("local", tmp_path):
+        assert "dense:kernel:0:a is not the same in all 2" in found["error"]
+        assert found["names"] == ["a"]
+
+
 @pytest.mark.parametrize("where", ["text", "rename"])
 def test_a_process_that_fails_does_not_hang_the_others(where, tmp_path):
     one, other = told(f"fails-{where}", tmp_path)

@@ -284,6 +284,7 @@ def test_sigterm_is_asked_for_as_ctrl_c_is_however_often_it_comes():
     assert signal.getsignal(signal.SIGTERM) == former
 
 
+@pytest.mark.slow
 def test_a_damaged_last_checkpoint_costs_one_and_no_more(
     command, finished, base, tmp_path, capsys
 ):
