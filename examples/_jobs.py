@@ -222,10 +222,8 @@ def _run(task: Task, folder: Path, scratch: str) -> Any:
     jax.clear_caches()  # the programs of a method are of no use to the next
     folder.mkdir(parents=True, exist_ok=True)
     path = _path(task, folder, settings)
-    partial_file = path.with_suffix(".partial")
     values = {"settings": settings, "found": dataclasses.asdict(found)}
-    _runs.write_json(partial_file, values)
-    os.replace(partial_file, path)  # a file that is there is whole
+    _runs.write_json(path, values)
     return found
 
 
@@ -282,9 +280,10 @@ def _stamp(path: Path | None) -> list[Any] | None:
 
 
 def exit_code(work: Callable[[], int], out: Path) -> int:
-    """What ``work`` gives; 2 for input that cannot be used, 130 after Ctrl-C."""
+    """What ``work`` gives; 2 for input that cannot be used, 130 if interrupted."""
     try:
-        return work()
+        with _runs.sigterm_as_ctrl_c():
+            return work()
     except REFUSED as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

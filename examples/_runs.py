@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import shutil
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,37 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """While entered, the first Ctrl-C only sets ``asked``; a second one interrupts."""
+    """While entered, the first Ctrl-C only sets ``asked``; a second one interrupts.
+
+    So does SIGTERM, which clusters send before they end a job, however often.
+    """
 
     def __enter__(self) -> Interrupt:
         self.asked = False
-        self._former = signal.signal(signal.SIGINT, self._ask)
+        self._former = {
+            which: signal.signal(which, self._ask)
+            for which in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
-    def _ask(self, *_: Any) -> None:
+    def _ask(self, which: int, _: Any) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, self._former)
+        if which == signal.SIGINT:
+            signal.signal(which, self._former[which])
 
     def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGINT, self._former)
+        for which, former in self._former.items():
+            signal.signal(which, former)
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """While entered, SIGTERM raises KeyboardInterrupt, so that no child is left."""
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def begin(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -82,5 +101,10 @@ def how_to_resume(script: str, argv: Sequence[str], step: int | None) -> str:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes plain data, indented."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    """Writes plain data, indented; a file that is there is whole."""
+    unfinished = path.with_name(path.name + ".partial")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(values, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # before it has its name
+    os.replace(unfinished, path)

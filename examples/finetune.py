@@ -13,7 +13,7 @@ Python's standard library, labelled by the part they come from. A recipe
 The folder ``--out`` receives the adapter, ``metrics.json``, ``curves.png`` and the
 checkpoints. An interrupted run that is resumed ends with the same adapter, bit for bit,
 as one that was not interrupted. Exit codes: 0, 1 if a check or the training failed, 2
-for input that cannot be used, 130 after Ctrl-C.
+for input that cannot be used, 130 after Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -296,15 +296,20 @@ def prepare(args: argparse.Namespace, peft: jpeft.Transform | None = None) -> Ru
 
 
 def restore(run: Run, base: Any) -> None:
-    """Puts the run where its latest checkpoint was."""
-    if (step := run.manager.latest_step()) is None:
-        raise _runs.nothing_to_resume(run.out)
-    ends = itertools.accumulate(stage.steps for stage in run.stages)
-    stage = next(x for x, end in zip(run.stages, ends, strict=True) if step <= end)
-    run.params, run.opt_state, metadata = run.manager.restore(
-        base, partial(initial_state, stage), step=step
-    )
-    run.step, run.history = step, metadata["history"]
+    """Puts the run where its latest checkpoint was, the latest that can be read."""
+    for step in reversed(run.manager.steps()):
+        ends = itertools.accumulate(stage.steps for stage in run.stages)
+        stage = next(x for x, end in zip(run.stages, ends, strict=True) if step <= end)
+        try:
+            run.params, run.opt_state, metadata = run.manager.restore(
+                base, partial(initial_state, stage), step=step
+            )
+        except jpeft.DamagedError as error:
+            print(f"step {step} is left out: {error}", file=sys.stderr)
+            continue
+        run.step, run.history = step, metadata["history"]
+        return
+    raise _runs.nothing_to_resume(run.out)
 
 
 def initial_state(stage: _stages.Stage, params: Any) -> Any:
@@ -623,6 +628,11 @@ def main(argv: Sequence[str] | None = None, *, stop_after: int | None = None) ->
     """The command; after that many steps it does what it does after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
+    with _runs.sigterm_as_ctrl_c():
+        return _main(args, argv, stop_after)
+
+
+def _main(args: argparse.Namespace, argv: list[str], stop_after: int | None) -> int:
     try:
         run = prepare(args)
     except (ValueError, OSError, KeyError, SafetensorError) as error:

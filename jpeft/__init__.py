@@ -56,6 +56,8 @@ from jpeft.tree.split import summary as summary
 from jpeft.tree.split import trainable_mask as trainable_mask
 from jpeft.tree.split import unload as unload
 from jpeft.types import CheckpointError as CheckpointError
+from jpeft.types import CheckpointWarning as CheckpointWarning
+from jpeft.types import DamagedError as DamagedError
 from jpeft.types import DensifyError as DensifyError
 from jpeft.types import DensifyWarning as DensifyWarning
 from jpeft.types import DerivativeError as DerivativeError

@@ -21,6 +21,14 @@ class CheckpointError(ValueError):
     """An adapter on disk is damaged, or does not belong to the given base."""
 
 
+class DamagedError(CheckpointError):
+    """The bits on disk are not those that were saved, or not all are there."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint was not used, or holds more than was asked for."""
+
+
 class PromiseError(ValueError):
     """Something an adapter left to a later equation was never taken up."""
 

@@ -37,6 +37,9 @@ ROOMS = {
     "optax": {"jpeft.optim"},
     "matplotlib": {"jpeft.plot"},
     "orbax": {"jpeft.checkpoint._orbax"},
+    # What Orbax itself is made of: its paths and its store of arrays.
+    "etils": {"jpeft.checkpoint.folder"},
+    "tensorstore": {"jpeft.checkpoint._orbax"},
     "safetensors": {"jpeft.checkpoint._safetensors"},
     # The instructions that no Pallas primitive stands for.
     "jaxlib": {"jpeft.kernels._gpu_mosaic", "jpeft.kernels._gpu_few"},

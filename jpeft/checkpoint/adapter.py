@@ -12,11 +12,8 @@ refused.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import shutil
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -38,8 +35,20 @@ from jpeft.checkpoint.base import (
     seen_from,
 )
 from jpeft.checkpoint.digest import digests
+from jpeft.checkpoint.folder import Fill, Folder, find_folder, location, write_folder
+from jpeft.checkpoint.manifest import (
+    ADAPTER,
+    ARRAYS,
+    FORMAT,
+    VERSION,
+    check_sizes,
+    read_manifest,
+    step_number,
+)
 from jpeft.checkpoint.names import Names
-from jpeft.checkpoint.places import Place, Told, told_by
+from jpeft.checkpoint.places import Place, Told, placed_by
+from jpeft.checkpoint.processes import check_alike
+from jpeft.checkpoint.sealed import metadata_of, seal
 from jpeft.leaf import (
     KINDS,
     STATIC,
@@ -58,13 +67,10 @@ from jpeft.methods.quantize import Quantize
 from jpeft.quant.leaf import Quantized, boxed
 from jpeft.transform import Transform, freeze_value, is_adapted
 from jpeft.tree.beside import beside, place_of
-from jpeft.tree.paths import slots, suggest, weight
+from jpeft.tree.paths import slots, weight
 from jpeft.tree.split import NOTHING_TRAINS
 from jpeft.tree.state import STATISTIC, states
-from jpeft.types import CheckpointError, PyTree, __version__
-
-FORMAT, VERSION = "jpeft-adapter", 2
-MANIFEST, ARRAYS = "jpeft.json", "arrays"
+from jpeft.types import CheckpointError, DamagedError, PyTree, __version__
 
 
 def save(
@@ -86,24 +92,33 @@ def save(
     without them, `load` leaves those of its base.
     fingerprint: of the base, if `base_fingerprint` was called before.
 
-    The folder appears whole or not at all.  Raises ValueError if nothing is adapted or
-    by another transform, FileExistsError if the folder exists.
+    The folder appears whole or not at all, and is on the disk when this returns; an
+    `overwrite` is one exchange.  A symbolic link is followed.  path: also of an object
+    store, `gs://...`, with the package gcsfs.
+
+    Raises ValueError if nothing is adapted or by another transform, FileExistsError if
+    the folder exists, CheckpointError if it is no adapter's or the disk refuses it.
     """
-    target = Path(path)
-    if target.exists() and not overwrite:
-        raise FileExistsError(
-            f"{target} exists; choose another folder or pass overwrite=True"
-        )
-    manifest, arrays = describe(params, transform, fingerprint, statistics)
-    manifest |= {"step": step, "metadata": dict(metadata or {})}
-    text = json.dumps(manifest, indent=1)
 
-    def fill(folder: Path) -> None:
-        _orbax.write(folder / ARRAYS, arrays)
-        if jax.process_index() == 0:
-            (folder / MANIFEST).write_text(text)
+    def make() -> tuple[Fill, str]:
+        described = describe(params, transform, fingerprint, statistics)
+        number = None if step is None else step_number(step)
+        return filled(*described, step=number, metadata=metadata)
 
-    whole_folder(target, fill)
+    write_folder(path, ADAPTER, make, overwrite=overwrite)
+
+
+def filled(
+    manifest: Mapping[str, Any],
+    arrays: Mapping[str, Any],
+    *,
+    step: int | None,
+    metadata: Mapping[str, Any] | None,
+) -> tuple[Fill, str]:
+    """What writes the arrays into a folder, and the text of its description."""
+    check_alike(arrays)
+    text = seal({**manifest, "step": step, "metadata": metadata_of(metadata)})
+    return lambda place: _orbax.write(place / ARRAYS, arrays), text
 
 
 def load(
@@ -149,7 +164,7 @@ def load(
     if check not in ("content", "structure"):
         raise ValueError(f'load: check={check!r}: expected "content" or "structure"')
     words, content = check_words(allow), check == "content"
-    folder = Path(path)
+    folder = find_folder(location(path))
     manifest = read_manifest(folder)
     if is_adapted(base_params):
         raise ValueError(
@@ -165,7 +180,7 @@ def load(
     if content:
         check_values(saved, given, met)
     at = dict(met.items())
-    arrays = _Arrays(saved, at, grown, told_by(shardings))
+    arrays = _Arrays(saved, at, grown, placed_by(shardings))
     arrays.read(folder / ARRAYS)
     made = {}
     for p, described in saved.leaves.items():
@@ -189,8 +204,12 @@ def describe(
     transform: Transform,
     fingerprint: Fingerprint | None = None,
     statistics: bool = True,
+    also: Collection[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(manifest, {name: array}) of an adapted tree."""
+    """(manifest, {name: array}) of an adapted tree.
+
+    also: paths without an adapter that are saved as statistics are.
+    """
     flat = slots(params)
     adapted = {p: x for p, x in flat.items() if is_leaf(x)}
     for path, x in adapted.items():
@@ -223,8 +242,9 @@ def describe(
     at, kinds = dict(flat.items()), states(flat)
     moved = {
         p: unbox(at[p])
-        for p, kind in kinds.items()
-        if statistics and kind == STATISTIC and unbox(at[p]).size
+        for p in at
+        if p in also or (statistics and kinds.get(p) == STATISTIC)
+        if unbox(at[p]).size
     }
     arrays |= {array_name(p, *_OF_STATISTIC): x for p, x in moved.items()}
     found = digests(arrays)
@@ -289,40 +309,13 @@ def array_name(path: str, layer: int, field: str, version: int = VERSION) -> str
 # --- reading -------------------------------------------------------------------------
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    file = folder / MANIFEST
-    if not file.is_file():
-        near = suggest([p.name for p in folder.iterdir()] or ["nothing"], MANIFEST)
-        raise CheckpointError(
-            f"{folder}: not an adapter, or a truncated one: {MANIFEST} is missing "
-            f"(there is {near})"
-        )
-    try:
-        manifest = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file}: damaged: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{file}: not a {FORMAT} file")
-    if manifest["version"] > VERSION:
-        raise CheckpointError(
-            f"{file}: format {manifest['version']}, this jpeft reads up to {VERSION}; "
-            f"it was written by jpeft {manifest['jpeft']}: upgrade"
-        )
-    missing = [k for k in ("leaves", "base", "transform") if k not in manifest]
-    if missing:
-        raise CheckpointError(f"{file}: damaged: {missing} missing")
-    return manifest
-
-
 def adapters(described: list[Any]) -> list[Any]:
     """The described layers without the one that is a quantised base."""
     return [layer for layer in described if "holds" not in layer]
 
 
 def _kept_base(
-    folder: Path,
+    folder: Folder,
     path: str,
     layer: Mapping[str, Any],
     slot: Any,
@@ -367,7 +360,13 @@ def _made(
         )
     static = {n: freeze_value(x) for n, x in layer["static"].items()}
     base = None if kind.holds_weight else base
-    return kind(base=base, **static, **fields)
+    try:
+        return kind(base=base, **static, **fields)
+    except Exception as error:  # whatever a class says of what it cannot be
+        raise CheckpointError(
+            f"{path}: the saved {layer['kind']} is none that this jpeft can make: "
+            f"{error}"
+        ) from error
 
 
 def _rebuild(saved: Saved, path: str, slot: Any, arrays: _Arrays) -> Any:
@@ -452,7 +451,7 @@ class _Arrays:
                 "jpeft.sharding.shardings(params, base_shardings) gives"
             )
 
-    def read(self, folder: Path) -> None:
+    def read(self, folder: Folder) -> None:
         """Reads all of them; raises CheckpointError, naming the leaf, unless they have
         the bits that were saved."""
         names = {place: self._name(place) for place in self.about}
@@ -465,22 +464,26 @@ class _Arrays:
             )
             for place, array in self.about.items()
         }
-        # Orbax reads all that is there.
-        for q, array in self.saved.lost.items():
-            name = array_name(q, *_OF_STATISTIC, self.saved.version)
-            shape, dtype = tuple(array["shape"]), jnp.dtype(array["dtype"])
-            like[name] = jax.ShapeDtypeStruct(shape, dtype)
-        arrays = _orbax.read(folder, like)
+        check_sizes(self.saved.folder, self.saved.leaves, self.saved.base)
+        self._check_fit()  # before memory is asked for
+        spelled = {name: f"{p}/{field}" for (p, _, field), name in names.items()}
+        arrays = _orbax.read(folder, like, spelled.__getitem__)
         found = digests(arrays)
         for place, array in self.about.items():
             if found[names[place]] != array["digest"]:
                 p, _, field = place
-                raise CheckpointError(
+                raise DamagedError(
                     f"{self.saved.folder}: {p}/{field} is damaged: its bits differ "
                     "from those saved"
                 )
         # What was read into the host's memory JAX may move, as it may the base.
         self.found = {place: jnp.asarray(arrays[name]) for place, name in names.items()}
+
+    def _check_fit(self) -> None:
+        for p, described in self.saved.leaves.items():
+            for layer in adapters(described):
+                made = _made(p, layer, weight(self.at[p]), _shapes(layer))
+                check_shapes(p, made, tuple(self.saved.base[p]["shape"]))
 
     def of(self, path: str, layer: int) -> dict[str, Any]:
         fields = self.saved.leaves[path][layer]["arrays"]
@@ -527,40 +530,12 @@ def _own_place(slot: Any) -> Sharding | None:
 
 def _beside(path: str, layer: Mapping[str, Any], base: Any) -> dict[str, Sharding]:
     """The place of each array of a described layer over this base."""
-    shapes: dict[str, Any] = {
-        n: jax.ShapeDtypeStruct(tuple(x["shape"]), jnp.dtype(x["dtype"]))
-        for n, x in layer["arrays"].items()
-    }
+    shapes = _shapes(layer)
     return beside(_made(path, layer, base, shapes), base) if shapes else {}
 
 
-# --- folders -------------------------------------------------------------------------
-
-
-def whole_folder(target: Path, fill: Any) -> None:
-    """Fills a folder beside `target` and renames it, so that none is half there."""
-    unfinished = target.with_name(target.name + ".tmp")
-    first = jax.process_index() == 0
-    if first:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    _meet("made")
-    fill(unfinished)
-    _meet("filled")
-    if first:
-        if target.exists():
-            old = target.with_name(target.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-            unfinished.rename(target)
-            shutil.rmtree(old)
-        else:
-            unfinished.rename(target)
-    _meet("named")
-
-
-def _meet(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(f"jpeft-{name}")
+def _shapes(layer: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        n: jax.ShapeDtypeStruct(tuple(x["shape"]), jnp.dtype(x["dtype"]))
+        for n, x in layer["arrays"].items()
+    }

@@ -11,8 +11,8 @@ what can still be compared then is compared.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jpeft import compat
 from jpeft.boxes import unbox
 from jpeft.checkpoint.digest import digests
+from jpeft.checkpoint.folder import Folder
 from jpeft.checkpoint.names import Names, told_by
 from jpeft.leaf import KINDS, array_fields, innermost, is_leaf, layers
 from jpeft.methods.quantize import ACTIVATION, Quantize
@@ -53,25 +54,82 @@ def check_words(allow: str | Iterable[str]) -> frozenset[str]:
 # --- what is saved of it -------------------------------------------------------------
 
 
-def base_fingerprint(params: PyTree) -> Fingerprint:
+def base_fingerprint(
+    params: PyTree, only: Collection[str] | None = None
+) -> Fingerprint:
     """Path, shape, dtype and digest of every weight of the base (adapted or plain
     tree).
 
     A leaf that trains whole has no digest: its base plays no part in the model.
+    only: of these paths.
     """
-    flat = slots(params)
-    bases, unused, no_weights = {}, set(), states(flat)
-    for path, slot in flat.items():
-        base = unbox(innermost(slot))
-        if is_array(base) and path not in no_weights:
-            bases[path] = base
-        if any(x.replaces_base for x in layers(slot)):
-            unused.add(path)
+    bases = base_weights(params)
+    if only is not None:
+        bases = {p: x for p, x in bases.items() if p in only}
+    unused = {
+        path
+        for path, slot in slots(params).items()
+        if any(x.replaces_base for x in layers(slot))
+    }
     found = _digests({p: x for p, x in bases.items() if p not in unused})
     return {
         p: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": found.get(p)}
         for p, x in bases.items()
     }
+
+
+def base_weights(params: PyTree) -> dict[str, Any]:
+    """Every weight of the base, an array or a quantised leaf, by its path."""
+    flat = slots(params)
+    no_weights = states(flat)
+    bases = {p: unbox(innermost(x)) for p, x in flat.items() if p not in no_weights}
+    return {p: x for p, x in bases.items() if is_array(x)}
+
+
+class Watch:
+    """A base that stays as it is while its adapter trains.
+
+    fingerprint: of it, if it is known.
+    """
+
+    def __init__(self, fingerprint: Fingerprint | None = None):
+        self.fingerprint = fingerprint
+        # JAX' arrays cannot change, so the same ones need not be looked at again.
+        self._same: dict[str, tuple[weakref.ref[Any] | None, ...]] = {}
+
+    def moved(self, params: PyTree) -> set[str]:
+        """The weights that are not as they were when this was first called."""
+        weights = base_weights(params)
+        if self.fingerprint is None:
+            self.fingerprint = base_fingerprint(params)
+            found: set[str] = set()
+        else:
+            new = {p for p, x in weights.items() if not self._is_same(p, x)}
+            here = base_fingerprint(params, new) if new else {}
+            found = {p for p in here if here[p] != self.fingerprint.get(p)}
+        self.remember({p: x for p, x in weights.items() if p not in found})
+        return found
+
+    def remember(self, weights: Mapping[str, Any]) -> None:
+        """These are as they were."""
+        self._same = {
+            p: tuple(
+                weakref.ref(x) if isinstance(x, jax.Array) else None for x in _parts(w)
+            )
+            for p, w in weights.items()
+        }
+
+    def _is_same(self, path: str, weight: Any) -> bool:
+        known, here = self._same.get(path, ()), _parts(weight)
+        return len(known) == len(here) and all(
+            ref is not None and ref() is x for ref, x in zip(known, here, strict=True)
+        )
+
+
+def _parts(weight: Any) -> list[Any]:
+    if not is_leaf(weight):
+        return [weight]
+    return [unbox(x) for x in array_fields(weight).values()]
 
 
 def _digests(bases: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,7 +157,7 @@ class Saved:
     lost: of the statistics those that have no place here.
     """
 
-    folder: Path
+    folder: Folder
     version: int
     leaves: dict[str, Described]
     base: Fingerprint
@@ -126,7 +184,7 @@ class Saved:
 
 
 def seen_from(
-    folder: Path, manifest: Mapping[str, Any], flat: Slots, names: Names = None
+    folder: Folder, manifest: Mapping[str, Any], flat: Slots, names: Names = None
 ) -> Saved:
     """The description for the tree of `flat`, whose paths `names` translates."""
     parts = {n: dict(manifest.get(n, {})) for n in ("leaves", "base", "statistics")}

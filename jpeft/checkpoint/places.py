@@ -35,7 +35,7 @@ class Told:
         return [*self.plain, *(f"{p}/{field}" for p, _, field in self.fields)]
 
 
-def told_by(shardings: PyTree) -> Told:
+def placed_by(shardings: PyTree) -> Told:
     """shardings: None, one for all, or a tree as the adapted one."""
     if shardings is None or isinstance(shardings, Sharding):
         return Told(shardings, {}, {})

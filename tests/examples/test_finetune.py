@@ -13,6 +13,7 @@ from pathlib import Path
 
 import _bert
 import _recipe
+import _runs
 import finetune
 import jax
 import numpy as np
@@ -245,8 +246,9 @@ def test_a_finished_run_can_be_resumed_to_report_again(finished, command):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_the_command_it_prints_resumes(
-    command, finished, base, tmp_path
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_and_the_command_they_print_resumes(
+    ending, command, finished, base, tmp_path
 ):
     argv = [sys.executable, "-u", os.path.relpath(SCRIPT), *command(tmp_path)]
     with subprocess.Popen(
@@ -255,7 +257,7 @@ def test_ctrl_c_saves_and_the_command_it_prints_resumes(
         for line in process.stdout:
             if "Ctrl-C" in line:
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(ending)
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
@@ -267,6 +269,32 @@ def test_ctrl_c_saves_and_the_command_it_prints_resumes(
     script, *options = found[2].split()
     assert Path(script).resolve() == SCRIPT
     assert finetune.main([*options, "--resume"]) == 0
+    assert_same_adapter(tmp_path, finished, base)
+
+
+def test_sigterm_is_asked_for_as_ctrl_c_is_however_often_it_comes():
+    end = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    former = signal.getsignal(signal.SIGTERM)
+    with _runs.sigterm_as_ctrl_c():
+        with _runs.Interrupt() as interrupt:
+            end()
+            end()
+            assert interrupt.asked
+        with pytest.raises(KeyboardInterrupt):
+            end()
+    assert signal.getsignal(signal.SIGTERM) == former
+
+
+@pytest.mark.slow
+def test_a_damaged_last_checkpoint_costs_one_and_no_more(
+    command, finished, base, tmp_path, capsys
+):
+    assert finetune.main(command(tmp_path), stop_after=5) == 130
+    steps = sorted((tmp_path / "checkpoints").iterdir())
+    assert len(steps) == 2
+    (steps[1] / "state.json").write_text("")
+    assert finetune.main(command(tmp_path, "--resume")) == 0
+    assert f"resuming after step {int(steps[0].name)}" in capsys.readouterr().out
     assert_same_adapter(tmp_path, finished, base)
 
 
