@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -85,6 +86,7 @@ def test_the_nnx_optimizer_lines():
     assert sorted(base["kernel"]) == ["base"]
 
 
+@pytest.mark.slow
 def test_the_train_state_lines():
     model = Model()
     base = model.init(jax.random.key(0), BATCH["tokens"])["params"]

@@ -278,7 +278,7 @@ def test_a_transform_that_quantises_to_another_format_is_refused(tmp_path):
     jpeft.save(tmp_path / "a", params, lora)  # on a base that came quantised
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("format", ["nf4", "int4_asymmetric"])
 def test_a_quantised_base_is_found_again_on_and_off_a_mesh(format, kind, tmp_path):

@@ -394,6 +394,7 @@ LONGER = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", slow_but(["lora", "full", "qlora"], LONGER))
 def test_an_adapter_changes_nothing_of_new_rows(name, tmp_path):
     params = saved(tmp_path / "a", LONGER[name], base())

@@ -366,6 +366,7 @@ def damages():
     yield "a folder", folder
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("how", [n for n, _ in damages()])
 def test_every_refusal_of_a_damaged_file_names_a_leaf_or_a_file(how, saved, tmp_path):
     damage = dict(damages())[how]
@@ -538,6 +539,7 @@ def test_a_weight_that_moves_under_its_adapter_is_refused_by_name(tmp_path):
     assert manager.steps() == [0]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "peft",
     [

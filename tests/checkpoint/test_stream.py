@@ -80,7 +80,7 @@ def refused(error, parts, *args, **kwargs):
 # --- the same bits -------------------------------------------------------------------
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("sep", [".", "/"])
 def test_a_safetensors_file_gives_the_bits_of_quantize(tmp_path, dtype, sep):
@@ -92,6 +92,7 @@ def test_a_safetensors_file_gives_the_bits_of_quantize(tmp_path, dtype, sep):
     assert loaded["head"]["kernel"].format == "nf4"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("with_index", [True, False])
 def test_shards_are_one_model(tmp_path, with_index):
     params, transform = base(), jpeft.quantize("nf4")
@@ -268,6 +269,7 @@ def test_what_is_no_array_stays(tmp_path):
     assert loaded["kernel"].format == "nf4"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("spec", [("data", "model"), (None, "model"), (("data",),)])
 def test_each_weight_lands_where_it_was_to_be(tmp_path, spec):
     mesh = jax.make_mesh(
@@ -347,6 +349,7 @@ def by_function(path):
     return (stored, np.transpose) if name == "kernel" else stored
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "names", [torch_names(), by_function], ids=["dict", "function"]
@@ -871,6 +874,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_damaged_state_of_bitsandbytes_names_weight_and_file(four_bit, what):
     folder, transform, like, _ = four_bit

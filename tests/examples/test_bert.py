@@ -137,6 +137,7 @@ def test_the_golden_sentences_cover_padding_and_truncation(golden):
     assert len(set(lengths.tolist())) >= 5
 
 
+@pytest.mark.slow
 def test_what_stands_on_padding_does_not_matter(golden, base):
     config, params = base
     ids, mask = golden["ids"][:2], golden["mask"][:2]
@@ -188,6 +189,7 @@ def test_parameter_paths_are_those_of_hugging_face(base):
     assert layers == {str(i) for i in range(1, config.num_hidden_layers)}
 
 
+@pytest.mark.slow
 def test_loaded_parameters_have_the_paths_and_shapes_of_initialised_ones(tmp_path):
     config, params = _bert.load_base(write_checkpoint(tmp_path, tiny_tensors()))
     ids = jnp.zeros((1, 3), jnp.int32)
@@ -196,6 +198,7 @@ def test_loaded_parameters_have_the_paths_and_shapes_of_initialised_ones(tmp_pat
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
 
 
+@pytest.mark.slow
 def test_the_classifier_is_the_encoder_with_mean_pooling_and_one_layer(tmp_path):
     config, params = _bert.load_base(write_checkpoint(tmp_path, tiny_tensors()))
     model = _bert.BertClassifier(config, num_classes=3)

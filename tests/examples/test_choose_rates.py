@@ -14,7 +14,6 @@ from choose_rates import Score
 
 # Fixtures: pytest finds them by name in the module.
 as_in_the_command = test_finetune.as_in_the_command
-compiled_once = test_finetune.compiled_once
 base, data = test_finetune.base, test_finetune.data
 
 

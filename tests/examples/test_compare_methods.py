@@ -24,7 +24,6 @@ import jpeft
 
 # Fixtures: pytest finds them by name in the module.
 as_in_the_command = test_finetune.as_in_the_command
-compiled_once = test_finetune.compiled_once
 base, data = test_finetune.base, test_finetune.data
 
 ROOT = Path(__file__).resolve().parents[2]

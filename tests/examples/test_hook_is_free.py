@@ -68,7 +68,7 @@ def plain(path) -> str:
     return "/".join(x for x in parts if x not in ("kernel", "value", "raw_value"))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @in_each_form
 def test_no_more_flops_than_by_hand(form):
     hand, ours = costs(form)
@@ -82,6 +82,7 @@ def test_no_more_temporaries_than_by_hand(form):
     assert 0 < ours.temp_bytes <= ROOM * hand.temp_bytes
 
 
+@pytest.mark.sample(1)
 @in_each_form
 def test_the_step_returns_the_adapters_and_nothing_else(form):
     hand, ours = costs(form)

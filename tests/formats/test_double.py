@@ -25,6 +25,7 @@ def dequantize(nested, axis, stack=0):
     return jax.jit(double.dequantize_scales, static_argnums=(1, 2))(nested, axis, stack)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("shape", [(5, 7), (4, 64), (3, 171), (256, 2)])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_groups_of_256_run_along_the_blocks_of_one_output_first(shape, axis):

@@ -60,6 +60,7 @@ def test_codes_and_scales_are_those_of_the_reference(k, n, block, m, format):
     np.testing.assert_array_equal(codes, want)
 
 
+@pytest.mark.sample(3)
 @cases
 def test_values_are_a_product_rounded_once(k, n, block, m, format):
     weight, w = quantised(k, n, block, format)
@@ -70,6 +71,7 @@ def test_values_are_a_product_rounded_once(k, n, block, m, format):
         np.testing.assert_array_equal(got.astype("f4"), want.astype("f4"))
 
 
+@pytest.mark.sample(3)
 @cases
 def test_products_are_those_of_float64(k, n, block, m, format):
     weight, w = quantised(k, n, block, format)
@@ -104,6 +106,7 @@ def test_bfloat16_is_multiplied_as_it_is_and_summed_in_float32(transposed):
     )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("block", BLOCK_SIZES)
 def test_every_block_size(block):
     weight, w = quantised(320, 5, block)
@@ -121,6 +124,7 @@ def test_what_is_added_is_added_once(transposed):
     close(got, x.astype("f8") @ w + plus, w.shape[0])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("over", ["x and weight", "weight", "x"])
 def test_vmap_is_one_by_one(over):
     """Experts come as a leading axis of x, codes and scales."""
@@ -259,7 +263,7 @@ def test_a_wrong_shape_is_answered_with_the_right_one(call, parts):
         assert part in str(error.value)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("k", [7, 100])
 @pytest.mark.parametrize("stack", [(), (2, 3)])
 @pytest.mark.parametrize("batch", [(), (2, 3), (4, 0)])

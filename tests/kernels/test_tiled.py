@@ -36,6 +36,7 @@ def small(monkeypatch):
 SIZES = [(3, 20, 60), (1, 20, 61), (2, 50, 7), (5, 300, 3), (4, 1, 1)]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("plus", [False, True])
 @pytest.mark.parametrize(("m", "k", "n"), SIZES)

@@ -89,6 +89,7 @@ def test_the_penalty_is_that_of_every_matrix(name):
     )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("form", ["sum_of_squares", "mean_of_norms"])
 def test_the_penalty_has_a_finite_gradient_where_it_is_zero(form):
     leaf = one(rank=3)["dense"]["kernel"]
@@ -100,6 +101,7 @@ def test_the_penalty_has_a_finite_gradient_where_it_is_zero(form):
     assert np.all(np.isfinite(grads))
 
 
+@pytest.mark.slow
 def test_compact_keeps_the_output_and_drops_the_rest():
     f = FORMS["unrolled"]()
     params = jpeft.adalora(3)(KEY, f.params)

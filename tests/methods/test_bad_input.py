@@ -150,7 +150,7 @@ def test_rank_and_alpha_patterns():
     assert layer["mlp"]["up"]["kernel"].scale == 4.0
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["lora", "dora", "adalora", "loha", "lokr", "loftq"])
 def test_without_alpha_the_scale_is_one_whatever_the_rank(name):
     t = getattr(jpeft, name)(rank=2, rank_pattern={".*query.*": 3})
@@ -287,7 +287,7 @@ CHANGED = {
 }
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("how", CHANGED)
 def test_a_changed_weight_may_be_quantised(how):
     params = {"w": jax.random.normal(KEY, (70, 5))}

@@ -318,6 +318,7 @@ def dropped_by(how):
     return fn
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("how", ["select", "product", "branch scale", "exp"])
 @pytest.mark.parametrize("placement", ["houlsby", "parallel"])
 def test_it_waits_while_the_output_is_only_dropped(how, placement):
@@ -585,6 +586,7 @@ COSTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_but(COSTS[:1], COSTS), ids=name_of)
 def test_no_more_flops_or_temporaries_than_by_hand(case):
     fn, params, twin = built(case)
@@ -660,6 +662,7 @@ def added(leaf, y):
     return by_hand({n: getattr(leaf, n) for n in names}, y, jax.nn.gelu)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("how", LATE_BIASES)
 @pytest.mark.parametrize("uses", [True, False])
 def test_a_bias_after_the_residual_is_part_of_the_output_that_is_read(how, uses):
@@ -701,6 +704,7 @@ PADS = {
 MASK = np.arange(5)[None] < np.array([[3], [5]])
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("how", PADS)
 def test_padded_positions_stay_zero(how):
     def fn(p, x, mask):

@@ -455,7 +455,7 @@ QUICK = [
 ][::2]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", slow_but(QUICK, CASES), ids=" ".join)
 def test_computes_the_same_as_by_hand_and_costs_no_more(case):
     name, form = case

@@ -59,6 +59,7 @@ def test_the_weight_is_the_formula(structured):
         np.testing.assert_allclose(merged[path], want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("structured", [False, True])
 def test_the_expected_l0_norm_is_its_closed_form(structured, temperature):
@@ -126,6 +127,7 @@ def test_alpha_learns_through_the_noise():
     assert np.all(sigmoid(leaf.alpha)[:, 2:] < 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structured", slow_but([False], [False, True]))
 def test_the_projection_keeps_the_largest_of_all_leaves(structured, tmp_path):
     f, transform, params = setting(structured=structured)
@@ -162,6 +164,7 @@ def test_the_projection_keeps_the_largest_of_all_leaves(structured, tmp_path):
     np.testing.assert_allclose(off, jax.jit(f.fn)(f.params, *f.args), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_goes_on_at_the_fixed_places():
     f, _, params = setting()
     small = jpeft.sparsify(params, 0.1)

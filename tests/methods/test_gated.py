@@ -156,6 +156,7 @@ def test_values_and_gradients_are_those_by_hand(name):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-6 * largest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["unipelt"], TRANSFORMS))
 def test_disabled_it_acts_as_the_base_and_all_of_it_trains(name):
     params = weights()

@@ -32,7 +32,7 @@ def test_one_step_is_the_best_correction_of_the_quantised_weight():
     assert error(params) == pytest.approx(np.sqrt(np.sum(rest**2)), rel=1e-4)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_checkpoint_finds_its_base_again_from_the_plain_one(steps, tmp_path):
     t = jpeft.loftq(rank=4, steps=steps)
@@ -85,7 +85,7 @@ def test_codes_that_were_saved_are_placed_as_the_weight_is(tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "jit"), [(1, False), (3, True)])
 def test_a_weight_that_its_format_holds_exactly_starts_as_lora_does(steps, jit):
     exact = jpeft.merge(jpeft.quantize("nf4", double=False)(KEY, {"w": W}))["w"]

@@ -34,7 +34,7 @@ def factor(leaf, name):
     )
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("options", [{}, {"factor": 2}, {"decompose_both": True}])
 @pytest.mark.parametrize("rank", [1, 9])
 def test_it_is_the_papers_formula(rank, options):

@@ -89,6 +89,7 @@ def test_pissa_starts_at_the_best_approximation_of_every_matrix(name):
     np.testing.assert_allclose(np.linalg.norm(b, axis=2), norms, rtol=1e-5)
 
 
+@pytest.mark.sample(4)
 @shapes
 def test_olora_starts_at_the_first_columns_of_q_and_rows_of_r(name):
     shape, axes, kind = SHAPES[name]
@@ -155,6 +156,7 @@ def test_the_start_is_the_base_bit_for_bit(init, dtype):
     assert np.asarray(merged).tobytes() == np.asarray(weight).tobytes()
 
 
+@pytest.mark.sample(1)
 @taken
 def test_gradients_are_those_of_a_base_that_holds_the_residual(init):
     weight, x = random(7, 5), random(4, 7, seed=3)
@@ -284,7 +286,7 @@ WAYS = {
 }
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_it_acts_as_its_value_wherever_a_model_uses_it(way):
     shape, axes, f, x_shape = WAYS[way]
@@ -309,7 +311,7 @@ def test_whatever_has_a_rule_for_low_rank_has_one_for_the_shifted():
 # --- placement -----------------------------------------------------------------------
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 @taken
 @pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
 @pytest.mark.parametrize("spec", [P("s", None, "m"), P(None, "m", None), P()])

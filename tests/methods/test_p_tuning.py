@@ -74,6 +74,7 @@ def test_widths():
     assert made("mlp", hidden=4)["embedding"].w1.shape == (6, 4)
 
 
+@pytest.mark.sample(1)
 @ENCODERS
 def test_a_template_reads_the_encoded_rows_in_order(encoder):
     template = jpeft.virtual_template(2, [7], ..., [8, 9], 3, vocab_size=V)

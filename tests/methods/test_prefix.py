@@ -107,7 +107,7 @@ EVERY = [(*c, "") for c in CASES]
 EVERY += [(*c, "scan remat") for c in CASES[::4]]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", slow_but(QUICK, EVERY))
 def test_equals_keys_and_values_put_before_the_real_ones(case):
     kind, style, mode = case
@@ -162,6 +162,7 @@ X = normal(6, 2, 7, A.WIDTH)
 CAUSAL = np.tril(np.ones((7, 7), bool))[None, None]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("options", [{}, {"force_fp32_for_softmax": True}])
 @pytest.mark.parametrize("crossed", [False, True])
 def test_flax_attention_equals_the_formula_in_float64(options, crossed):
@@ -362,6 +363,7 @@ def test_a_network_equals_its_formula():
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", slow_but(["scan remat"], ["", "scan remat"]))
 def test_a_start_from_a_text_has_its_keys_and_values(mode):
     """A text that is attended in front of nothing: the prefix acts as that text would,
@@ -460,6 +462,7 @@ def test_a_start_from_a_text_stays_on_its_devices():
 # --------------------------------------------------------------------- chosen layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", slow_but(["scan"], ["", "scan"]))
 def test_chosen_layers_alone_have_prompts(mode):
     module, params = A.model(mode=mode)
@@ -576,6 +579,7 @@ def compared(attend):
     return ours, hand, rows((LENGTH, 8), 1, 2)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", READ)
 def test_other_scores_and_other_queries_are_read(name):
     ours, hand, prefix = compared(READ[name])
@@ -721,6 +725,7 @@ def test_a_custom_gradient_around_attention_is_looked_into():
     np.testing.assert_allclose(got(params, x), want(params, x), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_prefix_in_bfloat16_is_the_float32_one_rounded():
     apply, params, x = simple(softmax_attention)
     half = jax.tree.map(lambda t: t.astype(jnp.bfloat16), params)

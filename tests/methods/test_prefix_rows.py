@@ -118,6 +118,7 @@ def check_off(fn, params, off, x=X, more=(), ready=lambda p: p):
     return want
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("mask", "softmax"), every_nth(5, [(m, s) for m in MASKS for s in SOFTMAX])
 )
@@ -140,6 +141,7 @@ METHODS = {
 MLP = {"up": {"kernel": draw(D, 3, k=30)}, "down": {"kernel": draw(3, D, k=31)}}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("method", slow_but({"gated", "mam", "unipelt"}, METHODS))
 def test_each_method_that_has_a_prefix_is_switched_off(method):
     attend = model("-1e9", "jax")
@@ -198,6 +200,7 @@ def stack(how):
     return (lambda p, x: module.apply({"params": p}, x)), params
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("how", ["flax", "dot_product_attention"])
 def test_layers_of_a_scan_are_switched_off(how):
     fn, base = stack(how)

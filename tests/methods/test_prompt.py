@@ -160,6 +160,7 @@ def text(name):
     return TEXT_FORMS[name]()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", slow_but(["text_scan_remat"], ["text_unrolled", "text_scan_remat"])
 )

@@ -178,7 +178,7 @@ def attached(method, w, axes):
     return moved({"w": transform.adapted(jax.random.key(4), "w", w, use)})
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", slow_but([*CASES][:4], CASES))
 def test_it_acts_as_its_merged_weight_or_is_refused(name, method):
@@ -196,6 +196,7 @@ def test_it_acts_as_its_merged_weight_or_is_refused(name, method):
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)  # sums in another order
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_beside_bfloat16_it_stays_as_close_as_the_rounding(method):
     w = n(8, 6).astype(jnp.bfloat16)

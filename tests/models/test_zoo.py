@@ -82,7 +82,7 @@ def compare(name):
     return uses
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEFAULT)
 def test_public_model_equals_its_merged_self(name):
     check(name)

@@ -197,7 +197,7 @@ def stepper(tx, grad):
     return step
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["freeze(allocator)", "allocator(freeze)"])
 def test_one_tree_and_freeze_in_either_order(order):
     params, loss = setting("scan")

@@ -117,6 +117,7 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("method", slow_but(("qlora",), ("lora", "qlora")))
 @pytest.mark.parametrize(
     "name", slow_but(("lbfgs", "sam", "if_finite"), TRANSFORMATIONS)
@@ -149,6 +150,7 @@ def test_a_frozen_tree_trains_as_its_trainable_half_does(name, method):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_whole_gradients_are_taken_as_extra_arguments_too():
     params, tx = params_of("lora"), jpeft.freeze(optax.lbfgs())
     value, whole = jax.value_and_grad(loss)(params)
@@ -274,6 +276,7 @@ NNX = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", slow_but(("lora_and_head", "qlora"), NNX))
 def test_an_nnx_optimizer_trains_what_the_filter_names(name):
     model = nnx_model(NNX[name]())

@@ -69,7 +69,7 @@ def trained(tx, params, loss, steps=6):
     return trainable
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_it_is_two_optimisers_of_which_one_is_faster(name):
     params, loss = setting()

@@ -94,7 +94,7 @@ def test_no_decoded_weight_waits_for_the_backward_pass(form):
     assert copied_weights(variant, m.tokens, weights_and_padded(m.base)) == []
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", OTHERS)
 def test_nor_one_of_another_format(quantize):
     m = model("scan", SMALL)
@@ -102,6 +102,7 @@ def test_nor_one_of_another_format(quantize):
     assert copied_weights(variant, m.tokens, weights_and_padded(m.base)) == []
 
 
+@pytest.mark.slow
 def test_decoding_first_would_show():
     m = model("scan", SMALL)
     variant = fine_tuning("scan", SMALL, NF4, merged=True)
@@ -121,7 +122,7 @@ def memory_of(form, quantised, merged=False):
         return step.lower(*arguments).compile().memory_analysis()
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("form", slow_but(["scan", "scan + remat"], FORMS))
 def test_qlora_takes_no_more_room_than_lora(form):
     """Its temporaries: below those of LoRA; a twentieth is for another XLA's choices.
@@ -146,7 +147,7 @@ def test_decoding_first_would_take_more_room():
 # --- lookups and quantising ----------------------------------------------------------
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [

@@ -24,8 +24,8 @@ from jpeft.leaf import whole_shards
 
 BOOK = jnp.asarray(codebooks.NF4)
 BATCH, TOKENS, WIDTH, HIDDEN, LAYERS = 4, 8, 128, 256, 2
-# Sums over devices are rounded in another order.
-CLOSE = 2e-6
+# Two orders of a float32 sum, of up to 512 terms here, as a part of the largest sum.
+CLOSE = 512 * float(np.finfo(np.float32).eps)
 
 
 def mesh(data=4, model=2, kind="Auto"):
@@ -197,6 +197,7 @@ def test_experts_work_where_their_weights_are():
     assert off(jax.jit(f)(*cut), f(*arrays)) < CLOSE
 
 
+@pytest.mark.slow
 def test_a_batch_of_x_alone_is_more_tokens():
     x, codes, scales = experts()
     f = jax.vmap(both_ways(), (0, None, None))
@@ -207,6 +208,7 @@ def test_a_batch_of_x_alone_is_more_tokens():
     assert f"f32[{4 * 16},128]" in jaxpr and "f32[4,128,24]" not in jaxpr
 
 
+@pytest.mark.slow
 def test_a_batch_of_batches_of_experts():
     x, codes, scales = experts()
     f = jax.vmap(jax.vmap(both_ways()), (0, None, None))
@@ -328,7 +330,7 @@ def there(place, kind="Auto", **how):
 )
 def test_a_step_is_the_same_wherever_the_weights_are(place, double):
     made = jax.jit(step)(*there(place, double=double))
-    assert off(made, on_one(double=double)[2]) < 1e-5
+    assert off(made, on_one(double=double)[2]) < CLOSE
 
 
 @pytest.mark.slow
@@ -346,7 +348,7 @@ def test_a_step_is_the_same_wherever_the_weights_are(place, double):
 )
 def test_formats_without_a_kernel_are_cut_alike(format, block_size):
     how = {"format": format, "block_size": block_size, "double": False}
-    assert off(jax.jit(step)(*there("both", **how)), on_one(**how)[2]) < 1e-5
+    assert off(jax.jit(step)(*there("both", **how)), on_one(**how)[2]) < CLOSE
 
 
 @pytest.mark.slow
@@ -396,7 +398,7 @@ def test_scales_of_few_blocks_are_whole_on_every_device():
 # --- known while the program is traced -----------------------------------------------
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["fully sharded", "both", "layers"])
 def test_what_is_declared_changes_no_number(place):
     params, x = there(place)
@@ -404,7 +406,7 @@ def test_what_is_declared_changes_no_number(place):
         traced = jax.jit(step).trace(params, x)
         made = traced.lower().compile()(params, x)
     assert "shard_map" in str(traced.jaxpr)
-    assert off(made, on_one()[2]) < 1e-5
+    assert off(made, on_one()[2]) < CLOSE
 
 
 @pytest.mark.slow
@@ -412,7 +414,7 @@ def test_a_wrong_declaration_changes_no_number():
     other, _ = there("fully sharded by columns")
     with jpeft.sharding.declare(other, batch=("model", "data")):
         made = jax.jit(step)(*there("both"))
-    assert off(made, on_one()[2]) < 1e-5
+    assert off(made, on_one()[2]) < CLOSE
 
 
 def test_a_declaration_made_again_compiles_nothing_new():
@@ -436,7 +438,7 @@ def test_a_declaration_names_what_it_lacks():
 @pytest.mark.parametrize("double", [True, False])
 def test_shardings_may_be_part_of_the_types(double):
     arrays = there("fully sharded", kind="Explicit", double=double)
-    assert off(jax.jit(step)(*arrays), on_one(double=double)[2]) < 1e-5
+    assert off(jax.jit(step)(*arrays), on_one(double=double)[2]) < CLOSE
 
 
 TYPED = {  # weight, activation, result
@@ -480,7 +482,7 @@ def test_the_model_may_say_where_a_product_goes(place, double, lora):
         merged = jpeft.merge(params) if lora else params["w"].materialize()
     assert tuple(y.sharding.spec)[:2] == (*of_y, None)[:2]
     assert jax.typeof(dx) == jax.typeof(given)
-    assert off(y, expected) < 1e-5 and off(dx, expected_dx) < 1e-5
+    assert off(y, expected) < CLOSE and off(dx, expected_dx) < CLOSE
     assert jax.typeof(merged["w"] if lora else merged).sharding.spec == P(
         *of_w, *(None,) * (3 - len(of_w))
     )
@@ -617,7 +619,7 @@ GATHERED = [
 ]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("format", "axis", "block_size"), every_nth(2, GATHERED))
 def test_a_weight_gathered_for_its_use_is_sent_as_codes(format, axis, block_size):
     """Fully sharded data parallelism, written by hand."""
@@ -647,7 +649,7 @@ def test_a_weight_gathered_for_its_use_is_sent_as_codes(format, axis, block_size
         loss = lambda t, x: jnp.mean(jpeft.adapt(fn)(jpeft.combine(t, frozen), x) ** 2)
         return jax.jit(jax.value_and_grad(loss, (0, 1)))
 
-    assert off(gradient(cut)(trainable, x), gradient(plain)(trainable, x)) < 1e-5
+    assert off(gradient(cut)(trainable, x), gradient(plain)(trainable, x)) < CLOSE
     sent = collectives(gradient(cut), trainable, x)
     assert {d for d, shape in sent if math.prod(shape) >= 512 * 8 // 2} <= {"u8", "s8"}
     assert any(d in ("u8", "s8") for d, _ in sent)
@@ -669,7 +671,7 @@ def test_shards_with_a_scale_of_their_own_are_not_put_together():
         jax.shard_map(f, mesh=on, in_specs=specs, out_specs=P("data"))(w, x)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_model_that_reads_its_types_sees_those_of_the_weight(lora):
     """On an explicit mesh: in a scan's carry, in a branch, at `shard_map`'s door."""
@@ -702,4 +704,4 @@ def test_a_model_that_reads_its_types_sees_those_of_the_weight(lora):
             transform = jpeft.chain(transform, jpeft.lora(rank=3))
         params = transform(jax.random.key(0), base, uses=uses)
         got = jax.jit(jpeft.adapt(fn))(params, x)
-        assert off(got, jax.jit(fn)(jpeft.merge(params), x)) < 1e-5
+        assert off(got, jax.jit(fn)(jpeft.merge(params), x)) < CLOSE

@@ -30,6 +30,7 @@ def assert_stored_alike(a, b):
         np.testing.assert_array_equal(x, b[n], err_msg=n)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("double", slow_but([True], [False, True]))
 @pytest.mark.parametrize(
     "format", slow_but(["quantile4", "dynamic8", "int4_asymmetric"], FORMATS)
@@ -48,6 +49,7 @@ def learned(leaf, b):
     return leaf.replace(b=jnp.broadcast_to(b, leaf.b.shape).astype(leaf.b.dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("double", slow_but([True], [False, True]))
 @pytest.mark.parametrize(
     "format", slow_but(["quantile4"], ["nf4", "quantile4", "dynamic8", "int8"])

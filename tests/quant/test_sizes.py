@@ -25,7 +25,7 @@ def close(got, want):
     np.testing.assert_allclose(got, want, atol=1e-5 * scale)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("format", "block_size"),
     every_nth(2, itertools.product(FORMATS, [32, "channel"])),
@@ -44,7 +44,7 @@ def test_product_and_gradient(format, block_size):
             close(a, b)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["nf4", "int8", "dynamic8"])
 def test_table_read_forwards(format):
     """Its features are what blocks run along, and here also what comes out."""
@@ -145,7 +145,7 @@ print(step._cache_size())
     assert done.stdout.split() == ["1"]
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("format", "platforms"),
     [
