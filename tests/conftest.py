@@ -94,8 +94,13 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 20, 50)
 
 
+def pytest_sessionfinish():
+    """Nor need anything be collected at the end of a process: pytest does so often."""
+    gc.freeze()
+
+
 _programs = 0
-MANY = 800  # programs of tests take about a megabyte each
+MANY = 650  # programs of tests take about a megabyte each
 
 
 @jax.monitoring.register_event_duration_secs_listener

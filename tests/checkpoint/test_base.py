@@ -352,6 +352,7 @@ def test_a_wider_base_is_quantised_to_the_codes_of_the_training(tmp_path):
     np.testing.assert_array_equal(leaf.base.codes, params["dense"]["kernel"].base.codes)
 
 
+@pytest.mark.slow
 def test_what_makes_up_for_searched_codes_stays_with_them(tmp_path):
     t = jpeft.loftq(rank=2, steps=2, where="dense/kernel")
     saved(tmp_path / "a", t, base())

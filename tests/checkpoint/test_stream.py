@@ -874,7 +874,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_damaged_state_of_bitsandbytes_names_weight_and_file(four_bit, what):
     folder, transform, like, _ = four_bit

@@ -241,6 +241,7 @@ def test_virtual_tokens_are_attended_to_and_not_pooled(tmp_path):
     assert np.abs(found - alone).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_token_types_select_their_embedding(tmp_path):
     config, params = _bert.load_base(write_checkpoint(tmp_path, tiny_tensors()))
     encoder = _bert.BertEncoder(config)
@@ -252,6 +253,7 @@ def test_token_types_select_their_embedding(tmp_path):
     assert np.abs(default - ones).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_row_without_real_tokens_stays_finite(tmp_path):
     config, params = _bert.load_base(write_checkpoint(tmp_path, tiny_tensors()))
     ids, mask = jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 3), bool)

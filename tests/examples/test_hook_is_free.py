@@ -89,7 +89,7 @@ def test_the_step_returns_the_adapters_and_nothing_else(form):
     assert ours.output_bytes <= ROOM * hand.output_bytes
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @in_each_form
 def test_three_steps_reach_the_loss_of_the_twin(form):
     hand, ours = costs(form)

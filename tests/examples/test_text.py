@@ -55,6 +55,7 @@ def test_docstrings_are_about_three_thousand_in_even_classes(default):
     assert max(counts.values()) <= _text.MAX_PER_CLASS <= 2 * min(counts.values())
 
 
+@pytest.mark.slow
 def test_docstrings_are_distinct_clean_and_of_bounded_length(default):
     assert len({text.casefold() for text in default.texts}) == len(default)
     for text in default.texts:

@@ -72,7 +72,7 @@ def book_of(q, format):
     return np.asarray(blocks.book_of(FORMATS[format]) if q.book is None else q.book)
 
 
-@pytest.mark.sample(9)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("format", "size"), GRID)
 def test_codes_and_values_are_those_of_the_formula(format, size):
     """The last block is not full and K is odd."""
@@ -152,7 +152,7 @@ def test_a_stack_is_its_matrices_one_by_one(format, size):
         np.testing.assert_array_equal(values[k], dequantize(one, format, size, 77))
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("format", "dtype"), [*((f, "bfloat16") for f in FORMATS), ("nf4", "float16")]
 )
@@ -354,7 +354,7 @@ def measured(format, double, size=64):
     return float(jnp.mean(jnp.square(jpeft.quant.dequantize(q) - x)))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_squared_error_of_a_normal_is_as_pinned(format):
     """The samples alone vary by 0.3 %."""

@@ -19,6 +19,7 @@ def test_the_packed_axis_has_whole_groups(n, padded):
     assert packing.padded(n) == padded
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 def test_unpacking_undoes_packing(shape, axis):
     c = codes(*shape)
@@ -47,7 +48,7 @@ def test_a_shard_of_whole_groups_is_a_shard_of_the_bytes():
         np.testing.assert_array_equal(part, whole[32 * k : 32 * (k + 1)])
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 @pytest.mark.parametrize("whole", [False, True])
 def test_nibbles_name_where_their_code_begins(shape, axis, whole):
@@ -62,6 +63,7 @@ def test_nibbles_name_where_their_code_begins(shape, axis, whole):
     np.testing.assert_array_equal(got, c)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("n", [1, 2, 7, 64, 101])
 def test_pairs_are_neighbours_with_the_first_in_the_high_nibble(n):
     c = codes(n)

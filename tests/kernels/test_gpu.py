@@ -48,7 +48,7 @@ def weight(k, n, block, format="nf4"):
 # --- Triton's numbers ----------------------------------------------------------------
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "k, n, block, format, dtype, config",
     [
@@ -84,7 +84,7 @@ def test_triton_quantises_and_dequantises_as_the_definition(
 
 
 # Splitting among programs: 1 leaves sums whole, 5 makes parts of unequal size.
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("programs", [1, 5])
 @pytest.mark.parametrize("op", ["matmul", "matmul_transposed"])
 def test_triton_multiplies_few_tokens(op, programs):

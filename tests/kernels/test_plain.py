@@ -263,7 +263,7 @@ def test_a_wrong_shape_is_answered_with_the_right_one(call, parts):
         assert part in str(error.value)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("k", [7, 100])
 @pytest.mark.parametrize("stack", [(), (2, 3)])
 @pytest.mark.parametrize("batch", [(), (2, 3), (4, 0)])

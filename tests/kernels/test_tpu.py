@@ -115,7 +115,7 @@ def test_wide_tiles_are_decoded_in_pieces():
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("look_up", ["sublane", "select"])
 @pytest.mark.parametrize("k, n, block", MATRICES)
 def test_dequantize_is_exact(k, n, block, look_up):

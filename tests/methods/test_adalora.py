@@ -89,7 +89,7 @@ def test_the_penalty_is_that_of_every_matrix(name):
     )
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["sum_of_squares", "mean_of_norms"])
 def test_the_penalty_has_a_finite_gradient_where_it_is_zero(form):
     leaf = one(rank=3)["dense"]["kernel"]

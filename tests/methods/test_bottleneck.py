@@ -237,6 +237,7 @@ NUMPY = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("activation", NUMPY)
 @pytest.mark.parametrize("placement", ["houlsby", "parallel"])
 def test_the_formula_in_float64(placement, activation):
@@ -257,6 +258,7 @@ def test_the_formula_in_float64(placement, activation):
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_gate_is_one_number_an_example():
     params, x = random(SHAPES), random((2, 4, 7), 1)
     fn = lambda p, x: jax.nn.relu(x @ p["up"]["kernel"]) @ p["down"]["kernel"]
@@ -365,6 +367,7 @@ class Attention(nnx.Module):
         return x + (y if hand is None else y + by_hand(hand["mlp"], y, jnp.tanh))
 
 
+@pytest.mark.slow
 def test_nnx_equals_the_network_by_hand():
     graph, params = nnx.split(Attention(nnx.Rngs(0)))
     params = noisy(params, 0.3)
@@ -447,6 +450,7 @@ def test_equal_layers_stay_one_inner_jit():
         assert text.count("func.func private @one_layer") == 1
 
 
+@pytest.mark.slow
 def test_bfloat16_models_keep_their_dtype():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random(SHAPES))
     x = random((4, 7), 1).astype(jnp.bfloat16)

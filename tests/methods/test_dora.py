@@ -69,6 +69,7 @@ def test_the_change_of_the_norm_is_exact(axes):
     np.testing.assert_allclose(norm_of(w, axes), np.sqrt(square(w)), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_norm_is_a_constant_to_the_gradient():
     params = attached(n(7, 5))
     trainable, frozen = jpeft.partition(params)

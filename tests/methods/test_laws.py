@@ -328,7 +328,7 @@ def test_activations_may_be_complex(method):
     params, x = moved(attached(method, "unrolled")), form("unrolled").args[0]
     with jax.numpy_dtype_promotion("standard"):
         got = jax.jit(jpeft.adapt(waves))(params, x)
-        want = waves(jpeft.merge(params), x)
+        want = jax.jit(waves)(jax.jit(jpeft.merge)(params), x)
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 

@@ -176,6 +176,7 @@ def test_flax_attention_equals_the_formula_in_float64(options, crossed):
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_flax_attention_in_a_scan():
     class Layer(nn.Module):
         @nn.compact
@@ -201,6 +202,7 @@ def test_flax_attention_in_a_scan():
     np.testing.assert_allclose(got, x, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_nnx_attention_equals_the_formula():
     module = nnx.MultiHeadAttention(A.HEADS, A.WIDTH, decode=False, rngs=nnx.Rngs(0))
     graph, params = nnx.split(module)
@@ -225,6 +227,7 @@ def test_nnx_attention_equals_the_formula():
 # --------------------------------------------------------------------------- decoding
 
 
+@pytest.mark.slow
 def test_single_token_steps_with_a_cache_equal_the_whole_text():
     """Flax's cache: what is read from it owes the prefix, which takes no slot."""
     module, params = flax_attention(decode=True)
@@ -299,6 +302,7 @@ def test_each_example_has_the_prefix_of_its_task():
         np.testing.assert_allclose(got[k : k + 1], want, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_select_says_what_is_wrong():
     module, params = A.model()
     tasks = jpeft.prefix(LENGTH, tasks=3)(KEY, params)
@@ -429,6 +433,7 @@ def test_a_network_may_start_from_a_text(network, mode, tmp_path):
     np.testing.assert_allclose(apply(done), apply(moved), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_start_says_what_is_wrong():
     module, params = A.model()
     apply = lambda p: module.apply({"params": p}, A.IDS)

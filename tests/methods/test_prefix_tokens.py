@@ -172,6 +172,7 @@ def test_in_bfloat16_it_is_the_float32_one_rounded():
     assert 0 < off(made, text.ids, text.mask) < 1.5 * plain + 0.01
 
 
+@pytest.mark.slow
 def test_a_batch_may_mix_tasks():
     apply, made, _ = attached(tasks=2)
     text = functools.partial(prepended, mask=A.PAD)

@@ -245,6 +245,7 @@ def test_encoder_and_decoder_share_a_table():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_over_quantised_and_low_rank_tables():
     def build(*below):
         made = jpeft.chain(*below, jpeft.prompt(N))(KEY, {"embedding": E})

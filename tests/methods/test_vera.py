@@ -77,6 +77,7 @@ def test_without_the_leaf_that_keeps_the_matrices_it_says_so():
             f()
 
 
+@pytest.mark.slow
 def test_two_of_them_keep_their_own_matrices():
     one = jpeft.vera(rank=11)
     two = jpeft.vera(rank=3, where="a/kernel")

@@ -116,7 +116,7 @@ class Plain:
         return [np.where(k, m["lam"], 0.0) for m, k in pairs]
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", slow_but(["paper"], ["paper", "peft"]))
 @pytest.mark.parametrize(("name", "delta_t"), [("unrolled", 1), ("scan", 3)])
 def test_thirty_steps_are_those_of_the_algorithm(name, delta_t, variant):

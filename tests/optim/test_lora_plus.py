@@ -98,6 +98,7 @@ def test_what_is_fast():
     }
 
 
+@pytest.mark.slow
 def test_vectors_may_be_fast_too():
     params, loss = setting()
     flat, _ = jax.tree_util.tree_flatten_with_path(fast(params, vectors=True))

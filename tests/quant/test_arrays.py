@@ -36,7 +36,7 @@ def test_an_array_is_cut_in_its_memory_order(shape, double):
     assert float(jnp.abs(got - x).max()) <= 0.17 * float(jnp.abs(x).max())
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("axis", "order"),
     [
@@ -63,7 +63,7 @@ def test_blocks_run_along_the_axes_asked_for(format, axis, order):
     np.testing.assert_array_equal(jnp.transpose(got, order).reshape(flat.shape), want)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("format", FORMATS)
 def test_each_format_keeps_its_promise_on_an_uneven_array(format):
     """Error against the largest of a block: what half of the widest gap allows."""
@@ -106,6 +106,7 @@ def test_inside_jit_the_same_comes_out_bit_for_bit(format):
     same(jax.jit(lambda x: dequantize(run(x)))(x), jax.jit(dequantize)(run(x)))
 
 
+@pytest.mark.slow
 def test_vmap_quantises_one_by_one():
     x = normal(3, 77, 5)
     run = lambda x: dequantize(quantize(x, "nf4", axis=0))

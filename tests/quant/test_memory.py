@@ -86,7 +86,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_no_decoded_weight_waits_for_the_backward_pass(form):
     m = model(form, SMALL)

@@ -105,7 +105,7 @@ def check(name, c, format, tolerance=2e-5):
 NAMES = [*idioms.CASES]
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("name", "format"),
     [
@@ -211,7 +211,7 @@ PUT_TOGETHER = {
 }
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("format", slow_but(["nf4"], FORMATS))
 @pytest.mark.parametrize("name", PUT_TOGETHER)
 def test_weights_put_together_before_they_are_used(name, format):

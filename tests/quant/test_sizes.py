@@ -59,7 +59,7 @@ def test_table_read_forwards(format):
         close(jpeft.adapt(f)(q, x), f(jpeft.merge(q), x))
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["quantile4", "quantile8"])
 def test_each_expert_has_a_learned_book(format):
     f = lambda p, x: jnp.einsum("ecd,edf->ecf", x, p["experts"]["kernel"])
