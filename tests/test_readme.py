@@ -112,6 +112,7 @@ def test_the_train_state_lines():
     assert int(names["state"].step) == 1
 
 
+@pytest.mark.slow
 def test_the_export_lines():
     model, tokens = Model(), BATCH["tokens"]
     base = model.init(jax.random.key(0), tokens)["params"]

@@ -297,6 +297,7 @@ LOUD = {
 }
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", LOUD)
 def test_no_linear_weight_is_passed_over_in_silence(name):
     """It is adapted, and right, or refused by name."""

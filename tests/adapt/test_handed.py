@@ -113,7 +113,7 @@ WAYS = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_kind_comes_back_whatever_it_went_through(way):
     params = trained()

@@ -833,7 +833,7 @@ class Stack(nnx.Module):
 nnx_case("scan of remat", Stack, X)
 
 
-@pytest.mark.sample(14)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", slow_but(list(CASES)[::2], CASES))
 def test_delta_stays_low_rank_and_exact(name):
     check(idiom(name))

@@ -303,6 +303,7 @@ def test_a_quantised_base_is_found_again_on_and_off_a_mesh(format, kind, tmp_pat
     assert codes.sharding.spec == place.spec
 
 
+@pytest.mark.slow
 def test_optimiser_state_on_the_host_is_saved_and_comes_back_there(tmp_path):
     t = peft()
     params = t(KEY, base())

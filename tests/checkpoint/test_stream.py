@@ -874,7 +874,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_damaged_state_of_bitsandbytes_names_weight_and_file(four_bit, what):
     folder, transform, like, _ = four_bit
@@ -889,6 +889,7 @@ def test_a_damaged_state_of_bitsandbytes_names_weight_and_file(four_bit, what):
     )
 
 
+@pytest.mark.slow
 def test_codes_of_bitsandbytes_may_be_computed_with_in_the_activations_dtype(four_bit):
     folder, _, like, made = four_bit
     loaded = load_quantized(

@@ -303,6 +303,7 @@ def test_resuming_without_a_checkpoint_is_refused(command, tmp_path, capsys):
     fails(capsys, command(tmp_path, "--resume"), "no checkpoint", "leave out --resume")
 
 
+@pytest.mark.slow
 def test_resuming_a_run_of_another_recipe_is_refused(command, finished, capsys):
     argv = command(finished, "--resume", "--config", "configs/bitfit.toml")
     fails(capsys, argv, "other settings", "peft was", "another --out")

@@ -82,7 +82,7 @@ def test_no_more_temporaries_than_by_hand(form):
     assert 0 < ours.temp_bytes <= ROOM * hand.temp_bytes
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @in_each_form
 def test_the_step_returns_the_adapters_and_nothing_else(form):
     hand, ours = costs(form)
@@ -111,12 +111,14 @@ def test_gradients_are_those_of_the_twin(form):
         np.testing.assert_allclose(ours[path], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.sample(2)
 @in_each_form
 def test_the_second_step_compiles_nothing(form):
     _, ours = costs(form)
     assert ours.compiled == 0
 
 
+@pytest.mark.sample(2)
 @in_each_form
 def test_no_copy_of_a_weight_waits_for_the_backward_pass(form):
     _, ours = costs(form)

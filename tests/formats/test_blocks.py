@@ -135,7 +135,7 @@ def test_an_array_along_its_last_axis_is_its_transpose_along_the_first(format):
     )
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("format", "size"), [*((f, 64) for f in FORMATS), ("nf4", "tensor")]
 )
@@ -152,7 +152,7 @@ def test_a_stack_is_its_matrices_one_by_one(format, size):
         np.testing.assert_array_equal(values[k], dequantize(one, format, size, 77))
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("format", "dtype"), [*((f, "bfloat16") for f in FORMATS), ("nf4", "float16")]
 )
@@ -169,7 +169,7 @@ def test_arithmetic_is_float32_and_rounded_once(format, dtype):
 # --- what is special -----------------------------------------------------------------
 
 
-@pytest.mark.sample(9)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("size", [32, "channel"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_zeros_come_back_as_zeros_and_constants_as_themselves(format, size):
@@ -354,7 +354,7 @@ def measured(format, double, size=64):
     return float(jnp.mean(jnp.square(jpeft.quant.dequantize(q) - x)))
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_squared_error_of_a_normal_is_as_pinned(format):
     """The samples alone vary by 0.3 %."""

@@ -67,7 +67,7 @@ def orthogonality_by_numpy(matrices):
     return [(off(p), off(q.T)) for p, q in matrices]
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unrolled", "scan"])
 def test_the_penalty_is_that_of_every_matrix(name):
     f = FORMS[name]()

@@ -150,7 +150,7 @@ def test_rank_and_alpha_patterns():
     assert layer["mlp"]["up"]["kernel"].scale == 4.0
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "dora", "adalora", "loha", "lokr", "loftq"])
 def test_without_alpha_the_scale_is_one_whatever_the_rank(name):
     t = getattr(jpeft, name)(rank=2, rank_pattern={".*query.*": 3})

@@ -666,7 +666,7 @@ def added(leaf, y):
     return by_hand({n: getattr(leaf, n) for n in names}, y, jax.nn.gelu)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("how", LATE_BIASES)
 @pytest.mark.parametrize("uses", [True, False])
 def test_a_bias_after_the_residual_is_part_of_the_output_that_is_read(how, uses):

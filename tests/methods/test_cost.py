@@ -480,6 +480,7 @@ class Merged(Model):
         return x @ (k["w"] + SCALE * (k["a"] @ k["b"])) + w["bias"][None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", slow_but(["scan+remat"], ["plain", "scan+remat"]))
 def test_a_weight_that_is_made_would_show(form):
     method = dataclasses.replace(METHODS["rslora"], twin=Merged)

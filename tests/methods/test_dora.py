@@ -163,6 +163,7 @@ def test_it_is_refused_over_what_trains_and_with_other_first_values():
         jpeft.dora(0)
 
 
+@pytest.mark.slow
 def test_a_refusal_of_stacked_weights_names_all_of_them():
     def fn(p, x):
         stack = lambda name: jnp.stack([p[name][k]["kernel"] for k in "012"])

@@ -135,6 +135,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["unipelt"], TRANSFORMS))
 def test_values_and_gradients_are_those_by_hand(name):
     params = weights()

@@ -63,7 +63,7 @@ def check(how, pair) -> bool:
     return True
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("how", JOINED)
 @pytest.mark.parametrize("pair", slow_but(PAIRS[::3], PAIRS), ids="-".join)
 def test_joined_weights_keep_what_each_has(pair, how):

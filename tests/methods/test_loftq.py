@@ -17,12 +17,14 @@ def error(params):
     return float(jnp.linalg.norm(jpeft.merge(params)["kernel"] - W))
 
 
+@pytest.mark.slow
 def test_each_step_comes_nearer_to_the_weight():
     plain = error(jpeft.quantize("nf4")(KEY, {"kernel": W}))
     found = [error(jpeft.loftq(rank=8, steps=n)(KEY, {"kernel": W})) for n in (1, 2, 5)]
     assert plain > found[0] > found[1] > found[2]
 
 
+@pytest.mark.slow
 def test_one_step_is_the_best_correction_of_the_quantised_weight():
     params = jpeft.loftq(rank=8, alpha=16)(KEY, {"kernel": W})
     q = jpeft.quantize("nf4")(KEY, {"kernel": W})

@@ -142,6 +142,7 @@ def test_all_ranks_together_are_the_whole_weight(init):
 # --- the start is the base, and training is the papers' ------------------------------
 
 
+@pytest.mark.sample(4)
 @taken
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_start_is_the_base_bit_for_bit(init, dtype):
@@ -156,7 +157,7 @@ def test_the_start_is_the_base_bit_for_bit(init, dtype):
     assert np.asarray(merged).tobytes() == np.asarray(weight).tobytes()
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @taken
 def test_gradients_are_those_of_a_base_that_holds_the_residual(init):
     weight, x = random(7, 5), random(4, 7, seed=3)
@@ -286,7 +287,7 @@ WAYS = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_it_acts_as_its_value_wherever_a_model_uses_it(way):
     shape, axes, f, x_shape = WAYS[way]

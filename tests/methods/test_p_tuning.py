@@ -121,7 +121,7 @@ def test_it_is_encoded_once_a_call(encoder):
     assert count(twice) == count(lambda p, i: p["embedding"][i]) > 0
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @QUICK_MLP
 def test_finalize_keeps_the_vectors_alone(encoder, tmp_path):
     transform = jpeft.chain(

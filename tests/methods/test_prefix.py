@@ -354,6 +354,7 @@ def test_a_network_is_shared_and_dropped_after_the_training(network, mode, tmp_p
     np.testing.assert_array_equal(apply(again), apply(done))
 
 
+@pytest.mark.slow
 def test_a_network_equals_its_formula():
     module, params = A.model()
     made = jpeft.prefix(LENGTH, reparametrization="mlp", width=6)(KEY, params)

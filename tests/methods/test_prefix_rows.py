@@ -118,7 +118,7 @@ def check_off(fn, params, off, x=X, more=(), ready=lambda p: p):
     return want
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("mask", "softmax"), every_nth(5, [(m, s) for m in MASKS for s in SOFTMAX])
 )
@@ -200,7 +200,7 @@ def stack(how):
     return (lambda p, x: module.apply({"params": p}, x)), params
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["flax", "dot_product_attention"])
 def test_layers_of_a_scan_are_switched_off(how):
     fn, base = stack(how)

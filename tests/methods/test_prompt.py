@@ -76,7 +76,7 @@ LOOKUPS = {
 }
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("how", LOOKUPS)
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_a_lookup_reads_the_prompt_for_virtual_ids(how, jit):
@@ -229,6 +229,7 @@ class Twice(nn.Module):
         return embed.attend(nn.Dense(WIDTH)(embed(right) + told))
 
 
+@pytest.mark.slow
 def test_encoder_and_decoder_share_a_table():
     module = Twice()
     params = module.init(KEY, IDS, IDS)["params"]
@@ -384,6 +385,7 @@ def test_a_lookup_of_a_part_of_the_table_is_refused():
 # --- ids without virtual tokens ------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ids_without_virtual_tokens_are_an_error_where_they_can_be_seen():
     fn = jpeft.adapt(lambda p, i: p["embedding"][i])
     with pytest.raises(jpeft.PromiseError, match=r"prepend_virtual_tokens.*=11\)"):

@@ -42,6 +42,7 @@ MAPS = {
 }
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("format", slow_but(QUICK, FORMATS))
 def test_arithmetic_on_every_array_is_refused_where_the_tree_is_used(name, format):
@@ -56,7 +57,7 @@ def test_arithmetic_on_every_array_is_refused_where_the_tree_is_used(name, forma
         assert "jpeft.partition(params)[0]" in str(e.value)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("format", slow_but(QUICK, FORMATS))
 def test_cast_keeps_codes_and_scales(format):
     params = qlora(format)

@@ -323,7 +323,7 @@ def there(place, kind="Auto", **how):
     return params, jax.device_put(x, NamedSharding(on, P("data")))
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place, double",
     every_nth(2, [*((place, True) for place in PLACES), ("both", False)]),
@@ -417,6 +417,7 @@ def test_a_wrong_declaration_changes_no_number():
     assert off(made, on_one()[2]) < CLOSE
 
 
+@pytest.mark.slow
 def test_a_declaration_made_again_compiles_nothing_new():
     params, x = there("both")
     traced = []
@@ -619,7 +620,7 @@ GATHERED = [
 ]
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("format", "axis", "block_size"), every_nth(2, GATHERED))
 def test_a_weight_gathered_for_its_use_is_sent_as_codes(format, axis, block_size):
     """Fully sharded data parallelism, written by hand."""

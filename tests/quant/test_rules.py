@@ -105,7 +105,7 @@ def check(name, c, format, tolerance=2e-5):
 NAMES = [*idioms.CASES]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("name", "format"),
     [
@@ -132,7 +132,7 @@ def test_a_tied_table_whose_features_fill_no_group(features):
     check("tied", c, "nf4")
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("ids", ["uint8", "int8", "uint16", "int32"])
 @pytest.mark.parametrize(
     ("rows", "format", "block_size", "double"),

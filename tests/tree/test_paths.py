@@ -72,6 +72,7 @@ def test_keys_that_read_alike_are_numbered():
     assert slots(tree).paths == ("1/w", "1%2/b", "1%2/w")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", ["lora", "vera", "full", "nf4", "bitfit"])
 def test_two_weights_that_read_alike_stay_two(name, tmp_path):
     quantize = jpeft.quantize("nf4", compute_dtype=None)

@@ -321,7 +321,7 @@ IN_ZOO = {
 DEFAULT = list(IN_ZOO)[:6]
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=() if n in DEFAULT else pytest.mark.slow) for n in IN_ZOO],
