@@ -6,6 +6,9 @@
     python examples/finetune.py --base path/to/bert --epochs 3 --out runs/mine
     python examples/finetune.py --resume                           # after Ctrl-C
 
+On Linux GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment makes a step on a CPU
+take less: XLA asks for its memory anew at every step, then in pages of 2 MB.
+
 The default base is all-MiniLM-L6-v2, and the default data are the docstrings of
 Python's standard library, labelled by the part they come from. A recipe
 (``configs/*.toml``) says what trains and how; the options override its ``[train]``.
@@ -269,6 +272,7 @@ def prepare(args: argparse.Namespace, peft: jpeft.Transform | None = None) -> Ru
             "peft": peft.to_config(),
             **dataclasses.asdict(recipe),
             "classes": list(classes),
+            "batches": f"of like length, {_text.POOL} at a time",
             "train_checksum": train.checksum(),
             "held_out_checksum": held_out.checksum(),
         },

