@@ -36,10 +36,11 @@ def counted(*argv):
 
 
 @pytest.mark.slow
-def test_200_kills_at_random_moments_lose_nothing_and_leave_nothing():
-    found, errors = counted("random", "200")
-    assert found["kills"] == 200 and found.pop("with left-overs") > 100
-    assert found == {"kills": 200, "lost": 0, "unloadable": 0, "left": 0}, errors
+def test_kills_at_random_moments_lose_nothing_and_leave_nothing():
+    """`python tests/checkpoint/kills.py random 200` kills that often."""
+    found, errors = counted("random", "40")
+    assert found["kills"] == 40 and found.pop("with left-overs") > 15
+    assert found == {"kills": 40, "lost": 0, "unloadable": 0, "left": 0}, errors
 
 
 @pytest.mark.slow

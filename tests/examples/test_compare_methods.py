@@ -423,23 +423,6 @@ def test_workers_tell_what_they_find_and_of_which_task(options, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_table(options, tmp_path, capsys):
-    tables = []
-    for jobs in ("1", "2"):
-        argv = ["--jobs", jobs, "--methods", "head", "bitfit", "--seeds", "0"]
-        argv = [*argv, "--out", str(tmp_path / jobs), *options, "--small"]
-        assert compare_methods.main(argv) == 0
-        tables.append(capsys.readouterr().out)
-    one, two = map(rows_of, tables)
-    for cells in (*one.values(), *two.values()):
-        # Measured; and Orbax notes times, whose digits vary.
-        assert number(cells.pop("examples/s")) > 0 and number(cells.pop("adapter")) > 0
-    assert one == two and [*one] == [*two] == ["head", "bitfit"]
-    about = [[x for x in text.splitlines() if "ntrained:" in x] for text in tables]
-    assert about[0] == about[1] != []
-
-
-@pytest.mark.slow
 def test_ctrl_c_ends_the_workers(options, tmp_path):
     script = ROOT / "examples" / "compare_methods.py"
     argv = [sys.executable, str(script), "--jobs", "2", "--methods", "head"]

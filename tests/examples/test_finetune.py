@@ -452,7 +452,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(command, tmp_path, capsys):
 def test_every_recipe_of_the_repository_runs(path, base, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a recipe is found from any folder
     argv = ["--base", base, "--data", data, "--config", f"configs/{path.name}"]
-    argv += ["--max-train", "64", "--epochs", "1", "--length", "32"]
+    argv += ["--max-train", "64", "--epochs", "1", "--length", "16"]
     assert finetune.main(list(map(str, argv))) == 0
     out = tmp_path / "runs" / path.stem
     metrics = read(out / "metrics.json")

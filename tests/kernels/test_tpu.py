@@ -302,7 +302,7 @@ def test_every_kernel_compiles_for_every_tpu(generation):
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("generation", ["v5e", "v5p"])
+@pytest.mark.parametrize("generation", ["v5p"])  # v5e takes the compiler twice as long
 def test_decoding_keeps_up_with_memory_and_hides_behind_products(generation, tmp_path):
     """By the compiler's estimate: within a tenth of the floor of memory, and of XLA's
     product of bfloat16 matrices."""
