@@ -192,6 +192,9 @@ def test_a_switch_of_a_function_is_true_or_false(value):
         "transpose": lambda: jpeft.quant.from_bitsandbytes({}, transpose=value),
         "double": lambda: jpeft.quant.quantize(jnp.ones((64, 2)), double=value),
         "vectors": lambda: jpeft.optim.lora_plus(None, vectors=value),
+        "overwrite": lambda: jpeft.save("a", {}, jpeft.lora(2), overwrite=value),
+        "statistics": lambda: jpeft.save("a", {}, jpeft.lora(2), statistics=value),
+        "has_aux": lambda: jpeft.value_and_grad(jnp.sum, has_aux=value),
     }
     for name, call in calls.items():
         with pytest.raises(ValueError, match=f"{name}={value!r}: expected True or Fal"):

@@ -49,6 +49,7 @@ from jpeft.checkpoint.names import Names
 from jpeft.checkpoint.places import Place, Told, placed_by
 from jpeft.checkpoint.processes import check_alike
 from jpeft.checkpoint.sealed import metadata_of, seal
+from jpeft.checks import check_flag
 from jpeft.leaf import (
     KINDS,
     STATIC,
@@ -99,6 +100,9 @@ def save(
     Raises ValueError if nothing is adapted or by another transform, FileExistsError if
     the folder exists, CheckpointError if it is no adapter's or the disk refuses it.
     """
+
+    check_flag("save", "overwrite", overwrite)
+    check_flag("save", "statistics", statistics)
 
     def make() -> tuple[Fill, str]:
         described = describe(params, transform, fingerprint, statistics)

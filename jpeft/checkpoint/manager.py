@@ -41,6 +41,7 @@ from jpeft.checkpoint.folder import (
 from jpeft.checkpoint.manifest import MANIFEST, read_manifest, step_number
 from jpeft.checkpoint.processes import Crew, check_alike, is_first
 from jpeft.checkpoint.sealed import DIGEST, metadata_of, seal, unseal
+from jpeft.checks import check_flag
 from jpeft.leaf import is_leaf
 from jpeft.methods.quantize import Quantize
 from jpeft.transform import Transform
@@ -133,6 +134,7 @@ class CheckpointManager:
         disk refuses.
         """
         number = step_number(step)
+        check_flag("CheckpointManager.save", "statistics", statistics)
 
         def make() -> tuple[Fill, str]:
             return self._described(number, params, state, metadata, statistics)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jpeft.checks import check_regex
 from jpeft.tree.paths import suggest
 
 # What is stored for a weight: a name, or names and a function of their arrays.
@@ -31,13 +32,15 @@ def told_by(
         return names
     patterns = {}
     for key in names:
+        pattern = re.escape(key) if key in paths else key
         try:
-            patterns[key] = re.compile(re.escape(key) if key in paths else key)
-        except re.error as error:
+            check_regex(pattern)
+        except ValueError as error:
             raise ValueError(
                 f"{caller}: names key {key!r} is neither a path nor a regular "
                 f"expression: {error}"
             ) from None
+        patterns[key] = re.compile(pattern)
         if not any(patterns[key].fullmatch(p) for p in paths):
             raise ValueError(
                 f"{caller}: names key {key!r} matches no path of {tree}; nearest: "

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from jpeft.boxes import unbox
+from jpeft.checks import check_flag
 from jpeft.compat import is_key_array
 from jpeft.leaf import innermost
 from jpeft.tree.paths import slots
@@ -172,6 +173,7 @@ def value_and_grad(
     dtype, so nothing of the base's size is computed.  Raises ValueError if nothing is
     trainable.
     """
+    check_flag("value_and_grad", "has_aux", has_aux)
 
     @functools.wraps(loss)
     def run(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
