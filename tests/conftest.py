@@ -7,6 +7,7 @@ time that this takes.
 import collections
 import gc
 import os
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -54,6 +55,7 @@ def pytest_sessionstart(session):
 @pytest.hookimpl(tryfirst=True)  # before pytest reads the marks, and xdist the groups
 def pytest_collection_modifyitems(items):
     mark_slow(items)
+    skip_float16(items)
     group(items)
 
 
@@ -73,6 +75,17 @@ def mark_slow(items):
             taken = {(first + k * len(own) // n) % len(own) for k in range(n)}
             for k in set(range(len(own))) - taken:
                 own[k].add_marker("slow")
+
+
+def skip_float16(items):
+    """jaxlib converts float16 by an instruction that SSE4.2 lacks, or not at all."""
+    if "max_isa=SSE4" not in os.environ.get("XLA_FLAGS", ""):
+        return
+    skip = pytest.mark.skip(reason="jaxlib has no float16 without F16C")
+    for item in items:
+        named = re.search(r"(?<!b)float16", item.name)
+        if named or item.get_closest_marker("float16"):
+            item.add_marker(skip)
 
 
 def group(items):

@@ -655,6 +655,7 @@ def test_codes_are_not_taken_for_weights(tmp_path):
     assert_same(loaded, transform(KEY, {"kernel": jnp.full((64, 3), 0.5)}))
 
 
+@pytest.mark.float16
 def test_a_scale_beside_8_bit_floats_is_not_forgotten(tmp_path):
     w = jnp.arange(128.0).reshape(64, 2).astype(jnp.float8_e4m3fn)
     state = {"w/kernel": w, "w/kernel_scale_inv": jnp.float32(0.25)}

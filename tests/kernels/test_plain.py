@@ -160,6 +160,7 @@ def test_the_gradient_of_x_is_the_other_product(transposed):
     np.testing.assert_array_equal(d_plus, g)
 
 
+@pytest.mark.float16
 def test_the_gradients_have_the_dtypes_of_what_they_are_of():
     weight, _ = quantised(192, 37, 32)
     x, plus = jnp.ones((2, 192), jnp.bfloat16), jnp.ones((2, 37), jnp.float16)

@@ -196,6 +196,7 @@ def test_experts_come_by_vmap(books):
         )
 
 
+@pytest.mark.float16
 def test_other_dtypes_are_left_to_xla():
     weight, x = matrix(64, 7, 64), data(9, (3, 64), jnp.float16)
     found = _tpu.matmul(x, *weight, block_size=64, dtype=F32, **SMALL)

@@ -80,6 +80,7 @@ def test_cast_keeps_codes_and_scales(format):
         )
 
 
+@pytest.mark.float16
 def test_cast_is_what_astype_does_to_plain_arrays():
     base = {**BASE, "count": jnp.arange(3), "key": jax.random.key(0)}
     transform = jpeft.chain(jpeft.lora(rank=2), jpeft.full("up/bias"))
