@@ -25,6 +25,7 @@ FLOORS = {
     "jpeft.transform": 6,
     "jpeft.quant": 6,
     "jpeft.methods": 7,
+    "jpeft.objectives": 8,
     "jpeft.optim": 8,
     "jpeft.plot": 8,
     "jpeft.checkpoint": 8,

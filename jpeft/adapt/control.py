@@ -178,7 +178,9 @@ def _custom(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         return it.run(*compat.open_jaxpr(eqn.params[name]), ins)
     why = (
         "whose own gradient rule receives the weight, so that only a plain one keeps "
-        "that rule"
+        "that rule. What takes adapted weights itself, such as "
+        "jpeft.objectives.linear_cross_entropy, is called outside of jpeft.adapt: "
+        "let the adapted function return its input"
     )
     return it.bind(eqn, it.plain(eqn, ins, why))
 
