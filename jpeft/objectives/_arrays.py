@@ -82,6 +82,13 @@ def ratio(total: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.where(some, total, zero) / jnp.where(some, count, one)
 
 
+def last_position(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(positions along the last axis, (..., 1) the last one that counts or -1)."""
+    at = jnp.arange(weight.shape[-1], dtype=jnp.int32)
+    at = jnp.broadcast_to(at, weight.shape)
+    return at, jnp.max(jnp.where(weight != 0, at, -1), axis=-1, keepdims=True)
+
+
 def choose(where: str, name: str, value: Any, known: Any) -> Any:
     """`known[value]`, or the refusal that names what is near."""
     if not isinstance(value, str) or value not in known:
