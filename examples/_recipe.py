@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,7 @@ class Train:
     diff_pruning: _stages.DiffPruning | None = None
 
     def __post_init__(self) -> None:
-        for field in settings():
-            _check_type(field.name, getattr(self, field.name), str(field.type))
+        check_types(self)
         if self.adalora and self.diff_pruning:
             raise ValueError(
                 "[train.adalora] and [train.diff_pruning] cannot be in one recipe"
@@ -75,17 +75,41 @@ class Train:
                 )
 
 
-def settings() -> list[dataclasses.Field[Any]]:
+def settings(kind: Any = Train) -> list[dataclasses.Field[Any]]:
     """The settings of ``[train]`` itself, each of which is an option too."""
-    return [f for f in dataclasses.fields(Train) if "help" in f.metadata]
+    return [f for f in dataclasses.fields(kind) if "help" in f.metadata]
+
+
+def add_options(add: Callable[..., Any], kind: Any = Train) -> None:
+    """An option for each setting, without a default: that is the recipe's."""
+    for field in settings(kind):
+        option, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        of = str(field.type).split(" | ")[0]
+        if of == "bool":
+            add(option, action=argparse.BooleanOptionalAction, help=help)
+            continue
+        type, letter = {"int": (int, "N"), "float": (float, "X")}.get(of, (str, "NAME"))
+        add(option, type=type, metavar=letter, help=help)
+
+
+def check_types(settings_of: Any) -> None:
+    """Raises unless each setting is of its declared type."""
+    for field in settings(type(settings_of)):
+        _check_type(field.name, getattr(settings_of, field.name), str(field.type))
 
 
 def _check_type(name: str, value: Any, expected: str) -> None:
-    kinds: dict[str, Any] = {"int": int, "float": int | float, "str": str}
+    kinds: dict[str, Any] = {
+        "int": int,
+        "float": int | float,
+        "str": str,
+        "bool": bool,
+    }
     expected, *optional = expected.split(" | ")
     if optional and value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, kinds[expected]):
+    of = kinds[expected]
+    if isinstance(value, bool) != (of is bool) or not isinstance(value, of):
         raise ValueError(f"{name} must be of the type {expected}, found {value!r}")
 
 
@@ -101,23 +125,26 @@ def find(path: str | Path) -> Path:
     )
 
 
-def read(path: Path, overrides: Mapping[str, Any]) -> tuple[jpeft.Transform, Train]:
-    """What trains, and how; overrides that are not None replace the recipe's."""
+def read(
+    path: Path, overrides: Mapping[str, Any], kind: Any = Train
+) -> tuple[jpeft.Transform, Any]:
+    """What trains, and how, a ``kind``; overrides that are not None replace the
+    recipe's."""
     try:
         transform, table = config.read(path)
-        train = Train(
+        train = kind(
             **{
                 key: _table(f"train.{key}", _stages.TABLES[key], value)
                 if key in _stages.TABLES
                 else value
-                for key, value in _known("train", Train, table).items()
+                for key, value in _known("train", kind, table).items()
             }
         )
     except (ValueError, TypeError) as error:
         # jpeft names the file itself.
         text = str(error).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: {text}") from error
-    known = [field.name for field in settings()]
+    known = [field.name for field in settings(kind)]
     given = {k: overrides[k] for k in known if overrides.get(k) is not None}
     return transform, dataclasses.replace(train, **given)
 

@@ -607,12 +607,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--text-column", metavar="NAME", default="text", help="(%(default)s)")
     add("--label-column", metavar="NAME", default="label", help="(%(default)s)")
-    for field in _recipe.settings():
-        kind, letter = {"int": (int, "N"), "float": (float, "X")}.get(
-            str(field.type).split(" | ")[0], (str, "NAME")
-        )
-        option = "--" + field.name.replace("_", "-")
-        add(option, type=kind, metavar=letter, help=field.metadata["help"])
+    _recipe.add_options(add)
     add("--max-train", type=positive, metavar="N", help="train on N examples only")
     add("--max-eval", type=positive, metavar="N", help="hold out N examples only")
     add("--full-summary", action="store_true", help="show the frozen weights too")
