@@ -160,8 +160,8 @@ class Decoder(nn.Module):
     ) -> Output:
         """ids: (batch, tokens).  mask: the same shape, true where a token is real.
 
-        segments: (batch, tokens), the number of the document from 1, 0 for padding;
-            says all that `mask` says.
+        segments: (batch, tokens), the number of the document, rising from 1; 0 for
+            padding.  Says all that `mask` says.
         positions: counted from segments if not given.
         cache: tokens before these; the answer's cache holds these too.
         head: "all" logits, those of the "last" token alone (of prompts that are padded
@@ -298,6 +298,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
         return y.astype(self.dtype) * scale.astype(self.dtype)
 
 
@@ -310,12 +311,16 @@ def linear(size: int, config: Config, name: str, bias: bool = False) -> nn.Dense
 
 
 def count_positions(segments: jax.Array) -> jax.Array:
-    """(batch, tokens) int32: how many tokens of its document stand before a token."""
-    index = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    before = jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
-    first = jnp.where(segments != before, index, 0)
-    positions = index - jax.lax.cummax(first, axis=1)
-    return jnp.where(segments > 0, positions, 0)
+    """(batch, tokens) int32: how many tokens of its document stand before a token.
+
+    Padding may stand anywhere, inside a document too; the numbers of documents rise
+    from left to right.
+    """
+    count = jnp.cumsum(segments > 0, axis=1, dtype=jnp.int32) - 1
+    so_far = jax.lax.cummax(segments, axis=1)
+    begins = so_far > jnp.pad(so_far, ((0, 0), (1, 0)))[:, :-1]
+    first = jax.lax.cummax(jnp.where(begins, count, 0), axis=1)
+    return jnp.where(segments > 0, count - first, 0)
 
 
 def visible(
@@ -330,19 +335,20 @@ def visible(
 
     A padding token sees itself, so that its row is finite; nobody reads it.
     """
-    place = start + jnp.arange(segments.shape[1], dtype=jnp.int32)
-    keys = jnp.arange(keys_segments.shape[1], dtype=jnp.int32)
-    seen = (segments[:, :, None] == keys_segments[:, None]) & (keys <= place[:, None])
+    place = start + jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :, None]
+    keys = jnp.arange(keys_segments.shape[1], dtype=jnp.int32)[None, None]
+    seen = (segments[:, :, None] == keys_segments[:, None]) & (keys <= place)
     if window is not None:
         far = positions[:, :, None] - keys_positions[:, None] >= window
         seen &= ~far
-    return seen | (keys == place[:, None])
+    return seen | (keys == place)
 
 
 def angles(config: Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(cos, sin), each (batch, tokens, 1, head_dim / 2), float32."""
     frequencies, factor = rotary_frequencies(config)
-    angle = positions[..., None, None].astype(jnp.float32) * frequencies
+    angle = positions[..., None, None].astype(jnp.float32)
+    angle = angle * frequencies.reshape(1, 1, 1, -1)
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
