@@ -133,7 +133,7 @@ def _dialogue(at: str, row: Mapping[str, Any], prompt: str) -> Dialogue:
         return Dialogue((_said("user", question), _said("assistant", answer)), None, at)
     if "completion" in row:
         return Dialogue(
-            (*_question(at, row), _said("assistant", _answer(at, row, "completion"))),
+            (*question(at, row), _said("assistant", _answer(at, row, "completion"))),
             None,
             at,
         )
@@ -153,7 +153,7 @@ def _pair(at: str, row: Mapping[str, Any]) -> Pair:
                 f"{', '.join(map(repr, row)) or 'an empty object'}"
             )
     if row.get("prompt") is not None:
-        question = _question(at, row)
+        question = question(at, row)
         both = [_answer(at, row, name) for name in ("chosen", "rejected")]
         return Pair(question, both[0], both[1], at)
     chats = [_chat(at, row[name], "role", "content") for name in ("chosen", "rejected")]
@@ -165,7 +165,7 @@ def _pair(at: str, row: Mapping[str, Any]) -> Pair:
     return Pair(chats[0][:-1], chats[0][-1]["content"], chats[1][-1]["content"], at)
 
 
-def _question(at: str, row: Mapping[str, Any]) -> tuple[Message, ...]:
+def question(at: str, row: Mapping[str, Any]) -> tuple[Message, ...]:
     found = _listed(row["prompt"])
     if isinstance(found, str):
         return (_said("user", _text(at, row, "prompt")),)

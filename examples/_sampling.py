@@ -127,7 +127,7 @@ class Writer:
         """Reads the prompts: (batch, tokens), padded on the left."""
         batch, tokens = ids.shape
         cache = llm.empty_cache(self.config, batch, tokens + self.bucket)
-        out = self.apply({"params": params}, ids, mask, cache=cache, head="last")
+        out = self.apply({"params": params}, ids, mask, cache=cache, logits_from=-1)
         return State(
             tokens=jnp.full((batch, self.bucket), self.pad, jnp.int32),
             count=jnp.int32(0),

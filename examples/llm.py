@@ -156,7 +156,7 @@ class Decoder(nn.Module):
         segments: jax.Array | None = None,
         positions: jax.Array | None = None,
         cache: Cache | None = None,
-        head: str = "all",
+        logits_from: int | None = 0,
     ) -> Output:
         """ids: (batch, tokens).  mask: the same shape, true where a token is real.
 
@@ -164,8 +164,8 @@ class Decoder(nn.Module):
             padding.  Says all that `mask` says.
         positions: counted from segments if not given.
         cache: tokens before these; the answer's cache holds these too.
-        head: "all" logits, those of the "last" token alone (of prompts that are padded
-            on the left), or "none".
+        logits_from: the first position whose logits are wanted, -1 for the last alone;
+            None for none.
         """
         c = self.config
         if segments is None:
@@ -196,8 +196,8 @@ class Decoder(nn.Module):
                 keys, values, keys_segments, keys_positions, start + ids.shape[1]
             )
         logits = None
-        if head != "none":
-            read = x[:, -1:] if head == "last" else x
+        if logits_from is not None:
+            read = x[:, logits_from:]
             if c.head == "tied":
                 logits = embed.attend(read).astype(jnp.float32)
             else:

@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import jpeft
+from jpeft import objectives
 
 try:
     import _dialogues
@@ -57,14 +57,14 @@ CONFIG = "configs/sft_qlora.toml"
 class Settings(_loop.Settings):
     """The ``[train]`` table of a recipe for instruction tuning."""
 
-    length: int = _setting(128, "tokens of a row")
+    length: int = _setting(192, "tokens of a row")
     packing: bool = _setting(True, "several examples to a row")
     too_long: str = _setting("truncate", "truncate, drop or keep (an error) examples")
     accumulate: int = _setting(1, "parts a batch is computed in")
     last_only: bool = _setting(False, "learn the last answer of a chat alone")
     base_form: str = _setting("stored", "the base in memory: stored, float32, bfloat16")
     prompt: str = _setting(_dialogues.PROMPT, "question of instruction and input")
-    held_out: int = _setting(128, "examples held out, if there is no --eval")
+    held_out: int = _setting(64, "examples held out, if there is no --eval")
     samples: int = _setting(16, "held-out questions that are answered")
     answer_tokens: int = _setting(40, "tokens of an answer, at most")
     remat: bool = _setting(False, "activations computed again, for memory")
@@ -87,21 +87,21 @@ class Settings(_loop.Settings):
 # --- the heart -----------------------------------------------------------------------
 
 
-def make_loss(language: _lm.Language) -> Callable[..., jpeft.objectives.Weighted]:
+def make_loss(language: _lm.Language) -> Callable[..., objectives.Weighted]:
     """(params, batch, key) -> the loss of a batch, as a sum and a count of tokens."""
 
     def loss(params: Any, batch: Any, key: jax.Array | None = None):
         apply = jpeft.adapt(language.model.apply, key=key)
         hidden = apply(
-            *({"params": params}, batch["ids"]), segments=batch["segments"], head="none"
+            *({"params": params}, batch["ids"]),
+            segments=batch["segments"],
+            logits_from=None,
         ).hidden
-        labels, mask = jpeft.objectives.shift_labels(
+        labels, mask = objectives.shift_labels(
             batch["ids"], batch["counted"], batch["segments"]
         )
         head, tied = language.head(params)
-        return jpeft.objectives.linear_cross_entropy(
-            hidden, head, labels, mask, tied=tied
-        )
+        return objectives.linear_cross_entropy(hidden, head, labels, mask, tied=tied)
 
     return loss
 
@@ -111,10 +111,15 @@ def make_step(
 ) -> Callable[..., Any]:
     loss = make_loss(language)
 
+    def of(trainable, batch, frozen):
+        data, key = batch
+        return loss(jpeft.combine(trainable, frozen), data, key)
+
     def step(trainable, state, frozen, batch, key):
-        of = lambda t, part, k: loss(jpeft.combine(t, frozen), part, k)
-        total, grads = jpeft.objectives.accumulated_value_and_grad(of)(
-            trainable, batch, accumulate, key
+        cut = lambda x: x.reshape(accumulate, -1, *x.shape[1:])
+        parts = jax.tree.map(cut, batch), jax.random.split(key, accumulate)
+        total, grads = objectives.accumulated_value_and_grad(of)(
+            trainable, parts, frozen
         )
         updates, state = optimizer.update(grads, state, trainable)
         metrics = {
@@ -148,7 +153,7 @@ def documents(
                 chat = language.tokenizer.chat(x.messages, last_only=last_only)
             except ValueError as error:
                 raise type(error)(f"{x.at}: {error}") from error
-            ids, counted = chat
+            ids, counted = chat.ids, chat.answer
         made.append(
             _rows.Document(
                 np.array([*first, *ids], np.int32),

@@ -54,7 +54,7 @@ def folder_of(golden, name, path):
 @functools.cache
 def applied(config):
     """model.apply of a configuration, compiled once."""
-    return jax.jit(llm.Decoder(config).apply, static_argnames="head")
+    return jax.jit(llm.Decoder(config).apply, static_argnames="logits_from")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -149,7 +149,7 @@ def adapted(name):
 
 @functools.cache
 def forward(name):
-    return jax.jit(jpeft.adapt(llm.Decoder(SMALL).apply), static_argnames="head")
+    return jax.jit(jpeft.adapt(llm.Decoder(SMALL).apply), static_argnames="logits_from")
 
 
 def logits_of(name, ids, mask=None):
