@@ -5,7 +5,7 @@ A file is JSON (a list of objects), JSON Lines, CSV, TSV or Parquet; each row is
     {"messages": [{"role": "user", "content": ...}, ...]}         a chat
     {"conversations": [{"from": "human", "value": ...}, ...]}     ShareGPT
     {"instruction": ..., "input": ..., "output": ...}             Alpaca; input may lack
-    {"prompt": ..., "completion": ...}                            texts, or lists of messages
+    {"prompt": ..., "completion": ...}                            texts, or messages
     {"text": ...}                                                 plain text
     {"prompt": ..., "chosen": ..., "rejected": ...}               a pair; prompt may be
                                                                   inside the two
@@ -74,8 +74,8 @@ class Pair:
     def __post_init__(self) -> None:
         if self.chosen == self.rejected:
             raise ValueError(
-                f"{self.at}: both answers are the same ({self.chosen[:60]!r}); there is "
-                "nothing to prefer, leave the pair out"
+                f"{self.at}: both answers are the same ({self.chosen[:60]!r}); there "
+                "is nothing to prefer, leave the pair out"
             )
 
 
@@ -133,7 +133,7 @@ def _dialogue(at: str, row: Mapping[str, Any], prompt: str) -> Dialogue:
         return Dialogue((_said("user", question), _said("assistant", answer)), None, at)
     if "completion" in row:
         return Dialogue(
-            (*question(at, row), _said("assistant", _answer(at, row, "completion"))),
+            (*asked(at, row), _said("assistant", _answer(at, row, "completion"))),
             None,
             at,
         )
@@ -153,19 +153,19 @@ def _pair(at: str, row: Mapping[str, Any]) -> Pair:
                 f"{', '.join(map(repr, row)) or 'an empty object'}"
             )
     if row.get("prompt") is not None:
-        question = question(at, row)
+        question = asked(at, row)
         both = [_answer(at, row, name) for name in ("chosen", "rejected")]
         return Pair(question, both[0], both[1], at)
     chats = [_chat(at, row[name], "role", "content") for name in ("chosen", "rejected")]
     if chats[0][:-1] != chats[1][:-1]:
         raise ValueError(
-            f"{at}: 'chosen' and 'rejected' differ before their last message; a pair is "
-            "two answers to one question"
+            f"{at}: 'chosen' and 'rejected' differ before their last message; a pair "
+            "is two answers to one question"
         )
     return Pair(chats[0][:-1], chats[0][-1]["content"], chats[1][-1]["content"], at)
 
 
-def question(at: str, row: Mapping[str, Any]) -> tuple[Message, ...]:
+def asked(at: str, row: Mapping[str, Any]) -> tuple[Message, ...]:
     found = _listed(row["prompt"])
     if isinstance(found, str):
         return (_said("user", _text(at, row, "prompt")),)
@@ -205,7 +205,8 @@ def _messages(at: str, found: Any, role: str, content: str) -> tuple[Message, ..
             )
         if x[role] not in ROLES:
             raise ValueError(
-                f"{at}: message {k} is by {x[role]!r}; expected one of {', '.join(ROLES)}"
+                f"{at}: message {k} is by {x[role]!r}; expected one of "
+                f"{', '.join(ROLES)}"
             )
         who = ROLES[x[role]]
         messages.append(_said(who, _text(f"{at}: message {k}", x, content)))
@@ -299,8 +300,8 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for row in lines:
             if None in row or None in row.values():
                 raise ValueError(
-                    f"{path}:{at + 1}: expected {len(lines.fieldnames or ())} fields, as "
-                    "in the header; put a field that holds a delimiter or a line break "
+                    f"{path}:{at + 1}: expected {len(lines.fieldnames or ())} fields, "
+                    "as in the header; put a field that holds a delimiter or a line break "
                     "between quotes"
                 )
             yield f"{path}:{at + 1}", row

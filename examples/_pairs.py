@@ -108,8 +108,8 @@ def encode(
         over = len(first) + len(asked) > prompt or max(map(len, said)) > answer
         if over and too_long == "keep":
             raise ValueError(
-                f"{pair.at}: a question of {len(first) + len(asked)} tokens and answers "
-                f"of {' and '.join(str(len(x)) for x in said)}; there is room for "
+                f"{pair.at}: a question of {len(first) + len(asked)} tokens and "
+                f"answers of {' and '.join(str(len(x)) for x in said)}; there is room for "
                 f"{prompt} and {answer}: give a larger --prompt-length or "
                 "--answer-length, or --too-long truncate or drop"
             )

@@ -1,7 +1,7 @@
 """Rewards that are verified, not learned: tasks of reasoning-gym, or a function.
 
-A function is named `file.py:name` or `module:name` and called with a list of answers and
-the rows they answer; it gives a number for each, or None for what it cannot judge:
+A function is named `file.py:name` or `module:name` and called with a list of answers
+and the rows they answer; it gives a number for each, or None for what it cannot judge:
 
     def reward(answers: list[str], rows: list[dict]) -> list[float]: ...
 """

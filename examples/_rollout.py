@@ -66,7 +66,7 @@ class Shared:
     trees would be passed, and counted, twice.
 
         shared = Shared.of(policy, critic)
-        step(shared.arrays)                 # inside: policy, critic = shared.trees(arrays)
+        step(shared.arrays)         # inside: policy, critic = shared.trees(arrays)
     """
 
     arrays: list[jax.Array]

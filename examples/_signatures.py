@@ -45,8 +45,8 @@ def dialogues() -> list[Dialogue]:
             )
     if not found:
         raise ValueError(
-            f"found no docstrings under {stdlib}; the default data needs a Python whose "
-            "standard library is installed as source files; pass --data"
+            f"found no docstrings under {stdlib}; the default data needs a Python "
+            "whose standard library is installed as source files; pass --data"
         )
     return list(found.values())
 

@@ -140,10 +140,10 @@ class Tokenizer:
                     "white space that no answer is joined to"
                 )
             if not (stops := np.flatnonzero(np.isin(ids[first:end], self.stop))).size:
+                known = [self.decode([t], special=True) for t in self.stop]
                 raise TemplateError(
                     f"message {k}: behind the answer the chat template writes none of "
-                    f"the stop tokens {[self.decode([t], special=True) for t in self.stop]}"
-                    "; a model trained so would never stop"
+                    f"the stop tokens {known}; a model trained so would never stop"
                 )
             answer[first : first + stops[-1] + 1] = True
         return Chat(ids, answer)
@@ -212,8 +212,8 @@ def load(path: str | Path) -> Tokenizer:
         stop.insert(0, core.token_to_id(names["eos_token"]))
     if not stop:
         raise ValueError(
-            f"{path}: neither tokenizer_config.json nor generation_config.json names an "
-            "eos token, so nothing would end an answer"
+            f"{path}: neither tokenizer_config.json nor generation_config.json names "
+            "an eos token, so nothing would end an answer"
         )
     stop = tuple(dict.fromkeys(stop))
     pad = core.token_to_id(names["pad_token"]) if names["pad_token"] else stop[0]
@@ -232,8 +232,8 @@ def from_gguf(data: Mapping[str, Any], at: str = "GGUF") -> Tokenizer:
     kind, cut = data.get("tokenizer.ggml.model"), data.get("tokenizer.ggml.pre")
     if kind != "gpt2" or cut not in ("smollm", "gpt-2", *_SPLITS):
         raise ValueError(
-            f"{at}: a tokenizer of the kind {kind!r}, {cut!r}; known are byte-level ones "
-            f"('gpt2') cut as smollm, gpt-2, {', '.join(_SPLITS)}; pass the folder of "
+            f"{at}: a tokenizer of the kind {kind!r}, {cut!r}; known are byte-level "
+            f"ones ('gpt2') cut as smollm, gpt-2, {', '.join(_SPLITS)}; pass the folder of "
             "the model's tokenizer.json instead"
         )
     tokens = data["tokenizer.ggml.tokens"]

@@ -5,7 +5,7 @@
     python examples/dpo.py --data pairs.jsonl --steps 500 --learning-rate 1e-4
 
     D = (log p - log ref)(chosen) - (log p - log ref)(rejected)
-    loss = -log sigmoid(beta D)                    Rafailov et al. 2023, arXiv:2305.18290
+    loss = -log sigmoid(beta D)                  Rafailov et al. 2023, arXiv:2305.18290
 
 The reference is the model with its adapters off, so no second model is in memory.
 Pairs are those of `reward.py`; other losses are in `objectives.preference_loss`.

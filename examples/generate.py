@@ -1,6 +1,6 @@
 """Chat with a language model, with an adapter of jpeft or without; or answer a file.
 
-    python examples/generate.py                                    # chat, Ctrl-D ends it
+    python examples/generate.py                                  # chat, Ctrl-D ends it
     python examples/generate.py --adapter runs/sft/adapter
     python examples/generate.py --prompt "What is JAX?" --temperature 0
     python examples/generate.py --prompts questions.txt --batch-size 8
@@ -102,8 +102,8 @@ class Writer:
         longest, context = max(map(len, prompts)), self.language.config.context
         if longest + self.max_tokens > context:
             raise ValueError(
-                f"a prompt of {longest} tokens and {self.max_tokens} to write do not fit "
-                f"into the model's context of {context}; shorten the chat, or choose a "
+                f"a prompt of {longest} tokens and {self.max_tokens} to write do not "
+                f"fit into the model's context of {context}; shorten the chat, or choose a "
                 "smaller --max-tokens"
             )
 

@@ -68,9 +68,7 @@ class Settings(_loop.Settings):
     scale: bool = _setting(True, "advantages divided by the group's deviation")
     clip: float = _setting(0.2, "bound below on the policy's ratio")
     clip_high: float = _setting(0.28, "bound above")
-    kl_coefficient: float = _setting(
-        0.02, "of the KL to the reference (k3), in the loss"
-    )
+    kl_coefficient: float = _setting(0.02, "of KL to the reference (k3), in the loss")
     cut_off: str = _setting("keep", "answers without end: penalise, mask or keep")
     penalty: float = _setting(1.0, "what a cut off answer loses, with penalise")
     held_out: int = _setting(64, "questions held out")

@@ -9,7 +9,7 @@ Llama: Touvron et al. 2023, arXiv:2302.13971 and 2307.09288; rotary positions: S
 2021, arXiv:2104.09864; grouped queries: Ainslie et al. 2023, arXiv:2305.13245; Qwen3's
 norm of queries and keys: arXiv:2505.09388.
 
-    config = llm.read_config(path)                      # a folder of Hugging Face, or GGUF
+    config = llm.read_config(path)              # a folder of Hugging Face, or GGUF
     model = llm.Decoder(config)
     params = jpeft.hf.load_base(path, like=llm.shapes(model))
     logits = model.apply({"params": params}, ids).logits

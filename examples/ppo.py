@@ -1,7 +1,7 @@
 """PPO on a language model: four roles, four adapter trees, one base.
 
-    python examples/ppo.py                                   # SmolLM2; trains a reward
-                                                             # model first if there is none
+    python examples/ppo.py                  # SmolLM2; trains a reward model first, if
+                                            # there is none
     python examples/ppo.py --reward runs/reward/adapter --steps 40
     python examples/ppo.py --resume                          # after Ctrl-C
 
@@ -301,7 +301,7 @@ def read(args: argparse.Namespace) -> list[Any]:
             raise ValueError(
                 f"{at}: no field 'prompt', only {', '.join(map(repr, row))}"
             )
-        chats.append(list(_dialogues.question(at, row)))
+        chats.append(list(_dialogues.asked(at, row)))
     return chats
 
 
