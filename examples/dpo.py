@@ -8,7 +8,7 @@
     loss = -log sigmoid(beta D)                  Rafailov et al. 2023, arXiv:2305.18290
 
 The reference is the model with its adapters off, so no second model is in memory.
-Pairs are those of `reward.py`; other losses are in `objectives.preference_loss`.
+Pairs are those of `reward.py`; other losses: `jpeft.objectives.preference_loss`.
 """
 
 from __future__ import annotations
@@ -44,13 +44,22 @@ except ModuleNotFoundError as missing:
     ) from None
 
 CONFIG = "configs/dpo.toml"
+# Losses of log-ratios to a reference, losses of log-probabilities, those that count
+# tokens, and those that know wrong labels.
+REFERRED = (
+    *("dpo", "robust_dpo", "hinge", "ipo", "ipo_summed", "normalised_dpo", "nca"),
+    *("sppo", "apo_zero", "apo_down", "exo", "discopop", "f_dpo"),
+)
+FREE = ("cpo", "simpo", "orpo")
+BY_LENGTH = ("ipo", "normalised_dpo", "simpo", "orpo")
+SMOOTHED = ("dpo", "robust_dpo", "exo")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(reward.Settings):
     """The ``[train]`` table of a recipe for DPO and its kin."""
 
-    loss: str = _setting("sigmoid", "sigmoid, ipo, hinge, ... (preference_loss)")
+    loss: str = _setting("dpo", "dpo, ipo, hinge, simpo, ... (preference_loss)")
     beta: float = _setting(0.1, "how much a log-ratio counts")
     label_smoothing: float = _setting(
         0.0, "share of pairs that are the wrong way round"
@@ -58,30 +67,32 @@ class Settings(reward.Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _loop.one_of("loss", self.loss, (*REFERRED, *FREE))
         if not 0 < self.beta < float("inf"):
             raise ValueError(f"beta must be above 0, found {self.beta}")
-        # The loss is named once more than here: what it does not know, it refuses.
-        one = jnp.zeros(1)
-        preference_loss(self, one, one, one, one, one + 1, one + 1)
+        if self.label_smoothing and self.loss not in SMOOTHED:
+            raise ValueError(
+                f"label_smoothing is of {', '.join(SMOOTHED)}; {self.loss} has none"
+            )
 
 
-def preference_loss(
+def loss_of_pairs(
     how: Settings,
-    chosen: jax.Array,
-    rejected: jax.Array,
-    chosen_reference: jax.Array,
-    rejected_reference: jax.Array,
-    chosen_count: jax.Array,
-    rejected_count: jax.Array,
+    sums: tuple[jax.Array, jax.Array],
+    references: tuple[jax.Array, jax.Array],
+    counts: tuple[jax.Array, jax.Array],
 ) -> objectives.Weighted:
-    return objectives.preference_loss(
-        *(chosen, rejected, chosen_reference, rejected_reference),
-        loss=how.loss,
-        beta=how.beta,
-        label_smoothing=how.label_smoothing,
-        chosen_count=chosen_count,
-        rejected_count=rejected_count,
-    )
+    """Each: (pairs,) of the chosen answers and of the rejected ones.
+
+    sums: log-probabilities.  counts: tokens.
+    """
+    options = {"beta": how.beta} if how.loss != "orpo" else {}
+    if how.label_smoothing:
+        options["label_smoothing"] = how.label_smoothing
+    if how.loss in REFERRED:
+        sums = sums[0] - references[0], sums[1] - references[1]
+    args = (*sums, *counts) if how.loss in BY_LENGTH else sums
+    return objectives.preference_loss(how.loss, *args, **options)
 
 
 def sums(
@@ -114,8 +125,8 @@ def measured(
         sums(language, jpeft.disable(params), batch, prompt)
     )
     counts = jnp.sum(batch["mask"][..., prompt:], axis=-1, dtype=jnp.float32)
-    loss = preference_loss(
-        how, chosen, rejected, *reference, counts[:, 0], counts[:, 1]
+    loss = loss_of_pairs(
+        how, (chosen, rejected), reference, (counts[:, 0], counts[:, 1])
     )
     moved = chosen - reference[0], rejected - reference[1]
     return loss, {

@@ -65,10 +65,10 @@ class Settings(_loop.Settings):
     epochs: int = _setting(1, "times a round is learned from")
     parts: int = _setting(1, "steps of the optimiser an epoch")
     loss: str = _setting("dapo", "grpo, bnpo, dapo, dr_grpo (how tokens are averaged)")
-    scale: bool = _setting(True, "advantages divided by the group's deviation")
+    scale: str = _setting("group", "whose deviation divides: group, batch, none")
     clip: float = _setting(0.2, "bound below on the policy's ratio")
     clip_high: float = _setting(0.28, "bound above")
-    kl_coefficient: float = _setting(0.02, "of KL to the reference (k3), in the loss")
+    kl_coefficient: float = _setting(0.02, "of KL to the reference, in the loss")
     cut_off: str = _setting("keep", "answers without end: penalise, mask or keep")
     penalty: float = _setting(1.0, "what a cut off answer loses, with penalise")
     held_out: int = _setting(64, "questions held out")
@@ -100,6 +100,8 @@ class Settings(_loop.Settings):
                 f"temperature must be above 0, found {self.temperature}: all answers of "
                 "a group would be the same"
             )
+        _loop.one_of("loss", self.loss, ("grpo", "bnpo", "dapo", "dr_grpo"))
+        _loop.one_of("scale", self.scale, ("group", "batch", "none"))
         _loop.one_of("cut_off", self.cut_off, ("penalise", "mask", "keep"))
         _loop.one_of("base_form", self.base_form, _lm.FORMS)
 
@@ -134,16 +136,15 @@ def make_update(
         params = jpeft.combine(trainable, frozen)
         new = log_probs(params, part["ids"], part["mask"])
         return objectives.grpo_loss(
-            new,
-            part["advantages"],
-            part["counted"],
-            old=part["old"],
+            *(new, part["advantages"], part["counted"]),
+            # The first time a round is learned from is on the policy that wrote it.
+            old=part["old"] if how.epochs * how.parts > 1 else None,
             reference=part["reference"],
-            loss=how.loss,
-            clip_low=how.clip,
+            aggregation=how.loss,
+            longest=how.answer_length if how.loss == "dr_grpo" else None,
+            clip=how.clip,
             clip_high=how.clip_high,
             beta=how.kl_coefficient,
-            max_length=how.answer_length,
         )
 
     def update(trainable, state, frozen, rollout, rewards):
@@ -154,7 +155,7 @@ def make_update(
             lost = how.penalty * (1.0 - rollout.stopped)
             rewards = rewards - lost.reshape(rewards.shape)
         judged = ~jnp.isnan(rewards)
-        advantages = objectives.group_advantages(rewards, judged, scale=how.scale)
+        advantages = objectives.group_relative(rewards, scored=judged, scale=how.scale)
         counted = answer & judged.reshape(-1, 1)
         if how.cut_off == "mask":
             counted &= rollout.stopped[:, None]
@@ -181,17 +182,16 @@ def make_update(
         (trainable, opt), (loss, norm) = jax.lax.scan(
             learn, (trainable, state["optimizer"]), parts
         )
-        kl = objectives.kl(learned["old"], learned["reference"], "k3")
+        kl = objectives.estimate_kl(learned["old"], learned["reference"], estimator="k3")
         return (
             trainable,
             {"optimizer": opt},
             {
                 "loss": jnp.mean(loss),
                 "grad_norm": jnp.mean(norm),
-                "reward": jnp.nanmean(rewards),
-                "same_reward": jnp.mean(
-                    1.0 * (jnp.nanmax(rewards, 1) == jnp.nanmin(rewards, 1))
-                ),
+                "reward": objectives.masked_mean(rewards, judged),
+                # Groups that teach nothing.
+                "same_reward": jnp.mean(1.0 * jnp.all(advantages == 0, axis=1)),
                 "kl": jnp.mean(jnp.sum(kl * answer, axis=1)),
                 "answer_tokens": jnp.mean(1.0 * jnp.sum(answer, axis=1)),
                 "ended": jnp.mean(1.0 * rollout.stopped),

@@ -70,7 +70,7 @@ class Settings(_loop.Settings):
     parts: int = _setting(1, "steps of the optimiser an epoch")
     kl_coefficient: float = _setting(0.05, "of the reward's KL term, at the start")
     kl_target: float = _setting(0.0, "KL of an answer it is steered to; 0: it stays")
-    kl_horizon: float = _setting(1000.0, "answers in which it is steered")
+    kl_horizon: int = _setting(1000, "answers in which it is steered")
     gamma: float = _setting(1.0, "discount a token")
     lam: float = _setting(0.95, "lambda of the advantages (GAE)")
     clip: float = _setting(0.2, "bound on the policy's ratio")
@@ -155,10 +155,10 @@ def make_round(
             counted = answer & rollout.stopped[:, None]
         elif how.cut_off == "penalise":
             scores = scores - how.penalty * (1.0 - rollout.stopped)
-        kl = objectives.kl(old, reference, "k1")
-        rewards = objectives.place_scores(scores, answer) - coefficient * kl * answer
+        kl = objectives.estimate_kl(old, reference, estimator="k1")
+        rewards = objectives.place_scores(-coefficient * kl, scores, answer)
         if how.whiten_rewards:
-            rewards = objectives.whiten(rewards, counted, shift_mean=False)
+            rewards = objectives.whiten(rewards, counted, keep_mean=True)
         advantages, returns = objectives.gae(
             rewards, values, answer, gamma=how.gamma, lam=how.lam
         )
@@ -185,25 +185,22 @@ def make_round(
             jpeft.combine(t, f) for t, f in zip(both, frozen, strict=True)
         )
         new = roles.log_probs(policy, part["ids"], part["mask"])
-        loss = objectives.ppo_policy_loss(
-            new, part["old"], part["advantages"], part["counted"], clip=how.clip
-        )
+        moved = new, part["old"], part["advantages"], part["counted"]
+        loss = objectives.policy_loss(*moved, clip=how.clip)
         values = roles.values(critic, part["ids"], part["mask"])
-        value_loss = objectives.ppo_value_loss(
+        value_loss = objectives.value_loss(
             values,
             *(part["values"], part["returns"], part["counted"]),
             clip=how.value_clip,
         )
         total = loss.mean() + how.value_coefficient * value_loss.mean()
         ratio = jnp.exp(new - part["old"]) - 1
-        moved = jnp.max(jnp.abs(jnp.where(part["counted"], ratio, 0.0)))
+        ratio = jnp.max(jnp.abs(jnp.where(part["counted"], ratio, 0.0)))
         return total, {
             "loss": total,
             "value_loss": value_loss.mean(),
-            "ratio_moved": moved,
-            "clipped": objectives.clip_fraction(
-                new, part["old"], part["counted"], clip=how.clip
-            ),
+            "ratio_moved": ratio,
+            "clipped": objectives.clip_fraction(*moved, clip=how.clip).mean(),
         }
 
     def round_(policy, state, arrays, batch, key):
@@ -243,10 +240,10 @@ def make_round(
         first = found.pop("ratio_moved")[0]
         coefficient = state["kl_coefficient"]
         if how.kl_target:
-            coefficient = objectives.adaptive_kl_coefficient(
+            coefficient = objectives.adapt_coefficient(
                 *(coefficient, metrics["kl"]),
                 target=how.kl_target,
-                count=rows,
+                episodes=rows,
                 horizon=how.kl_horizon,
             )
         state = {"optimizer": opt, "critic": critic, "kl_coefficient": coefficient}

@@ -60,7 +60,7 @@ class Settings(_loop.Settings):
     too_long: str = _setting("truncate", "truncate, drop or keep (an error) pairs")
     base_form: str = _setting("stored", "the base in memory: stored, float32, bfloat16")
     held_out: int = _setting(64, "pairs held out, if there is no --eval")
-    centring: float = _setting(0.01, "weight of (sum of both scores)^2")
+    centre: float = _setting(0.01, "weight of (sum of both scores)^2")
     remat: bool = _setting(False, "activations computed again, for memory")
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ def make_step(
         params = jpeft.combine(trainable, frozen)
         ids, mask = _pairs.flat(batch["ids"]), _pairs.flat(batch["mask"])
         chosen, rejected = jnp.split(scores(language, params, ids, mask, key), 2)
-        loss = objectives.bradley_terry(chosen, rejected, centring=how.centring).mean()
+        loss = objectives.bradley_terry(chosen, rejected, centre=how.centre).mean()
         return loss, {
             "loss": loss,
             "accuracy": jnp.mean(chosen > rejected),

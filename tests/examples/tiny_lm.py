@@ -18,12 +18,12 @@ CHATML = (
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 CONFIG = {
     "model_type": "llama",
-    "hidden_size": 16,
+    "hidden_size": 32,
     "intermediate_size": 20,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
 }
@@ -65,10 +65,10 @@ def write(folder: Path, *, template: str | None = CHATML, more: int = 0) -> Path
     for k in range(CONFIG["num_hidden_layers"]):
         at = f"model.layers.{k}."
         for name, shape in {
-            "self_attn.q_proj": (16, width),
-            "self_attn.k_proj": (8, width),
-            "self_attn.v_proj": (8, width),
-            "self_attn.o_proj": (width, 16),
+            "self_attn.q_proj": (width, width),
+            "self_attn.k_proj": (16, width),
+            "self_attn.v_proj": (16, width),
+            "self_attn.o_proj": (width, width),
             "mlp.gate_proj": (hidden, width),
             "mlp.up_proj": (hidden, width),
             "mlp.down_proj": (width, hidden),
