@@ -182,7 +182,9 @@ def make_update(
         (trainable, opt), (loss, norm) = jax.lax.scan(
             learn, (trainable, state["optimizer"]), parts
         )
-        kl = objectives.estimate_kl(learned["old"], learned["reference"], estimator="k3")
+        kl = objectives.estimate_kl(
+            learned["old"], learned["reference"], estimator="k3"
+        )
         return (
             trainable,
             {"optimizer": opt},

@@ -62,7 +62,7 @@ REWARD = Path("runs/reward/adapter")
 class Settings(_loop.Settings):
     """The ``[train]`` table of a recipe for PPO."""
 
-    prompt_length: int = _setting(72, "tokens of a question")
+    prompt_length: int = _setting(64, "tokens of a question")
     answer_length: int = _setting(24, "tokens of an answer")
     base_form: str = _setting("stored", "the base in memory: stored, float32, bfloat16")
     temperature: float = _setting(1.0, "answers are drawn from softmax(logits / this)")
@@ -185,7 +185,9 @@ def make_round(
             jpeft.combine(t, f) for t, f in zip(both, frozen, strict=True)
         )
         new = roles.log_probs(policy, part["ids"], part["mask"])
-        moved = new, part["old"], part["advantages"], part["counted"]
+        # What was judged was judged in another program: the last bit may differ.
+        old = jnp.where(part["first"], jax.lax.stop_gradient(new), part["old"])
+        moved = new, old, part["advantages"], part["counted"]
         loss = objectives.policy_loss(*moved, clip=how.clip)
         values = roles.values(critic, part["ids"], part["mask"])
         value_loss = objectives.value_loss(
@@ -199,7 +201,7 @@ def make_round(
         return total, {
             "loss": total,
             "value_loss": value_loss.mean(),
-            "ratio_moved": ratio,
+            "ratio_apart": ratio,
             "clipped": objectives.clip_fraction(*moved, clip=how.clip).mean(),
         }
 
@@ -220,24 +222,24 @@ def make_round(
             *(judge, state["kl_coefficient"]),
         )
         rows = batch["ids"].shape[0]
-        # The first epoch takes the parts as they were judged, so that its first step
-        # is on the policy that wrote.
+        # The first epoch takes the parts as they were judged.
         orders = [jnp.arange(rows)] + [
             jax.random.permutation(k, rows)
             for k in jax.random.split(order, how.epochs - 1)
         ]
         parts = jnp.stack(orders).reshape(how.epochs * how.parts, rows // how.parts)
 
-        def learn(carry, part):
-            both, opt = carry
-            part = jax.tree.map(lambda x: x[part], learned)
+        def learn(carry, xs):
+            (both, opt), (part, first) = carry, xs
+            part = {**jax.tree.map(lambda x: x[part], learned), "first": first}
             grads, found = jax.grad(loss_of, has_aux=True)(both, frozen, part)
             updates, opt = optimizer.update(grads, opt, both)
             return (optax.apply_updates(both, updates), opt), found
 
         carry = (policy, critic), state["optimizer"]
-        ((policy, critic), opt), found = jax.lax.scan(learn, carry, parts)
-        first = found.pop("ratio_moved")[0]
+        first = jnp.arange(len(parts)) == 0
+        ((policy, critic), opt), found = jax.lax.scan(learn, carry, (parts, first))
+        apart = found.pop("ratio_apart")[0]
         coefficient = state["kl_coefficient"]
         if how.kl_target:
             coefficient = objectives.adapt_coefficient(
@@ -251,7 +253,12 @@ def make_round(
         return (
             policy,
             state,
-            {**metrics, **found, "first_ratio": first, "kl_coefficient": coefficient},
+            {
+                **metrics,
+                **found,
+                "programs_apart": apart,
+                "kl_coefficient": coefficient,
+            },
         )
 
     return round_

@@ -55,11 +55,11 @@ HEAD = "score"
 class Settings(_loop.Settings):
     """The ``[train]`` table of a recipe for preference pairs."""
 
-    prompt_length: int = _setting(72, "tokens of a question")
-    answer_length: int = _setting(48, "tokens of an answer")
+    prompt_length: int = _setting(64, "tokens of a question")
+    answer_length: int = _setting(32, "tokens of an answer")
     too_long: str = _setting("truncate", "truncate, drop or keep (an error) pairs")
     base_form: str = _setting("stored", "the base in memory: stored, float32, bfloat16")
-    held_out: int = _setting(64, "pairs held out, if there is no --eval")
+    held_out: int = _setting(48, "pairs held out, if there is no --eval")
     centre: float = _setting(0.01, "weight of (sum of both scores)^2")
     remat: bool = _setting(False, "activations computed again, for memory")
 
