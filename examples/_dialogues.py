@@ -301,8 +301,8 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if None in row or None in row.values():
                 raise ValueError(
                     f"{path}:{at + 1}: expected {len(lines.fieldnames or ())} fields, "
-                    "as in the header; put a field that holds a delimiter or a line break "
-                    "between quotes"
+                    "as in the header; put a field that holds a delimiter or a line "
+                    "break between quotes"
                 )
             yield f"{path}:{at + 1}", row
             at = lines.line_num

@@ -109,8 +109,8 @@ def encode(
         if over and too_long == "keep":
             raise ValueError(
                 f"{pair.at}: a question of {len(first) + len(asked)} tokens and "
-                f"answers of {' and '.join(str(len(x)) for x in said)}; there is room for "
-                f"{prompt} and {answer}: give a larger --prompt-length or "
+                f"answers of {' and '.join(str(len(x)) for x in said)}; there is room "
+                f"for {prompt} and {answer}: give a larger --prompt-length or "
                 "--answer-length, or --too-long truncate or drop"
             )
         said = [x[:answer] for x in said]

@@ -102,7 +102,8 @@ class State(NamedTuple):
     @property
     def mask(self) -> jax.Array:
         """(batch, bucket) bool: the tokens that were written, stop tokens too."""
-        return jnp.arange(self.tokens.shape[1]) < self.lengths[:, None]
+        places = jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None]
+        return places < self.lengths[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Writer:
                     s.tokens, token[:, None], (0, s.count)
                 ),
                 count=s.count + 1,
-                lengths=s.lengths + ~s.done,
+                lengths=s.lengths + (~s.done).astype(jnp.int32),
                 done=s.done | jnp.isin(token, stop),
                 logits=out.logits[:, 0],
                 cache=out.cache,

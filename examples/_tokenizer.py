@@ -233,8 +233,8 @@ def from_gguf(data: Mapping[str, Any], at: str = "GGUF") -> Tokenizer:
     if kind != "gpt2" or cut not in ("smollm", "gpt-2", *_SPLITS):
         raise ValueError(
             f"{at}: a tokenizer of the kind {kind!r}, {cut!r}; known are byte-level "
-            f"ones ('gpt2') cut as smollm, gpt-2, {', '.join(_SPLITS)}; pass the folder of "
-            "the model's tokenizer.json instead"
+            f"ones ('gpt2') cut as smollm, gpt-2, {', '.join(_SPLITS)}; pass the "
+            "folder of the model's tokenizer.json instead"
         )
     tokens = data["tokenizer.ggml.tokens"]
     merges = [tuple(m.split(" ", 1)) for m in data["tokenizer.ggml.merges"]]

@@ -106,7 +106,9 @@ def sums(
     ids, mask = _pairs.flat(batch["ids"]), _pairs.flat(batch["mask"])
     apply = jpeft.adapt(language.model.apply, key=key)
     found = _pairs.log_probs(apply, params, ids, mask, prompt)
-    chosen, rejected = jnp.split(jnp.sum(found * mask[:, prompt:], axis=1), 2)
+    chosen, rejected = jnp.split(
+        jnp.sum(jnp.where(mask[:, prompt:], found, 0.0), axis=1), 2
+    )
     return chosen, rejected
 
 

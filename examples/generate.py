@@ -103,8 +103,8 @@ class Writer:
         if longest + self.max_tokens > context:
             raise ValueError(
                 f"a prompt of {longest} tokens and {self.max_tokens} to write do not "
-                f"fit into the model's context of {context}; shorten the chat, or choose a "
-                "smaller --max-tokens"
+                f"fit into the model's context of {context}; shorten the chat, or "
+                "choose a smaller --max-tokens"
             )
 
     def _texts(self, state: _sampling.State) -> list[str]:
@@ -190,7 +190,7 @@ def load(args: argparse.Namespace) -> Writer:
     params, virtual = language.base, 0
     if args.adapter is not None:
         params = jpeft.load(args.adapter, params)
-        virtual = jpeft.load_transform(args.adapter).virtual_tokens()
+        virtual = jpeft.read_transform(args.adapter).virtual_tokens()
         if args.merge:
             params = jpeft.merge(params)
     elif args.merge:

@@ -97,8 +97,8 @@ class Settings(_loop.Settings):
             )
         if not self.temperature > 0:
             raise ValueError(
-                f"temperature must be above 0, found {self.temperature}: all answers of "
-                "a group would be the same"
+                f"temperature must be above 0, found {self.temperature}: all answers "
+                "of a group would be the same"
             )
         _loop.one_of("loss", self.loss, ("grpo", "bnpo", "dapo", "dr_grpo"))
         _loop.one_of("scale", self.scale, ("group", "batch", "none"))
@@ -152,8 +152,8 @@ def make_update(
         ids, mask, answer = rollout.ids, rollout.mask, rollout.answer
         each = lambda f: _rollout.in_parts(f, how.parts, ids, mask)
         if how.cut_off == "penalise":
-            lost = how.penalty * (1.0 - rollout.stopped)
-            rewards = rewards - lost.reshape(rewards.shape)
+            stopped = rollout.stopped.reshape(rewards.shape)
+            rewards = jnp.where(stopped, rewards, rewards - how.penalty)
         judged = ~jnp.isnan(rewards)
         advantages = objectives.group_relative(rewards, scored=judged, scale=how.scale)
         counted = answer & judged.reshape(-1, 1)
@@ -193,10 +193,10 @@ def make_update(
                 "grad_norm": jnp.mean(norm),
                 "reward": objectives.masked_mean(rewards, judged),
                 # Groups that teach nothing.
-                "same_reward": jnp.mean(1.0 * jnp.all(advantages == 0, axis=1)),
-                "kl": jnp.mean(jnp.sum(kl * answer, axis=1)),
-                "answer_tokens": jnp.mean(1.0 * jnp.sum(answer, axis=1)),
-                "ended": jnp.mean(1.0 * rollout.stopped),
+                "same_reward": jnp.mean(jnp.all(advantages == 0, axis=1)),
+                "kl": jnp.mean(jnp.sum(jnp.where(answer, kl, 0.0), axis=1)),
+                "answer_tokens": jnp.mean(jnp.sum(answer, axis=1)),
+                "ended": jnp.mean(rollout.stopped),
             },
         )
 

@@ -154,7 +154,7 @@ def make_round(
         if how.cut_off == "mask":
             counted = answer & rollout.stopped[:, None]
         elif how.cut_off == "penalise":
-            scores = scores - how.penalty * (1.0 - rollout.stopped)
+            scores = jnp.where(rollout.stopped, scores, scores - how.penalty)
         kl = objectives.estimate_kl(old, reference, estimator="k1")
         rewards = objectives.place_scores(-coefficient * kl, scores, answer)
         if how.whiten_rewards:
@@ -175,9 +175,9 @@ def make_round(
         lengths = jnp.sum(answer, axis=1)
         return learned, {
             "reward": jnp.mean(scores),
-            "kl": jnp.mean(jnp.sum(kl * answer, axis=1)),
-            "answer_tokens": jnp.mean(lengths * 1.0),
-            "ended": jnp.mean(rollout.stopped * 1.0),
+            "kl": jnp.mean(jnp.sum(jnp.where(answer, kl, 0.0), axis=1)),
+            "answer_tokens": jnp.mean(lengths),
+            "ended": jnp.mean(rollout.stopped),
         }
 
     def loss_of(both, frozen, part):

@@ -10,6 +10,7 @@ from jpeft import sharding as sharding
 from jpeft.adapt.entry import adapt as adapt
 from jpeft.adapt.uses import find_uses as find_uses
 from jpeft.checkpoint.adapter import load as load
+from jpeft.checkpoint.adapter import read_transform as read_transform
 from jpeft.checkpoint.adapter import save as save
 from jpeft.checkpoint.manager import CheckpointManager as CheckpointManager
 from jpeft.checkpoint.stream import load_quantized as load_quantized

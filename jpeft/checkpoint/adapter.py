@@ -66,7 +66,12 @@ from jpeft.leaf import (
 )
 from jpeft.methods.quantize import Quantize
 from jpeft.quant.leaf import Quantized, boxed
-from jpeft.transform import Transform, freeze_value, is_adapted
+from jpeft.transform import (
+    Transform,
+    freeze_value,
+    is_adapted,
+    transform_from_config,
+)
 from jpeft.tree.beside import beside, place_of
 from jpeft.tree.paths import slots, weight
 from jpeft.tree.split import NOTHING_TRAINS
@@ -198,6 +203,25 @@ def load(
     for p in saved.statistics:
         made[p] = same_box(at[p], arrays.statistic(p))
     return met.rebuild(made.get(p, x) for p, x in met.items())
+
+
+def read_transform(path: str | os.PathLike[str]) -> Transform:
+    """The transform of a saved adapter: what `save` was given.
+
+    Tells what the adapter asks of its callers, such as `virtual_tokens()`, without the
+    base.  Raises CheckpointError for what is no adapter's folder, ValueError for a
+    transform that chose its weights by a Python function, which is not in the file.
+    """
+    folder = find_folder(location(path))
+    described = read_manifest(folder)["transform"]
+    try:
+        return transform_from_config(described)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder}: its transform cannot be made again from the file ({error}); "
+            "one that chose its weights by a Python function is only in the program "
+            "that made it"
+        ) from error
 
 
 # --- the description -----------------------------------------------------------------

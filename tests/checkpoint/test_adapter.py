@@ -57,6 +57,18 @@ def test_it_loads_without_the_transform(saved):
     assert jpeft.from_config(about["transform"]) == peft()
 
 
+def test_the_transform_of_a_saved_adapter_is_read(saved, tmp_path):
+    folder, *_ = saved
+    assert jpeft.read_transform(folder) == peft()
+    chosen = jpeft.lora(rank=2, where=lambda path, leaf: True)
+    params = chosen(jax.random.key(0), {"a": {"kernel": normal(0, 4, 3)}})
+    jpeft.save(tmp_path / "x", params, chosen)
+    with pytest.raises(ValueError, match="function"):
+        jpeft.read_transform(tmp_path / "x")
+    with pytest.raises(jpeft.CheckpointError):
+        jpeft.read_transform(tmp_path / "nothing")
+
+
 def test_names_in_the_file_do_not_meet(tmp_path):
     """Orbax joins keys at '.' and '/', which are written otherwise there."""
     kernel = lambda k: {
