@@ -82,8 +82,8 @@ def linear_cross_entropy(
 
     Gradients: for hidden, and for those arrays of head and bias that are differentiated
     (each chunk's in the array's dtype, their sum in float32).  None for `mask`, which
-    counts as a constant.  A second derivative is refused by JAX, as of every loop of
-    unknown length.  No dropout acts in the head.  Masked tokens may hold NaN.
+    counts as a constant.  A second derivative needs skip=False: JAX refuses one of a
+    loop of unknown length.  No dropout acts in the head.  Masked tokens may hold NaN.
 
     Call it outside of `jpeft.adapt`, with the leaf itself: inside, the rule that makes
     the gradients would receive a weight that is none, and `adapt` refuses.
@@ -211,7 +211,7 @@ def _chunk_total(
 
 
 class _Sums(NamedTuple):
-    """What the loop carries.  total: a scalar.  hidden: (shards, tokens, features) or
+    """What the loop carries.  total: (shards,).  hidden: (shards, tokens, features) or
     None.  moving: of each array that is differentiated (shards, *shape), else None."""
 
     total: jax.Array
@@ -263,13 +263,13 @@ def _loop(
             at_rows = jax.vmap(_put)(at_rows, rows, d_hidden)
         add = lambda s, x: s + x.astype(s.dtype)
         return _Sums(
-            carry.total + jnp.sum(value),
+            carry.total + value,
             at_rows,
             jax.tree.map(add, carry.moving, d_moving),
         )
 
     init = _Sums(
-        jnp.zeros((), sums),
+        jnp.zeros(shards, sums),
         jnp.zeros_like(hidden) if of_hidden else None,
         [
             None if x is None else jnp.zeros((shards, *x.shape), wide_dtype(x.dtype))
@@ -277,6 +277,8 @@ def _loop(
         ],
     )
     _, init = compat.varying_alike((hidden, init))
+    if not tokens:
+        return init
     return lax.fori_loop(0, needed, step, init)
 
 
@@ -313,7 +315,7 @@ def _total(
     labels: jax.Array,
     weight: jax.Array,
 ) -> jax.Array:
-    return _loop(how, hidden, arrays, labels, weight).total
+    return jnp.sum(_loop(how, hidden, arrays, labels, weight).total)
 
 
 def _forward(how: _How, hidden: Any, arrays: Any, labels: Any, weight: Any) -> Any:
@@ -332,7 +334,7 @@ def _forward(how: _How, hidden: Any, arrays: Any, labels: Any, weight: Any) -> A
     moving = [over_shards(s, x) for s, x in zip(sums.moving, arrays, strict=True)]
     # The dtypes of the arrays, which is what their gradients are rounded to.
     like = [np.zeros(0, x.value.dtype) if x.perturbed else None for x in arrays]
-    return sums.total, (sums.hidden, moving, like)
+    return jnp.sum(sums.total), (sums.hidden, moving, like)
 
 
 def _backward(how: _How, kept: Any, cotangent: Any) -> Any:

@@ -85,6 +85,8 @@ def accumulated_value_and_grad(
 
     def run(params: PyTree, batches: PyTree, *rest: Any) -> tuple[Weighted, PyTree]:
         _check_batches(batches)
+        dtypes = [wide_dtype(x.dtype) for x in jax.tree.leaves(params)]
+        dtype = max(dtypes, key=lambda d: d.itemsize, default=jnp.dtype("float32"))
 
         def part(params: PyTree, batch: PyTree) -> tuple[jax.Array, jax.Array]:
             out = loss(params, batch, *rest)
@@ -94,7 +96,7 @@ def accumulated_value_and_grad(
                     f"{type(out).__name__}: expected jpeft.objectives.Weighted(total, "
                     "count); a mean cannot be put together from means"
                 )
-            return out.total, out.count
+            return out.total.astype(dtype), out.count.astype(dtype)
 
         def step(sums: Any, batch: PyTree) -> tuple[Any, None]:
             value, grads = jax.value_and_grad(part, has_aux=True)(params, batch)
@@ -102,9 +104,8 @@ def accumulated_value_and_grad(
             return jax.tree.map(add, sums, (Weighted(*value), grads)), None
 
         zeros = lambda x: jnp.zeros(x.shape, wide_dtype(x.dtype))
-        first = jax.tree.map(lambda x: x[0], batches)
-        shapes = jax.eval_shape(part, params, first)
-        init = Weighted(*map(zeros, shapes)), jax.tree.map(zeros, params)
+        nothing = Weighted(jnp.zeros((), dtype), jnp.zeros((), dtype))
+        init = nothing, jax.tree.map(zeros, params)
         # Inside `shard_map`, where the parameters are the same on all devices, JAX
         # would sum their gradients in every step, and here they would be summed again.
         params, batches, init = compat.varying_alike((params, batches, init))

@@ -68,6 +68,21 @@ def ours(h, w, labels=LABELS, mask=MASK, **options):
     return linear_cross_entropy(h, w, labels, mask, **options).mean()
 
 
+def test_it_is_the_plain_loss_to_one_part_in_a_million():
+    hidden, head = normal(8, 96, 32), normal(9, 32, 1201)
+    labels, mask = np.arange(96) * 11 % 1201, np.arange(96) % 2 == 0
+    both = jax.jit(
+        lambda h, w: [
+            jax.value_and_grad(f, argnums=(0, 1))(h, w, labels, mask)
+            for f in (plain, functools.partial(ours, chunk=16))
+        ]
+    )
+    want, got = map(jax.tree.leaves, both(hidden, head))
+    for x, y in zip(got, want, strict=True):
+        x, y = np.float64(x), np.float64(y)
+        assert np.linalg.norm(x - y) < 1e-6 * np.linalg.norm(y)
+
+
 def test_dft_is_that_of_the_logits():
     both = jax.jit(
         lambda: [jax.value_and_grad(f)(HIDDEN, HEAD, kind="dft") for f in (ours, plain)]
@@ -91,6 +106,17 @@ def test_a_frozen_head_gets_no_gradient_and_none_is_computed():
     assert products(jax.grad(inside, argnums=0), HIDDEN, HEAD) == 2
     stopped = lambda h, w: ours(h, jax.lax.stop_gradient(w))
     assert products(jax.grad(stopped, argnums=(0, 1)), HIDDEN, HEAD) == 2
+
+
+def test_a_second_derivative_is_right_or_refused():
+    def twice(f):
+        squared = lambda h: jnp.sum(jnp.square(jax.grad(f)(h, HEAD)))
+        return jax.jit(jax.grad(squared))
+
+    got = twice(functools.partial(ours, skip=False))(HIDDEN)
+    np.testing.assert_allclose(got, twice(plain)(HIDDEN), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        twice(ours)(HIDDEN)
 
 
 def test_only_tokens_that_count_are_visited():
@@ -155,6 +181,12 @@ def test_bfloat16_hidden_states_and_a_float32_head():
     # Rounded to eight bits: the logits' gradient, each chunk's, and the result.
     np.testing.assert_allclose(dh.astype(jnp.float32), want_dh, rtol=3e-2, atol=1e-3)
     np.testing.assert_allclose(dw, want_dw, rtol=3e-2, atol=1e-3)
+
+
+def test_no_tokens_at_all():
+    none = np.zeros(0, np.int32)
+    loss = jax.jit(ours)(np.ones((0, FEATURES), np.float32), HEAD, none, none)
+    assert loss == 0
 
 
 def test_masked_tokens_may_be_nan_and_all_may_be_masked():
