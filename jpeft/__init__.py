@@ -1,6 +1,7 @@
 """jpeft: parameter-efficient fine-tuning of any JAX model."""
 
 from jpeft import config as config
+from jpeft import hf as hf
 from jpeft import optim as optim
 from jpeft import plot as plot
 from jpeft import quant as quant

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "jpeft"
 # The longest prefix counts.  A module may import modules of lower floors, and of its
 # own floor only within its own folder.
 FLOORS = {
-    "jpeft": 9,
+    "jpeft": 10,
     "jpeft.types": 0,
     "jpeft.compat": 0,
     "jpeft.checks": 0,
@@ -28,6 +28,7 @@ FLOORS = {
     "jpeft.optim": 8,
     "jpeft.plot": 8,
     "jpeft.checkpoint": 8,
+    "jpeft.hf": 9,
     "jpeft.sharding": 8,
     "jpeft.config": 8,
 }
@@ -41,6 +42,7 @@ ROOMS = {
     "etils": {"jpeft.checkpoint.folder"},
     "tensorstore": {"jpeft.checkpoint._orbax"},
     "safetensors": {"jpeft.checkpoint._safetensors"},
+    "gguf": {"jpeft.hf._gguf"},
     # The instructions that no Pallas primitive stands for.
     "jaxlib": {"jpeft.kernels._gpu_mosaic", "jpeft.kernels._gpu_few"},
     "tomllib": {"jpeft.config"},
