@@ -85,17 +85,43 @@ def load_quantized(
     kind of dtype, not finite, or damaged, and naming the file where it is no file, or
     not what its format allows.
     """
-    formats = _formats(transform)
+    return load_from(
+        lambda: _open(Path(path)),
+        formats_of(transform, "load_quantized"),
+        like,
+        names=names,
+        uses=uses,
+        shardings=shardings,
+        caller="load_quantized",
+    )
+
+
+def load_from(
+    opened: Callable[[], Source],
+    formats: Sequence[Quantize],
+    like: PyTree,
+    *,
+    names: Names,
+    uses: Mapping[str, LeafUse] | None,
+    shardings: Any,
+    caller: str,
+    ready: Mapping[str, Callable[[Any, Sharding | None], Any]] | None = None,
+) -> PyTree:
+    """The arrays of a source as parameters, those that `formats` select quantised.
+
+    opened: makes the source, once the other arguments are seen to be sound.
+    ready: {path: what makes its leaf, of the slot and its place}, instead of reading.
+    """
     flat = slots(like)
     if any(is_leaf(x) for x in flat.values):
         raise ValueError(
-            "load_quantized: like= carries adapters or quantised weights; pass those "
+            f"{caller}: like= carries adapters or quantised weights; pass those "
             "of the plain model, jax.eval_shape(model.init, ...)['params']"
         )
     chosen = _chosen(formats, flat, uses)
-    places = _places(shardings, flat)
-    source = _open(Path(path))
-    origins = _origins(source, flat, names)
+    places = _places(shardings, flat, caller)
+    source = opened()
+    origins = _origins(source, flat, names, caller)
     weights = {
         p: _Weight(p, x, origins[p], chosen.get(p), places[p])
         for p, x in flat.items()
@@ -104,10 +130,11 @@ def load_quantized(
     # What can be seen from names and shapes is refused before the long reading.
     for w in weights.values():
         _check(w, source)
-    made = {}
+    made, own = {}, ready or {}
     for p, w in weights.items():
+        leaf = own[p](w.slot, w.place) if p in own else _load(w, source)
         # Work on a weight must not begin while copies of the one before are alive.
-        made[p] = jax.block_until_ready(_load(w, source))
+        made[p] = jax.block_until_ready(leaf)
     return flat.rebuild(made.get(p, x) for p, x in flat.items())
 
 
@@ -165,19 +192,21 @@ class _Weight(NamedTuple):
 # --- what becomes of each weight -----------------------------------------------------
 
 
-def _formats(transform: Any) -> list[Quantize]:
+def formats_of(transform: Any, caller: str) -> list[Quantize]:
+    """The parts of a transform that is quantize, or a chain of them; raises ValueError
+    for another."""
     if not isinstance(transform, Transform):
         raise ValueError(
-            f"load_quantized: {transform!r} is no transform; pass "
+            f"{caller}: {transform!r} is no transform; pass "
             "jpeft.quantize(...), with the format as its first argument"
         )
     formats = []
     for t in transform.parts():
         if not isinstance(t, Quantize):
             raise ValueError(
-                f"load_quantized: {t.name} is not quantize; apply it to what was "
-                "loaded: params = jpeft.load_quantized(path, jpeft.quantize(...), "
-                f"like), then params = jpeft.{t.name}(...)(key, params)"
+                f"{caller}: {t.name} is not quantize; apply it to what was loaded: "
+                f"params = jpeft.{caller}(...) with jpeft.quantize(...), then "
+                f"params = jpeft.{t.name}(...)(key, params)"
             )
         formats.append(t)
     return formats
@@ -198,7 +227,7 @@ def _chosen(
     return out
 
 
-def _places(shardings: Any, flat: Slots) -> dict[str, Sharding | None]:
+def _places(shardings: Any, flat: Slots, caller: str) -> dict[str, Sharding | None]:
     if shardings is None or isinstance(shardings, Sharding):
         return dict.fromkeys(flat.paths, shardings)
     is_sharding = lambda x: isinstance(x, Sharding)
@@ -206,7 +235,7 @@ def _places(shardings: Any, flat: Slots) -> dict[str, Sharding | None]:
     if len(given) != len(flat.paths) or not all(map(is_sharding, given)):
         kinds = sorted({type(x).__name__ for x in given})
         raise ValueError(
-            f"load_quantized: shardings= has {len(given)} leaves ({', '.join(kinds)}) "
+            f"{caller}: shardings= has {len(given)} leaves ({', '.join(kinds)}) "
             f"for {len(flat.paths)} weights; pass one Sharding, or a tree of "
             "NamedSharding of the structure of like="
         )
@@ -234,9 +263,11 @@ def _open(path: Path) -> Source:
     return found
 
 
-def _origins(source: Source, flat: Slots, names: Names) -> dict[str, _Origin]:
+def _origins(
+    source: Source, flat: Slots, names: Names, caller: str
+) -> dict[str, _Origin]:
     paths = [p for p, x in flat.items() if is_array(weight(x))]
-    told = told_by(names, paths, "load_quantized", "like=")
+    told = told_by(names, paths, caller, "like=")
     out, missing = {}, []
     for path in paths:
         said = told(path)

@@ -1,6 +1,11 @@
-"""Pretrained models of Hugging Face's and llama.cpp's kinds of file.
+"""Pretrained models: Hugging Face's folders of safetensors, and llama.cpp's GGUF.
 
-Needs `pip install 'jpeft[hf]'` for GGUF files, nothing more for safetensors.
+Safetensors need nothing more; `pip install 'jpeft[hf]'` brings gguf, which decodes the
+blocks of GGUF files.
 """
 
 from jpeft.hf._gguf import gguf_metadata as gguf_metadata
+from jpeft.hf.base import Report as Report
+from jpeft.hf.base import load_base as load_base
+from jpeft.hf.names import MAPS as MAPS
+from jpeft.hf.names import Rule as Rule

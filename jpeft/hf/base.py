@@ -1,0 +1,283 @@
+"""`load_base`: a pretrained model's files into a parameter tree, one leaf at a time."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpeft.boxes import same_box
+from jpeft.checkpoint.stream import formats_of, load_from
+from jpeft.checks import check_float, shown
+from jpeft.hf import names
+from jpeft.hf._files import CONFIG, Files, open_files
+from jpeft.hf.names import KERNEL, NameMap, Wanted
+from jpeft.tree.layout import LeafUse
+from jpeft.tree.paths import is_array, slots, suggest, weight
+from jpeft.types import CheckpointError, CheckpointWarning, PyTree
+
+CALLER = "hf.load_base"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `load_base` did.
+
+    unused: tensors that no leaf took, by torch's names; without those that the model
+        computes itself, and a head that is the embedding.
+    stored: {path: what its tensors are stored as}, such as "bfloat16" or "Q4_1, Q6_K".
+    cast: {path: (stored dtype, dtype of the leaf)} where the two differ; blocks count
+        as float32, to which they are decoded.
+    """
+
+    unused: tuple[str, ...]
+    stored: Mapping[str, str]
+    cast: Mapping[str, tuple[str, str]]
+
+
+def load_base(
+    path: str | os.PathLike[str],
+    like: PyTree,
+    *,
+    map: NameMap | str | None = None,
+    shardings: Any = None,
+    transform: Any = None,
+    dtype: Any = None,
+    uses: Mapping[str, LeafUse] | None = None,
+    report: Callable[[Report], Any] | None = None,
+) -> PyTree:
+    """The pretrained model in `path` as parameters of the structure of `like`.
+
+    path: a folder of Hugging Face (config.json and *.safetensors, in shards or not), a
+        .safetensors file or its index, or a .gguf file of llama.cpp.
+    like: the parameters or their shapes, `jax.eval_shape(model.init, ...)["params"]`,
+        boxed or not.  Layers may stand apart (`layers_0/...`) or be stacked along a
+        first axis, as `nn.scan` has them (`layers/...`).
+    map: what the leaves are called in the files: rules (`jpeft.hf.names`), the name of
+        a map, or None for the one of the model's architecture: Llama, Mistral, SmolLM,
+        Qwen2, Qwen3.
+    shardings: of the plain weights; one `Sharding`, or a tree as `like`.
+    transform: `jpeft.quantize(...)` or a chain of them, applied weight by weight: the
+        result is `transform(key, params)` of the loaded parameters, bit for bit.
+    dtype: of floating-point leaves; None: that of `like`.
+    uses: see `jpeft.find_uses`; `transform` may need it to tell the axes of stacks.
+    report: is called with a `Report`.  Without it a CheckpointWarning names tensors
+        that no leaf took.
+
+    Beside the result there is never more than one leaf in the memory of the host (and
+    one layer's tensor, where a leaf is put together).
+
+    Raises CheckpointError, naming tensor and path, for what is missing, misshapen, of
+    another kind of dtype, truncated or damaged; ValueError for an architecture without
+    a map, a map that is none, a transform other than quantize.
+
+        like = jax.eval_shape(model.init, key, tokens)["params"]
+        params = jpeft.hf.load_base("SmolLM2-135M-Instruct.Q4_1.gguf", like)
+    """
+    check_float(CALLER, dtype)
+    rules = None if map is None else names.check_map(map)
+    formats = [] if transform is None else formats_of(transform, CALLER)
+    like = _in_dtype(like, dtype)
+    sources: list[_Mapped] = []
+
+    def opened() -> _Mapped:
+        files = open_files(Path(path))
+        own = rules if rules is not None else _map_of(files)
+        sources.append(_Mapped(files, like, own))
+        return sources[0]
+
+    params = load_from(
+        opened,
+        formats,
+        like,
+        names=lambda path: sources[0].label(path),
+        uses=uses,
+        shardings=shardings,
+        caller=CALLER,
+    )
+    _tell(sources[0].report(), sources[0].path, report)
+    return params
+
+
+def _in_dtype(like: PyTree, dtype: Any) -> PyTree:
+    """Shapes instead of arrays, floating-point ones of this dtype."""
+    flat = slots(like)
+
+    def one(slot: Any) -> Any:
+        x = weight(slot)
+        if not is_array(x) or not hasattr(x, "dtype"):
+            return slot
+        if dtype is None or not jnp.issubdtype(x.dtype, jnp.floating):
+            return slot
+        return same_box(slot, jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)))
+
+    return flat.rebuild(one(x) for x in flat.values)
+
+
+def _map_of(files: Files) -> NameMap:
+    found = names.MAPS.get(files.architecture)
+    if found is None:
+        says = (
+            f"its architecture is {shown(files.architecture)}"
+            if files.architecture
+            else f"no {CONFIG} beside it says its architecture"
+        )
+        raise ValueError(
+            f"{CALLER}: {files.path}: {says}, and there are maps for "
+            f"{', '.join(names.MAPS)}; pass map=, one of these names, or a list of "
+            "hf.Rule(path, torch's name, axes)"
+        )
+    return found
+
+
+def _tell(found: Report, path: Path, report: Callable[[Report], Any] | None) -> None:
+    if report is not None:
+        report(found)
+    elif found.unused:
+        more = f" and {len(found.unused) - 3} more" if len(found.unused) > 3 else ""
+        warnings.warn(
+            f"{CALLER}: {path} holds {', '.join(found.unused[:3])}{more}, which no "
+            "leaf of like= took; if that is meant, pass report=, a function that is "
+            "called with all of them",
+            CheckpointWarning,
+            stacklevel=3,
+        )
+
+
+class _Mapped:
+    """The files as a source of leaves: {label: the leaf}, made when it is read."""
+
+    def __init__(self, files: Files, like: PyTree, rules: NameMap):
+        self.path, self.files = files.path, files
+        self.boxed: dict[str, str] = {}
+        leaves = {p: weight(x) for p, x in slots(like).items() if is_array(weight(x))}
+        shapes = {p: tuple(x.shape) for p, x in leaves.items()}
+        self.wanted, without = names.wanted(rules, shapes)
+        if without:
+            raise ValueError(
+                f"{without[0]}: the map has no rule for it"
+                + (f" and {len(without) - 1} more" if len(without) > 1 else "")
+                + f"; pass map= with one, such as hf.Rule({without[0]!r}, "
+                f"{suggest(list(files.stored), without[0].replace('/', '.'), 1)}[0], "
+                "axes), or the like= of the model that was saved"
+            )
+        self._dtypes = {p: np.dtype(x.dtype) for p, x in leaves.items()}
+        self._check_there()
+        for w in self.wanted.values():
+            self._check(w)
+        self._labels = _distinct({p: w.label for p, w in self.wanted.items()})
+        self._by_label = {n: self.wanted[p] for p, n in self._labels.items()}
+        self.stored = {
+            n: jax.ShapeDtypeStruct(w.shape, self._dtypes[w.path])
+            for n, w in self._by_label.items()
+        }
+
+    def label(self, path: str) -> str | None:
+        return self._labels.get(path)
+
+    def read(self, name: str) -> np.ndarray:
+        """The leaf, in its own dtype; a view of the file where that is all it is."""
+        w = self._by_label[name]
+        dtype = self._dtypes[w.path]
+        tensor = self.files.stored[w.tensors[0]]
+        sizes = w.sizes(tensor.shape)
+        assert sizes is not None
+        if not w.stacked and w.axes != KERNEL and not w.before and w.last:
+            parts = list(self.files.parts(w.tensors[0]))
+            if len(parts) == 1:
+                return parts[0][1].reshape(w.shape).astype(dtype, copy=False)
+        out = np.empty(w.shape, dtype)
+        for k, name in enumerate(w.tensors):
+            into = (out[k] if w.stacked else out).reshape(sizes)
+            self._fill(into.T if w.axes == KERNEL else into, w, name)
+        return out
+
+    def _fill(self, into: np.ndarray, w: Wanted, name: str) -> None:
+        """A tensor's rows that are this leaf's."""
+        begin, count = w.rows(self.files.stored[name].shape)
+        for at, rows in self.files.parts(name):
+            first, last = max(at, begin), min(at + len(rows), begin + count)
+            if first < last:
+                into[first - begin : last - begin] = rows[first - at : last - at]
+
+    def report(self) -> Report:
+        used = {n for w in self.wanted.values() for n in w.tensors}
+        unused = [n for n in self.files.stored if n not in used]
+        if self.files.tied:
+            unused = [n for n in unused if n != names.HEAD]
+        unused = [n for n in unused if not names.COMPUTED.fullmatch(n)]
+        stored, cast = {}, {}
+        for path, w in self.wanted.items():
+            types = {self.files.type_of(n): None for n in w.tensors}
+            stored[path] = ", ".join(types)
+            own = {self.files.stored[n].dtype.name: None for n in w.tensors}
+            if list(own) != [self._dtypes[path].name]:
+                cast[path] = ", ".join(own), self._dtypes[path].name
+        return Report(tuple(unused), stored, cast)
+
+    # -- checks -----------------------------------------------------------------------
+
+    def _check_there(self) -> None:
+        missing = [
+            (w.path, n)
+            for w in self.wanted.values()
+            for n in w.tensors
+            if n not in self.files.stored
+        ]
+        if not missing:
+            return
+        path, name = missing[0]
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        advice = f"nearest: {suggest(list(self.files.stored), name)}"
+        if name == names.HEAD and names.TOKENS in self.files.stored:
+            advice = (
+                "its head is the embedding: use the like= of a model that ties the "
+                f"two, or a rule that reads {path!r} from {names.TOKENS!r}"
+            )
+        raise CheckpointError(f"{path}: {self.path} has no {name!r}{more}; {advice}")
+
+    def _check(self, w: Wanted) -> None:
+        for name in w.tensors:
+            found = self.files.stored[name]
+            if w.sizes(found.shape) is None:
+                turned = " (transposed)" if w.axes == KERNEL else ""
+                part = f", rows {w.rows(found.shape)} of it" if w.before else ""
+                raise CheckpointError(
+                    f"{w.path}: expected shape {w.own}{turned}, found {found.shape} in "
+                    f"{name!r} of {self.path}{part}; pass the like= of the model that "
+                    "was saved"
+                )
+            self._check_kind(w, name, found.dtype)
+
+    def _check_kind(self, w: Wanted, name: str, found: Any) -> None:
+        want = self._dtypes[w.path]
+        kinds = (jnp.floating, jnp.integer, jnp.bool_, jnp.complexfloating)
+        same = any(jnp.issubdtype(want, k) and jnp.issubdtype(found, k) for k in kinds)
+        at = f"{w.path}: {name!r} of {self.path}"
+        if not same:
+            raise CheckpointError(
+                f"{at} is {found}, expected {want}; if these are codes of a quantised "
+                "weight, take the model that is not quantised"
+            )
+        scaled = [n for n in (f"{name}_scale", f"{name}_scale_inv")]
+        if np.dtype(found).itemsize == 1 and any(
+            n in self.files.stored for n in scaled
+        ):
+            raise CheckpointError(
+                f"{at} is {found} with a scale beside it, without which it is another "
+                "weight; take the model that is not quantised"
+            )
+
+
+def _distinct(labels: Mapping[str, str]) -> dict[str, str]:
+    """Labels by path; of leaves that share their tensors they say the path too."""
+    count = collections.Counter(labels.values())
+    return {p: f"{n} ({p})" if count[n] > 1 else n for p, n in labels.items()}
