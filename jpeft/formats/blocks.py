@@ -3,6 +3,12 @@
     value = book[code] * scale                     nf4, fp4, int4, dynamic8, quantile*
     value = code * scale / 127                     int8
     value = (code - zero) * scale                  int4_asymmetric, int8_asymmetric
+    value = (code - 8) * scale                     q4_0
+    value = code * scale + least                   q4_1
+    value = code * scale                           q8_0
+
+The last three are GGUF's (llama.cpp, ggml's Q4_0, Q4_1, Q8_0), in blocks of 32 alone,
+with scales in float16: the codes of its library, and its values bit for bit.
 
 A block is `block_size` consecutive elements along the axis; "channel" makes it the
 whole axis, "tensor" the whole matrix.  A last block that is not full has a scale of its
@@ -14,12 +20,15 @@ What is special (as bitsandbytes on a CPU unless said):
     a block of zeros   scale 0, and zeros come back
     constant blocks    exact, but for rounding (an end of the book); negative ones in
                        dynamic8 0.7 % short, whose book ends at -0.993
-    zeros elsewhere    exact; in dynamic8 2e-5 of the block's largest value
+    zeros elsewhere    exact; in dynamic8 2e-5 of the block's largest value; in q4_1
+                       up to half a step off, since nothing makes zero a code of it
     infinity           its block is lost: in nf4 and fp4 it comes back, positive, and
                        the rest is NaN; in other formats what comes back is not defined,
                        in quantile* of the whole matrix, whose book it spoils
     subnormal numbers  zero, as XLA flushes them; and so are the blocks of linear
                        formats whose step is one (int8: up to 1.5e-36)
+    beyond float16     GGUF's scales are infinite (q4_0 from 5e5, q4_1 from 65,520, q8_0
+                       from 8e6) or zero; `jpeft.quant.quantize` raises for the first
     the largest        finite; in linear formats with a zero point up to a step off,
     numbers            where half a step would lead beyond float32
     NaN                its block is NaN, in quantile* the whole matrix;
@@ -59,12 +68,19 @@ class Format:
 
     bits: of a code.
     learned: the code book comes from the data.  zero_point: blocks have one each.
+    of_gguf: blocks of 32, scales in float16.  least: blocks have the value of code 0
+    in place of a zero point.  signed: codes are int8.
+    largest: beyond it a scale is infinite.
     """
 
     name: str
     bits: int
     learned: bool = False
     zero_point: bool = False
+    of_gguf: bool = False
+    least: bool = False
+    signed: bool = False
+    largest: float = float(np.finfo(np.float32).max)
 
     @property
     def packed(self) -> bool:
@@ -73,8 +89,17 @@ class Format:
     @property
     def has_book(self) -> bool:
         """A table of sixteen values says all: the 4-bit kernels apply."""
-        return self.packed and not self.zero_point
+        return self.packed and not self.zero_point and not self.least
 
+    @property
+    def scale_dtype(self) -> Any:
+        return np.dtype(np.float16 if self.of_gguf else np.float32)
+
+
+# What float16 rounds to infinity.
+_INFINITE = 65520.0
+# What block_size=None means, in GGUF's formats and in others.
+GGUF_BLOCK, BLOCK_SIZE = 32, 64
 
 FORMATS = {
     f.name: f
@@ -84,10 +109,13 @@ FORMATS = {
         Format("int4", 4),
         Format("int4_asymmetric", 4, zero_point=True),
         Format("quantile4", 4, learned=True),
-        Format("int8", 8),
+        Format("int8", 8, signed=True),
         Format("int8_asymmetric", 8, zero_point=True),
         Format("dynamic8", 8),
         Format("quantile8", 8, learned=True),
+        Format("q4_0", 4, of_gguf=True, largest=8 * _INFINITE),
+        Format("q4_1", 4, of_gguf=True, least=True, largest=_INFINITE),
+        Format("q8_0", 8, of_gguf=True, signed=True, largest=127 * _INFINITE),
     )
 }
 
@@ -95,9 +123,12 @@ FORMATS = {
 class Blocks(NamedTuple):
     """A quantised array.
 
-    codes: uint8, or int8 for "int8"; 4-bit codes packed along the axis, see `packing`.
-    scales: float32, one a block along the axis; 1 where one scale serves.
-    zeros: uint8 like the scales, for formats with a zero point.
+    codes: uint8, or int8 for signed ones; 4-bit codes packed along the axis, see
+        `packing`.
+    scales: float32 (float16 in GGUF's formats), one a block along the axis; 1 where one
+        scale serves.
+    zeros: uint8 like the scales, for formats with a zero point; for "q4_1" float16, the
+        values of code 0.
     book: float32 (*stack, 2^bits), for learned formats.
     """
 
@@ -125,7 +156,9 @@ def quantize(
         x = _fill(x, packing.padded(size), axis)
     view = _View(x.shape, block_size, axis, stack)
     blocks = view.split(x)
-    if format.zero_point:
+    if format.of_gguf:
+        codes, scales, zeros = _ENCODERS[format.name](blocks, view)
+    elif format.zero_point:
         codes, scales, zeros = _linear_with_zero(blocks, format.bits, view)
     else:
         scales = view.reduce(jnp.max, jnp.abs(blocks))
@@ -191,7 +224,7 @@ def dequantize(
         halves = [
             decode(code, scale, format, zero, q.book, stack, first)
             for (code, first), scale, zero in zip(
-                packing.nibbles(packed, whole=format.zero_point),
+                packing.nibbles(packed, whole=format.zero_point or format.least),
                 _halves(at(q.scales), axis + 1),
                 _halves(at(q.zeros), axis + 1),
                 strict=True,
@@ -279,6 +312,14 @@ def decode(
 
     first: the lowest of a 4-bit code's bits in its byte.
     """
+    scales = scales.astype(jnp.float32)
+    if format.least:
+        # A code of 4 bits times a scale of 11 is exact in float32, so that only the sum
+        # is rounded, fused or not.
+        assert zeros is not None
+        return codes.astype(jnp.float32) * scales + zeros.astype(jnp.float32)
+    if format.name == "q8_0":  # exact as well: 8 bits by 11
+        return codes.astype(jnp.float32) * scales
     if zeros is not None:
         code, zero = codes.astype(jnp.int32), zeros.astype(jnp.int32)
         return (code - zero).astype(jnp.float32) * scales
@@ -303,6 +344,8 @@ def book_of(format: Format) -> np.ndarray:
     """The fixed code book of a format, float32."""
     if format.name == "dynamic8":
         return codebooks.dynamic_map()
+    if format.name == "q4_0":
+        return codebooks.Q4_0
     return codebooks.CODEBOOKS[format.name]
 
 
@@ -352,6 +395,58 @@ def _linear_with_zero(
     codes = jnp.clip(jnp.round(blocks * inverse) + zero, 0.0, top)
     as_u8 = lambda x: x.astype(jnp.int32).astype(jnp.uint8)
     return as_u8(codes), step, as_u8(zero)
+
+
+def _q4_0(blocks: jax.Array, view: _View) -> tuple[jax.Array, jax.Array, None]:
+    """The largest of a block by magnitude, of two such the first, has code 0: -8."""
+    inside = view.axis + 1
+    places = jax.lax.broadcasted_iota(jnp.int32, blocks.shape, inside)
+    first = jnp.argmax(jnp.abs(blocks), inside, keepdims=True).astype(jnp.int32)
+    # One of them is not -0.0, the others are zero: a sum without rounding.
+    most = jnp.sum(jnp.where(places == first, blocks, 0.0), inside, keepdims=True)
+    step = most * np.float32(-1 / 8)
+    return _rounded(blocks * _inverse(step), 8.5), _half(step), None
+
+
+def _q4_1(blocks: jax.Array, view: _View) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sixteen values from the least of a block to its largest."""
+    least, most = view.reduce(jnp.min, blocks), view.reduce(jnp.max, blocks)
+    step = _divided(most - least, 15.0)
+    codes = _rounded((blocks - least) * _inverse(step), 0.5)
+    return codes, _half(step), _half(least)
+
+
+def _q8_0(blocks: jax.Array, view: _View) -> tuple[jax.Array, jax.Array, None]:
+    """Rounded to the nearest code, halves away from zero."""
+    step = _divided(view.reduce(jnp.max, jnp.abs(blocks)), 127.0)
+    unit = blocks * _inverse(step)
+    near = jnp.floor(jnp.abs(unit))
+    near = near + jnp.floor(2.0 * (jnp.abs(unit) - near))
+    return (jnp.sign(unit) * near).astype(jnp.int8), _half(step), None
+
+
+_ENCODERS: dict[str, Callable[..., Any]] = {"q4_0": _q4_0, "q4_1": _q4_1, "q8_0": _q8_0}
+
+
+def _divided(x: jax.Array, by: float) -> jax.Array:
+    """x / by as IEEE has it, for x >= 0.  XLA multiplies by the inverse of a constant,
+    behind a barrier too; it does not know that this maximum is one."""
+    return x / jnp.maximum(np.float32(by), -x)
+
+
+def _inverse(step: jax.Array) -> jax.Array:
+    return jnp.where(step == 0, 0.0, 1.0 / jnp.where(step == 0, 1.0, step))
+
+
+def _rounded(unit: jax.Array, up: float) -> jax.Array:
+    """The code below unit + up.  The maximum changes nothing but that the product in
+    `unit` cannot be fused with the sum, whose last bit would be another."""
+    whole = jnp.trunc(jnp.maximum(unit, -32.0) + np.float32(up))
+    return jnp.clip(whole, 0.0, 15.0).astype(jnp.int32).astype(jnp.uint8)
+
+
+def _half(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float16)
 
 
 def _learn(unit: jax.Array, format: Format, stack: int) -> jax.Array:

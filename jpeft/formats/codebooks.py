@@ -4,6 +4,7 @@
               arXiv:2305.14314, appendix E; bitsandbytes' sixteen float32 values
     fp4       sign and 3 bits, {0, 1/16, 2, 3, 4, 6, 8, 12} / 12, in bitsandbytes' order
     int4      -7..7 over 7; code 8 is zero, code 0 is not made
+    q4_0      -8..7, parts of a step of the block: GGUF's (llama.cpp)
     dynamic8  the signed dynamic map.  Dettmers 2015, arXiv:1511.04561; 7 exponents with
               a fraction that gets longer as they grow
 
@@ -39,6 +40,7 @@ _FP4_POSITIVE = np.array([
 # fmt: on
 FP4 = np.concatenate([_FP4_POSITIVE, -_FP4_POSITIVE])
 INT4 = ((np.arange(16) - 8) / np.float32(7)).astype(np.float32)
+Q4_0 = (np.arange(16) - 8).astype(np.float32)
 # The codes of fp4 by rising value; of the two zeros bitsandbytes has code 0 first.
 _FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 

@@ -33,9 +33,9 @@ from jpeft.methods.quantize import (
     Quantize,
     check_plain,
 )
-from jpeft.quant.arrays import check_in_float32
+from jpeft.quant.arrays import block_of, check_in_format, with_block
 from jpeft.quant.leaf import Quantized, arrangement, boxed
-from jpeft.transform import method, place_beside
+from jpeft.transform import Transform, method, place_beside
 from jpeft.tree.layout import EMBEDDING, LeafUse
 from jpeft.tree.paths import weight
 from jpeft.tree.where import Where
@@ -51,6 +51,14 @@ class LoftQ(LowRankMethod):
     double: bool = True
     block_size: BlockSize = 64
     compute_dtype: ComputeDtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        block_of(self.name, self.format, self.block_size)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Transform:
+        return super().from_fields(with_block(fields))
 
     def quantizer(self) -> Quantize:
         return Quantize(
@@ -68,7 +76,7 @@ class LoftQ(LowRankMethod):
         check_rank(path, rank, use)
         assert use.axes is not None
         w, box = compat.on_device(jnp.asarray(weight(slot))), box_of(slot)
-        check_in_float32(f"{path}: the weight", w)
+        check_in_format(f"{path}: the weight", w, self.format)
         q, a, b = alternate(
             key,
             w,
@@ -101,7 +109,7 @@ def loftq(
     steps: int = 1,
     format: str = "nf4",
     double: bool = True,
-    block_size: int | str = 64,
+    block_size: int | str | None = None,
     where: Where = "linear",
     exclude: Where = (),
     rank_stabilized: bool = False,
@@ -137,7 +145,7 @@ def loftq(
         steps=steps,
         format=format,
         double=double,
-        block_size=block_size,
+        block_size=block_of("loftq", format, block_size),
         dropout=dropout,
         dtype=dtype,
         rank_pattern=rank_pattern,

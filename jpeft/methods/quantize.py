@@ -19,9 +19,15 @@ from jpeft.boxes import unbox
 from jpeft.checks import check_floating
 from jpeft.leaf import AdaptedLeaf, box_of, layers
 from jpeft.quant import rules as _rules  # noqa: F401  enters its rules
-from jpeft.quant.arrays import check_block_size, check_format, check_in_float32
+from jpeft.quant.arrays import (
+    block_of,
+    check_block_size,
+    check_format,
+    check_in_format,
+    with_block,
+)
 from jpeft.quant.leaf import Layout, Quantized, arrangement, boxed, quantize_array
-from jpeft.transform import LeafMethod, method, place_beside
+from jpeft.transform import LeafMethod, Transform, method, place_beside
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.paths import Slots, weight
 from jpeft.tree.where import Where
@@ -53,6 +59,14 @@ class Quantize(LeafMethod):
     exclude: Where = ()
     compute_dtype: ComputeDtype = "bfloat16"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        block_of(self.name, self.format, self.block_size)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Transform:
+        return super().from_fields(with_block(fields))
+
     def selection(self) -> tuple[Where, Where]:
         return self.where, self.exclude
 
@@ -76,7 +90,7 @@ class Quantize(LeafMethod):
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Quantized:
         assert use.axes is not None
         base = jnp.asarray(base)
-        check_in_float32(f"{path}: the weight", base)
+        check_in_format(f"{path}: the weight", base, self.format)
         return self.of_array(base, arrangement(use.axes, use.kind))
 
     @property
@@ -129,7 +143,7 @@ def check_plain(path: str, slot: Any) -> None:
 def quantize(
     format: str = "nf4",
     double: bool = True,
-    block_size: int | str = 64,
+    block_size: int | str | None = None,
     where: Where = "linear",
     *,
     exclude: Where = (),
@@ -141,11 +155,14 @@ def quantize(
         "int8" (linear, symmetric), "int4_asymmetric", "int8_asymmetric" (with a zero
         point), "dynamic8" (the 8-bit dynamic map; Dettmers et al. 2022,
         arXiv:2110.02861), "quantile4", "quantile8" (a code book learned from each
-        weight's own quantiles).
+        weight's own quantiles); "q4_0", "q4_1", "q8_0" (llama.cpp's, as GGUF files have
+        them: 4.5, 5 and 8.5 bits a parameter).
     double: quantise the scales of blocks too: 4.127 bits a parameter for nf4 in blocks
-        of 64, 4.5 without.  A scale for a channel or tensor stays float32.
-    block_size: elements that share a scale, along the input axes: 32, 64, ... 4096;
-        "channel" for one scale an output, "tensor" for one a matrix.
+        of 64, 4.5 without.  A scale for a channel or tensor stays float32, those of
+        GGUF's formats float16.
+    block_size: elements that share a scale, along the input axes: 32, 64 (None), ...
+        4096; "channel" for one scale an output, "tensor" for one a matrix.  GGUF's
+        formats have 32 and no other.
     where, exclude: which weights; see `jpeft.tree.where`.  Formats mix in one chain:
         `chain(quantize("int8", where=".*/down/.*"), quantize("nf4", where=".*/up/.*"))`
     compute_dtype: what matrix products with these weights are computed in, summed in
@@ -175,7 +192,7 @@ def quantize(
     return Quantize(
         format=format,
         double=double,
-        block_size=block_size,
+        block_size=block_of("quantize", format, block_size),
         where=where,
         exclude=exclude,
         compute_dtype=compute_dtype,

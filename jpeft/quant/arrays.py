@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,14 @@ import numpy as np
 from jpeft import compat
 from jpeft.checks import check_flag, check_float, check_whole, plain, shown
 from jpeft.formats import blocks
-from jpeft.formats.blocks import BLOCK_SIZES, CHANNEL, FORMATS, TENSOR
+from jpeft.formats.blocks import (
+    BLOCK_SIZE,
+    BLOCK_SIZES,
+    CHANNEL,
+    FORMATS,
+    GGUF_BLOCK,
+    TENSOR,
+)
 from jpeft.leaf import is_leaf, unboxed
 from jpeft.quant.leaf import Layout, Quantized, as_it_is, quantize_array
 from jpeft.tree.paths import suggest
@@ -22,7 +29,7 @@ def quantize(
     x: jax.Array,
     format: str = "nf4",
     *,
-    block_size: int | str = 64,
+    block_size: int | str | None = None,
     double: bool = True,
     axis: int | Sequence[int] | None = None,
     compute_dtype: Any = None,
@@ -37,7 +44,7 @@ def quantize(
     compute_dtype: of products, if the result is put into a parameter tree.
 
     A block of zeros comes back as zeros, and so does zero anywhere (in "dynamic8" as
-    2e-5 of the block's largest value).  An infinity spoils its block, see
+    2e-5 of the block's largest value, in "q4_1" as up to half a step).  An infinity spoils its block, see
     `jpeft.formats.blocks`.  Raises ValueError for NaN, outside jit; inside, its block
     becomes NaN.  With double=True both spoil the whole matrix, whose scales have one
     mean, as in bitsandbytes.  Raises TypeError for what is not a real floating-point
@@ -49,7 +56,7 @@ def quantize(
     ((64,), (2,), 1.0)
     """
     check_format("quant.quantize", "format", format)
-    block_size = check_block_size("quant.quantize", "block_size", block_size)
+    block_size = block_of("quant.quantize", format, block_size)
     double = check_flag("quant.quantize", "double", double)
     check_float("quant.quantize", compute_dtype, "compute_dtype")
     if is_leaf(x):
@@ -69,7 +76,7 @@ def quantize(
             f"quant.quantize: the array of shape {x.shape} holds NaN, which no code "
             "stands for; check how it was made"
         )
-    check_in_float32(f"quant.quantize: the array of shape {x.shape}", x)
+    check_in_format(f"quant.quantize: the array of shape {x.shape}", x, format)
     return quantize_array(
         x,
         _layout(x, axis, block_size),
@@ -80,10 +87,12 @@ def quantize(
     )
 
 
-def check_in_float32(at: str, x: jax.Array) -> None:
-    """Raises for finite float64 numbers that float32, which all is computed in, has
-    not (skipped for what JAX traces)."""
-    if x.dtype != jnp.float64 or isinstance(x, compat.Tracer):
+def check_in_format(at: str, x: jax.Array, format: str) -> None:
+    """Raises for finite numbers beyond float32, which all is computed in, or beyond
+    what scales in float16 reach (skipped for what JAX traces)."""
+    kind = FORMATS[format]
+    may_not = x.dtype == jnp.float64 or kind.of_gguf
+    if not may_not or isinstance(x, compat.Tracer):
         return
     with jax.ensure_compile_time_eval():
         largest = float(jnp.max(jnp.abs(x)))
@@ -91,6 +100,12 @@ def check_in_float32(at: str, x: jax.Array) -> None:
         raise ValueError(
             f"{at} holds {largest:.3g}, which float32 cannot hold, and quantising "
             "computes in float32; scale the weight"
+        )
+    if kind.of_gguf and kind.largest <= largest < np.inf:
+        raise ValueError(
+            f"{at} holds {largest:.3g}, and the scales of {format}, in float16, reach "
+            f"{kind.largest:.3g}; scale the weight, or take a format whose scales are "
+            "float32"
         )
 
 
@@ -142,13 +157,14 @@ def codebook(name: str) -> np.ndarray:
     """
     check_format("quant.codebook", "format", name)
     kind = FORMATS[name]
-    if kind.learned or kind.zero_point:
+    if kind.learned or kind.zero_point or kind.least:
         raise ValueError(
             f"quant.codebook: {name!r} has no fixed code book: "
             + ("it is learned, see q.book" if kind.learned else "blocks have a range")
         )
-    if name == "int8":  # by code + 128
-        return (np.arange(-128, 128) / np.float32(127)).astype(np.float32)
+    if kind.signed:  # by code + 128
+        top = np.float32(127 if name == "int8" else 1)
+        return (np.arange(-128, 128) / top).astype(np.float32)
     return blocks.book_of(kind).copy()
 
 
@@ -163,6 +179,28 @@ def check_format(method: str, name: str, format: Any) -> str:
             f"{', '.join(FORMATS)}"
         )
     return str(format)
+
+
+def block_of(method: str, format: str, block_size: Any) -> int | str:
+    """The block size, for None the format's own; raises ValueError where the two do not
+    fit."""
+    of_gguf = FORMATS[check_format(method, "format", format)].of_gguf
+    if block_size is None:
+        return GGUF_BLOCK if of_gguf else BLOCK_SIZE
+    size = check_block_size(method, "block_size", block_size)
+    if of_gguf and size != GGUF_BLOCK:
+        raise ValueError(
+            f"{method}: block_size={size!r} does not fit format={format!r}: blocks of "
+            f"GGUF's formats have {GGUF_BLOCK} elements; leave block_size out"
+        )
+    return size
+
+
+def with_block(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Fields of a configuration with the block size of a format that has its own."""
+    kind = FORMATS.get(str(fields.get("format")))
+    own = kind is not None and kind.of_gguf and "block_size" not in fields
+    return {**fields, "block_size": GGUF_BLOCK} if own else fields
 
 
 def check_block_size(method: str, name: str, block_size: Any) -> int | str:

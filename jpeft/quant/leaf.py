@@ -61,11 +61,13 @@ class QuantizedValue(AdaptedLeaf):
 class Quantized(QuantizedValue):
     """value = book[codes] * scales, block by block; see `jpeft.formats.blocks`.
 
-    codes: uint8 (int8 for "int8"), (*stack, *rows, K', *columns); 4-bit ones two a
+    codes: uint8 (int8 for signed ones), (*stack, *rows, K', *columns); 4-bit ones two a
         byte.
-    scales: float32 (*stack, *rows, blocks, *columns); with `nested`, bytes.
+    scales: float32 (float16 in GGUF's formats) (*stack, *rows, blocks, *columns); with
+        `nested`, bytes.
     nested, offset: of doubly quantised scales, float32 (*stack, groups) and (*stack,).
-    zeros: uint8, the zero points of asymmetric formats.
+    zeros: uint8, the zero points of asymmetric formats; float16, the least values of
+        blocks in "q4_1".
     book: float32 (*stack, 2^bits), a code book learned from the weight.
     order: the weight's axes in the order above; lead: how many are stack or rows.
     inner: the sizes of the blocked axes.  element: the dtype the weight has.
@@ -182,7 +184,7 @@ class Quantized(QuantizedValue):
     # -- its values -------------------------------------------------------------------
 
     def plain_scales(self) -> jax.Array:
-        """The scales in float32.
+        """The scales, not quantised themselves.
 
         Where shardings are part of types, that of the codes they come from: JAX could
         not tell, since groups of them run across the matrix.
@@ -281,8 +283,10 @@ class Quantized(QuantizedValue):
                 )
 
     def _dtype_of(self, name: str) -> Any:
-        if name == "codes" and self.format == "int8":
+        if name == "codes" and self.kind.signed:
             return np.dtype(np.int8)
+        if name in ("scales", "zeros") and self.kind.of_gguf:
+            return self.kind.scale_dtype
         as_bytes = name in ("codes", "zeros") or (
             name == "scales" and self.nested is not None
         )
@@ -468,7 +472,9 @@ def _quantized_arrays(
     x = x.reshape(*x.shape[:lead], -1, *x.shape[lead + blocked :])
     q = blocks.quantize(x, FORMATS[format], block_size, lead, stack, book)
     made = {"codes": q.codes, "scales": q.scales, "zeros": q.zeros, "book": q.book}
-    if double_scales and isinstance(block_size, int):
+    # As those of a channel, scales in float16 are not quantised in turn.
+    plain = FORMATS[format].of_gguf or not isinstance(block_size, int)
+    if double_scales and not plain:
         nested = double.quantize_scales(q.scales, lead, stack)
         made |= {
             "scales": nested.codes,

@@ -177,7 +177,7 @@ def _one(
         y = run(
             x,
             q.codes,
-            q.scales,
+            q.scales.astype(jnp.float32),
             book,
             plus=plus,
             block_size=block,

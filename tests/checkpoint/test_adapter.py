@@ -280,7 +280,7 @@ def test_a_transform_that_quantises_to_another_format_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("format", ["nf4", "int4_asymmetric"])
+@pytest.mark.parametrize("format", ["nf4", "int4_asymmetric", "q4_1"])
 def test_a_quantised_base_is_found_again_on_and_off_a_mesh(format, kind, tmp_path):
     """Its codes and scales have the same bits wherever they were made."""
     from jax.sharding import AxisType, NamedSharding, PartitionSpec

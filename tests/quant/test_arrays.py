@@ -68,11 +68,12 @@ def test_blocks_run_along_the_axes_asked_for(format, axis, order):
 def test_each_format_keeps_its_promise_on_an_uneven_array(format):
     """Error against the largest of a block: what half of the widest gap allows."""
     x = normal(3, 77)
-    bound = {4: 0.18, 8: 0.03}[FORMATS[format].bits]
-    bound = 0.25 if FORMATS[format].learned else bound  # gaps in 231 values' tails
-    for size in (32, "channel", "tensor"):
+    kind = FORMATS[format]
+    bound = {4: 0.18, 8: 0.03}[kind.bits]
+    bound = 0.25 if kind.learned else bound  # gaps in 231 values' tails
+    for size in (32,) if kind.of_gguf else (32, "channel", "tensor"):
         q = quantize(x, format, block_size=size, axis=1)
-        assert q.codes.dtype == (jnp.int8 if format == "int8" else jnp.uint8)
+        assert q.codes.dtype == (jnp.int8 if kind.signed else jnp.uint8)
         error = jnp.abs(dequantize(q) - x).max() / jnp.abs(x).max()
         assert 0 < float(error) < bound
 
@@ -98,7 +99,9 @@ def test_scales_that_are_few_stay_float32(size):
 
 
 @pytest.mark.sample(2)
-@pytest.mark.parametrize("format", ["nf4", "int8", "int4_asymmetric", "quantile4"])
+@pytest.mark.parametrize(
+    "format", ["nf4", "int8", "int4_asymmetric", "quantile4", "q4_0", "q4_1"]
+)
 def test_inside_jit_the_same_comes_out_bit_for_bit(format):
     x = normal(77, 5)
     run = lambda x: quantize(x, format, axis=0)
@@ -246,6 +249,21 @@ CALLS = {
         lambda: codebook("int8_asymmetric"),
         ValueError,
         ["has no fixed code book: blocks have a range"],
+    ),
+    "least": (
+        lambda: codebook("q4_1"),
+        ValueError,
+        ["has no fixed code book: blocks have a range"],
+    ),
+    "GGUF's blocks": (
+        lambda: quantize(X, "q4_0", block_size=64),
+        ValueError,
+        ["block_size=64 does not fit format='q4_0'", "32 elements; leave block_size"],
+    ),
+    "beyond float16": (
+        lambda: quantize(1e5 * np.ones((3, 32), np.float32), "q4_1"),
+        ValueError,
+        ["shape (3, 32) holds 1e+05", "q4_1, in float16, reach 6.55e+04"],
     ),
     "book": (lambda: codebook("nf3"), ValueError, ["did you mean 'nf4'?"]),
 }

@@ -22,6 +22,7 @@ FORMATS = {
     "int8": jpeft.quantize("int8", block_size=32),
     "int4_asymmetric": jpeft.quantize("int4_asymmetric", block_size=32, double=False),
     "quantile4": jpeft.quantize("quantile4", block_size=32, double=False),
+    "q4_1": jpeft.quantize("q4_1"),
 }
 QUICK = ("nf4", "nf4_plain", "int8")
 

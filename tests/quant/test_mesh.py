@@ -343,6 +343,7 @@ def test_a_step_is_the_same_wherever_the_weights_are(place, double):
             ("quantile4", 64),
             ("int4_asymmetric", "channel"),
             ("dynamic8", "tensor"),
+            ("q4_1", 32),
         ],
     ),
 )
@@ -617,6 +618,7 @@ def test_a_step_inside_shard_map_with_its_checks(format, own):
 GATHERED = [
     *itertools.product(["nf4", "int8", "int4_asymmetric", "quantile4"], [0, 1], [64]),
     *itertools.product(["nf4", "int8"], [1], ["channel", "tensor"]),
+    ("q4_1", 0, 32),
 ]
 
 

@@ -28,6 +28,7 @@ import test_idioms as idioms  # noqa: E402  the table of idioms
 FORMATS = {
     "nf4": jpeft.quantize("nf4", block_size=32, compute_dtype=None),
     "int8": jpeft.quantize("int8", block_size="channel", compute_dtype=None),
+    "q4_1": jpeft.quantize("q4_1", compute_dtype=None),
 }
 # What takes a full value though LoRA alone does not: a block is not cut.
 CUT = "four shards of eight rows, and no shard holds a whole block"
@@ -113,6 +114,7 @@ NAMES = [*idioms.CASES]
         *(pytest.param(n, "nf4", marks=pytest.mark.slow) for n in NAMES[1::3]),
         *(pytest.param(n, "nf4", marks=pytest.mark.slow) for n in NAMES[2::3]),
         *(pytest.param(n, "int8", marks=pytest.mark.slow) for n in NAMES[1::3]),
+        *(pytest.param(n, "q4_1", marks=pytest.mark.slow) for n in NAMES[2::9]),
     ],
 )
 def test_a_quantised_base_under_lora_is_exact(name, format):
@@ -120,8 +122,10 @@ def test_a_quantised_base_under_lora_is_exact(name, format):
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize("features", [96, 130])
-def test_a_tied_table_whose_features_fill_no_group(features):
+@pytest.mark.parametrize(
+    ("features", "format"), [(96, "nf4"), (130, "nf4"), (96, "q4_1"), (130, "q4_1")]
+)
+def test_a_tied_table_whose_features_fill_no_group(features, format):
     """Codes are stored in groups of 64; of the last one a part is wanted."""
     c = dataclasses.replace(
         idioms.CASES["tied"],
@@ -129,7 +133,7 @@ def test_a_tied_table_whose_features_fill_no_group(features):
         params={"w0": idioms.n(11, features)},
         args=(idioms.n(*idioms.IDS.shape, features, k=1), idioms.IDS),
     )
-    check("tied", c, "nf4")
+    check("tied", c, format)
 
 
 @pytest.mark.sample(2)
@@ -142,6 +146,8 @@ def test_a_tied_table_whose_features_fill_no_group(features):
         (300, "nf4", 64, False),
         (1, "nf4", 64, True),
         (1, "int8", "tensor", False),
+        (120, "q4_1", 32, True),
+        (300, "q8_0", 32, True),
         (5, "int4_asymmetric", "tensor", False),
     ],
 )
