@@ -22,11 +22,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jpeft.checks import check_regex, shown
+from jpeft.quant.exchange import KERNEL, TABLE, TORCH
 from jpeft.tree.paths import suggest
 
-# A linear weight, the same as torch has it, a table of rows that are looked up, and
-# what is taken as it is.
-KERNEL, TORCH, TABLE, PLAIN = "in out", "out in", "vocab features", "features"
+# What is taken as it is: a bias, a scale.
+PLAIN = "features"
 AXES = (KERNEL, TORCH, TABLE, PLAIN)
 
 

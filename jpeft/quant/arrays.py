@@ -44,11 +44,11 @@ def quantize(
     compute_dtype: of products, if the result is put into a parameter tree.
 
     A block of zeros comes back as zeros, and so does zero anywhere (in "dynamic8" as
-    2e-5 of the block's largest value, in "q4_1" as up to half a step).  An infinity spoils its block, see
-    `jpeft.formats.blocks`.  Raises ValueError for NaN, outside jit; inside, its block
-    becomes NaN.  With double=True both spoil the whole matrix, whose scales have one
-    mean, as in bitsandbytes.  Raises TypeError for what is not a real floating-point
-    array.
+    2e-5 of the block's largest value, in "q4_1" as up to half a step).  An infinity
+    spoils its block, see `jpeft.formats.blocks`.  Raises ValueError for NaN, and for
+    what scales in float16 do not reach, outside jit; inside, its block becomes NaN.
+    With double=True both spoil the whole matrix, whose scales have one mean, as in
+    bitsandbytes.  Raises TypeError for what is not a real floating-point array.
 
     >>> import jax.numpy as jnp, jpeft
     >>> q = jpeft.quant.quantize(jnp.linspace(-1.0, 1.0, 128), "nf4", double=False)

@@ -1,10 +1,18 @@
-"""bitsandbytes' serialised 4-bit weights: read them as they are, write them.
+"""bitsandbytes' serialised 4-bit weights: read them as they are, write them.  And
+GGUF's blocks, to read.
 
     weight                                  uint8 (n / 2, 1), two neighbours a byte
     weight.absmax                           float32, or uint8 if nested
     weight.quant_map                        float32 (16,)
     weight.nested_absmax, .nested_quant_map float32, if nested
     weight.quant_state.bitsandbytes__nf4    JSON as uint8: type, block size, shape, ...
+
+    Q4_0    a block of 32 is d, float16, and 16 bytes     w = d * (code - 8)
+    Q4_1                     d, m, and 16 bytes           w = d * code + m
+    Q8_0                     d, and 32 int8               w = d * code
+
+In GGUF's 16 bytes the low nibbles are the first 16 codes; blocks run along rows, which
+are a linear weight's outputs.
 
 Codes are moved, never decoded, so nothing is lost either way.
 """
@@ -14,7 +22,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,9 +38,10 @@ from jpeft.checks import (
     shown,
 )
 from jpeft.formats import codebooks, double, packing
-from jpeft.formats.blocks import BLOCK_SIZES
+from jpeft.formats.blocks import BLOCK_SIZES, FORMATS, GGUF_BLOCK
 from jpeft.leaf import unboxed
-from jpeft.quant.leaf import Layout, Quantized, as_it_is, nested_order
+from jpeft.quant.leaf import Layout, Quantized, arrangement, as_it_is, nested_order
+from jpeft.tree.layout import EMBEDDING, LINEAR
 
 STATE = ".quant_state.bitsandbytes__"
 TYPES = ("nf4", "fp4")
@@ -308,3 +317,153 @@ def to_bitsandbytes(q: Quantized, name: str = "weight") -> dict[str, np.ndarray]
     text = json.dumps(info).encode()
     out[f"{name}{STATE}{q.format}"] = np.frombuffer(text, np.uint8)
     return {k: np.asarray(v) for k, v in out.items()}
+
+
+# --- GGUF's blocks -------------------------------------------------------------------
+
+# What a weight's axes are: a Flax kernel, a linear weight as torch has it, a table.
+KERNEL, TORCH, TABLE = "in out", "out in", "vocab features"
+# The bytes of a block, and how many of them are float16.
+BLOCK_BYTES = {"q4_0": (18, 1), "q4_1": (20, 2), "q8_0": (34, 1)}
+
+
+def from_gguf(
+    data: Any,
+    type: Any,
+    shape: Sequence[int],
+    *,
+    axes: str = KERNEL,
+    stack: int = 0,
+    dtype: Any = jnp.float32,
+    compute_dtype: Any = None,
+) -> Quantized:
+    """The weight that blocks of a GGUF file hold, code for code.
+
+    data: its bytes, or uint8 (*stack, rows, bytes of a row) as gguf.GGUFReader has
+        them.  Rows are outputs, or a table's.
+    type: "Q4_0", "Q4_1" or "Q8_0"; gguf's own member of its enumeration will do.
+    shape: of the weight.  axes: what its axes are: "in out", a Flax kernel; "out in",
+        torch's; "vocab features", a table whose rows are looked up.  Inputs, outputs
+        and features may each be several axes; then data must have its rows apart.
+    stack: how many axes in front count matrices.
+    dtype: of the weight.  compute_dtype: of products; default the wider of the
+        activation's and the weight's.
+
+    Raises ValueError for another type, sizes that do not fit together, or scales that
+    are NaN or infinite.
+    """
+    check_floating("from_gguf", "dtype", dtype)
+    check_float("from_gguf", compute_dtype, "compute_dtype")
+    format = str(getattr(type, "name", type)).lower()
+    if format not in BLOCK_BYTES:
+        raise ValueError(
+            f"from_gguf: type={shown(type)}: codes of {', '.join(BLOCK_BYTES)} can be "
+            "taken over; decode another with gguf.quants.dequantize"
+        )
+    if axes not in (KERNEL, TORCH, TABLE):
+        raise ValueError(
+            f"from_gguf: axes={shown(axes)}: expected {KERNEL!r}, {TORCH!r} or "
+            f"{TABLE!r}"
+        )
+    shape = tuple(shape)
+    if not 0 <= stack <= len(shape) - 2 or 0 in shape:
+        raise ValueError(
+            f"from_gguf: shape={shape} with stack={stack}: expected two axes or more "
+            "beside those of the stack, none of them empty"
+        )
+    raw = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+    if raw.dtype != np.uint8:
+        raise ValueError(
+            f"from_gguf: data is {raw.dtype}; expected bytes, or uint8 as they are in "
+            "the file"
+        )
+    own, size = shape[stack:], BLOCK_BYTES[format][0]
+    row = raw.shape[-1] if raw.ndim > 1 else 0
+    if raw.ndim == 1 and len(own) == 2:
+        row = own[0 if axes == KERNEL else 1] // GGUF_BLOCK * size
+    n = gguf_inputs(own, axes, row // size * GGUF_BLOCK) if row else None
+    rows = math.prod(own) // max(1, row // size * GGUF_BLOCK)
+    if n is None or row % size or raw.size != math.prod(shape[:stack]) * rows * row:
+        raise ValueError(
+            f"from_gguf: {format.upper()} of shape {shape}, axes={axes!r}, needs rows "
+            f"of whole blocks, each {GGUF_BLOCK} elements in {size} bytes; data has "
+            f"{raw.size} bytes" + (f" in rows of {row}" if raw.ndim > 1 else "")
+        )
+    matrices = raw.reshape(-1, rows, row)
+    arrays = [gguf_arrays(m, format, axes) for m in matrices]
+    joined = {k: np.stack([x[k] for x in arrays]) for k in arrays[0]}
+    return gguf_leaf(joined, format, axes, shape, stack, n, dtype, compute_dtype)
+
+
+def gguf_inputs(shape: Sequence[int], axes: str, n: int) -> int | None:
+    """How many axes of a weight of this shape make up rows of n elements; None if they
+    do not."""
+    for k in range(1, len(shape)):
+        ins = shape[:k] if axes == KERNEL else shape[len(shape) - k :]
+        if math.prod(ins) == n and (axes != TABLE or k == len(shape) - 1):
+            return k
+    return None
+
+
+def gguf_arrays(raw: np.ndarray, format: str, axes: str) -> dict[str, np.ndarray]:
+    """Codes, scales (and least values) of rows of blocks, uint8 (rows, bytes of a row),
+    laid out as a `Quantized` matrix or table has them."""
+    size, floats = BLOCK_BYTES[format]
+    rows = raw.shape[0]
+    blocks = raw.reshape(rows, -1, size)
+    halves = np.ascontiguousarray(blocks[..., : 2 * floats]).view(np.float16)
+    if not np.isfinite(halves).all():
+        raise ValueError(
+            "a scale is NaN or infinite, so that nothing of its block is left; the "
+            "file is damaged"
+        )
+    codes = blocks[..., 2 * floats :]
+    if FORMATS[format].packed:
+        codes = np.concatenate([codes & 15, codes >> 4], -1)
+        # In whole groups of two blocks; see `jpeft.formats.packing`.
+        odd = codes.shape[1] % 2
+        zero = 8 if format == "q4_0" else 0
+        codes = np.pad(codes, ((0, 0), (0, odd), (0, 0)), constant_values=zero)
+        codes = codes.reshape(rows, -1, 2, packing.GROUP // 2)
+        codes = codes[:, :, 0] | codes[:, :, 1] << 4
+    else:
+        codes = codes.view(np.int8)
+    found = {"codes": codes.reshape(rows, -1), "scales": halves[..., 0]}
+    if floats == 2:
+        found["zeros"] = halves[..., 1]
+    return found if axes == TABLE else {k: x.T for k, x in found.items()}
+
+
+def gguf_leaf(
+    arrays: Mapping[str, Any],
+    format: str,
+    axes: str,
+    shape: tuple[int, ...],
+    stack: int,
+    inputs: int,
+    dtype: Any,
+    compute_dtype: Any = None,
+) -> Quantized:
+    """A weight of these arrays, each (matrices of the stack, rows, columns); `inputs`
+    of its axes make up a row of blocks."""
+    others = len(shape) - stack - inputs
+    sides = "i" * inputs + "o" * others, "o" * others + "i" * inputs
+    labels = "s" * stack + sides[0 if axes == KERNEL else 1]
+    if axes == TABLE:
+        labels = "s" * stack + "i" + "o" * inputs
+    layout = arrangement(labels, EMBEDDING if axes == TABLE else LINEAR)
+    sizes = [shape[k] for k in layout.order]
+    after = layout.lead + layout.blocked
+    before, beyond = sizes[: layout.lead], sizes[after:]
+    laid = {k: jnp.asarray(x.reshape(*before, -1, *beyond)) for k, x in arrays.items()}
+    return Quantized(
+        **laid,
+        format=format,
+        block_size=GGUF_BLOCK,
+        order=layout.order,
+        stack=layout.stack,
+        lead=layout.lead,
+        inner=tuple(sizes[layout.lead : after]),
+        element=jnp.dtype(dtype).name,
+        compute_dtype=None if compute_dtype is None else jnp.dtype(compute_dtype).name,
+    )

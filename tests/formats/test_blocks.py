@@ -13,7 +13,7 @@ from jpeft.formats import blocks
 from jpeft.formats.blocks import BLOCK_SIZES, FORMATS
 
 COLUMNS = 3
-# GGUF's own have a file of their own, `test_gguf.py`, for what is said of float32 scales.
+# What is said of scales in float32; for GGUF's formats there is `test_gguf.py`.
 OWN = [f for f in FORMATS if not FORMATS[f].of_gguf]
 SIZED = [(f, 32 if FORMATS[f].of_gguf else 64) for f in FORMATS]
 # Sizes beyond these repeat what they show: for most formats they are slow.
