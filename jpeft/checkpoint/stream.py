@@ -105,12 +105,13 @@ def load_from(
     uses: Mapping[str, LeafUse] | None,
     shardings: Any,
     caller: str,
-    ready: Mapping[str, Callable[[Any, Sharding | None], Any]] | None = None,
+    ready: Callable[[], Mapping[str, Callable[[Any, Any], Any]]] = dict,
 ) -> PyTree:
     """The arrays of a source as parameters, those that `formats` select quantised.
 
     opened: makes the source, once the other arguments are seen to be sound.
-    ready: {path: what makes its leaf, of the slot and its place}, instead of reading.
+    ready: gives {path: what makes its leaf, of the slot and its place} of leaves that
+        are not read as arrays.
     """
     flat = slots(like)
     if any(is_leaf(x) for x in flat.values):
@@ -130,7 +131,7 @@ def load_from(
     # What can be seen from names and shapes is refused before the long reading.
     for w in weights.values():
         _check(w, source)
-    made, own = {}, ready or {}
+    made, own = {}, ready()
     for p, w in weights.items():
         leaf = own[p](w.slot, w.place) if p in own else _load(w, source)
         # Work on a weight must not begin while copies of the one before are alive.
@@ -574,13 +575,17 @@ def _taken_over(w: _Weight, source: Source) -> Quantized:
         )
     _check_shape(w, leaf.shape, source)
     leaf = leaf.replace(element=jnp.dtype(w.dtype).name, origin=transform.origin())
-    if isinstance(w.place, NamedSharding):
+    return boxed(box_of(w.slot), placed(leaf, w.place))
+
+
+def placed(leaf: Quantized, place: Sharding | None) -> Quantized:
+    """The leaf where its weight was to be."""
+    if isinstance(place, NamedSharding):
         # There is no array to stand beside; its sharding is all that is looked at.
-        leaf = place_beside(leaf, SimpleNamespace(sharding=w.place))
-    elif w.place is not None:
-        leaf = jax.device_put(leaf, w.place)
-    assert isinstance(leaf, Quantized)
-    return boxed(box_of(w.slot), leaf)
+        found = place_beside(leaf, SimpleNamespace(sharding=place))
+        assert isinstance(found, Quantized)
+        return found
+    return jax.device_put(leaf, place)
 
 
 def _transposes(w: _Weight, shape: tuple[int, ...], source: Source) -> bool:

@@ -173,6 +173,7 @@ class Gguf:
 
 _NAMES = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"}
 _NAMES |= {30: "BF16"}
+NUMBERS = frozenset(_NAMES.values())
 
 
 def _library(path: Path) -> Any:

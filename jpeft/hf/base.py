@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,16 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.boxes import same_box
-from jpeft.checkpoint.stream import formats_of, load_from
+from jpeft.checkpoint.stream import formats_of, load_from, placed
 from jpeft.checks import check_float, shown
 from jpeft.hf import names
-from jpeft.hf._files import CONFIG, Files, open_files
+from jpeft.hf._files import CONFIG, Files, GgufFiles, open_files
+from jpeft.hf._gguf import NUMBERS
 from jpeft.hf.names import KERNEL, NameMap, Wanted
+from jpeft.leaf import box_of
+from jpeft.quant.exchange import BLOCK_BYTES, gguf_arrays, gguf_inputs, gguf_leaf
+from jpeft.quant.leaf import boxed
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.paths import is_array, slots, suggest, weight
 from jpeft.types import CheckpointError, CheckpointWarning, PyTree
 
 CALLER = "hf.load_base"
+# transform= of those who want a GGUF file's own codes.
+STORED = "stored"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +43,14 @@ class Report:
     stored: {path: what its tensors are stored as}, such as "bfloat16" or "Q4_1, Q6_K".
     cast: {path: (stored dtype, dtype of the leaf)} where the two differ; blocks count
         as float32, to which they are decoded.
+    decoded: {path: why} of quantised weights that transform="stored" could not keep as
+        they are stored.
     """
 
     unused: tuple[str, ...]
     stored: Mapping[str, str]
     cast: Mapping[str, tuple[str, str]]
+    decoded: Mapping[str, str]
 
 
 def load_base(
@@ -67,6 +77,11 @@ def load_base(
     shardings: of the plain weights; one `Sharding`, or a tree as `like`.
     transform: `jpeft.quantize(...)` or a chain of them, applied weight by weight: the
         result is `transform(key, params)` of the loaded parameters, bit for bit.
+        "stored": linear weights and embeddings that a GGUF file holds as Q4_0, Q4_1 or
+        Q8_0 keep its codes and scales, nothing is quantised anew; products with them
+        are computed in the activation's dtype, or the leaf's if that is wider.  What
+        is stored in other blocks (Q6_K, or of two types in one stack) is decoded, and
+        the report says so.
     dtype: of floating-point leaves; None: that of `like`.
     uses: see `jpeft.find_uses`; `transform` may need it to tell the axes of stacks.
     report: is called with a `Report`.  Without it a CheckpointWarning names tensors
@@ -84,14 +99,15 @@ def load_base(
     """
     check_float(CALLER, dtype)
     rules = None if map is None else names.check_map(map)
-    formats = [] if transform is None else formats_of(transform, CALLER)
+    kept = isinstance(transform, str) and transform == STORED
+    formats = [] if transform is None or kept else formats_of(transform, CALLER)
     like = _in_dtype(like, dtype)
     sources: list[_Mapped] = []
 
     def opened() -> _Mapped:
         files = open_files(Path(path))
         own = rules if rules is not None else _map_of(files)
-        sources.append(_Mapped(files, like, own))
+        sources.append(_Mapped(files, like, own, kept))
         return sources[0]
 
     params = load_from(
@@ -99,6 +115,7 @@ def load_base(
         formats,
         like,
         names=lambda path: sources[0].label(path),
+        ready=lambda: sources[0].as_codes(),
         uses=uses,
         shardings=shardings,
         caller=CALLER,
@@ -155,7 +172,7 @@ def _tell(found: Report, path: Path, report: Callable[[Report], Any] | None) -> 
 class _Mapped:
     """The files as a source of leaves: {label: the leaf}, made when it is read."""
 
-    def __init__(self, files: Files, like: PyTree, rules: NameMap):
+    def __init__(self, files: Files, like: PyTree, rules: NameMap, kept: bool):
         self.path, self.files = files.path, files
         self.boxed: dict[str, str] = {}
         leaves = {p: weight(x) for p, x in slots(like).items() if is_array(weight(x))}
@@ -179,6 +196,66 @@ class _Mapped:
             n: jax.ShapeDtypeStruct(w.shape, self._dtypes[w.path])
             for n, w in self._by_label.items()
         }
+
+        self.decoded: dict[str, str] = {}
+        if kept and not isinstance(files, GgufFiles):
+            raise ValueError(
+                f"{CALLER}: {self.path}: transform={STORED!r} keeps the codes of a "
+                ".gguf file, and this holds none; pass jpeft.quantize(...)"
+            )
+        self._kept = [p for p in self.wanted if kept and self._keeps(p)]
+
+    def _keeps(self, path: str) -> bool:
+        """Whether its tensors can stay as they are stored; notes why blocks cannot."""
+        w = self.wanted[path]
+        types = list(dict.fromkeys(map(self.files.type_of, w.tensors)))
+        if all(t in NUMBERS for t in types):
+            return False
+        why = ""
+        if len(types) > 1:
+            why = f"{' and '.join(types)} in one stack"
+        elif types[0].lower() not in BLOCK_BYTES:
+            why = f"jpeft has no format for {types[0]}"
+        elif w.axes == names.PLAIN:
+            why = f"{types[0]}, and it is no linear weight or embedding"
+        if why:
+            self.decoded[path] = why
+        return not why
+
+    def as_codes(self) -> dict[str, Callable[[Any, Any], Any]]:
+        """{path: what makes its leaf} of those that keep their codes."""
+        return {p: functools.partial(self._codes, self.wanted[p]) for p in self._kept}
+
+    def _codes(self, w: Wanted, slot: Any, place: Any) -> Any:
+        files = self.files
+        assert isinstance(files, GgufFiles)
+        format = files.type_of(w.tensors[0]).lower()
+        begin, count = w.rows(files.stored[w.tensors[0]].shape)
+        joined: dict[str, np.ndarray] = {}
+        for k, name in enumerate(w.tensors):
+            raw = files.raw(name)[begin : begin + count]
+            try:
+                arrays = gguf_arrays(raw, format, w.axes)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{w.path}: {name!r} of {self.path}: {error}"
+                ) from error
+            for field, x in arrays.items():
+                if k == 0:
+                    joined[field] = np.empty((len(w.tensors), *x.shape), x.dtype)
+                joined[field][k] = x
+        inputs = gguf_inputs(w.own, w.axes, files.stored[w.tensors[0]].shape[-1])
+        assert inputs is not None
+        leaf = gguf_leaf(
+            joined,
+            format,
+            w.axes,
+            w.shape,
+            int(w.stacked),
+            inputs,
+            self._dtypes[w.path],
+        )
+        return boxed(box_of(slot), placed(leaf, place))
 
     def label(self, path: str) -> str | None:
         return self._labels.get(path)
@@ -219,9 +296,9 @@ class _Mapped:
             types = {self.files.type_of(n): None for n in w.tensors}
             stored[path] = ", ".join(types)
             own = {self.files.stored[n].dtype.name: None for n in w.tensors}
-            if list(own) != [self._dtypes[path].name]:
+            if path not in self._kept and list(own) != [self._dtypes[path].name]:
                 cast[path] = ", ".join(own), self._dtypes[path].name
-        return Report(tuple(unused), stored, cast)
+        return Report(tuple(unused), stored, cast, self.decoded)
 
     # -- checks -----------------------------------------------------------------------
 

@@ -392,7 +392,8 @@ def from_gguf(
     matrices = raw.reshape(-1, rows, row)
     arrays = [gguf_arrays(m, format, axes) for m in matrices]
     joined = {k: np.stack([x[k] for x in arrays]) for k in arrays[0]}
-    return gguf_leaf(joined, format, axes, shape, stack, n, dtype, compute_dtype)
+    leaf = gguf_leaf(joined, format, axes, shape, stack, n, dtype, compute_dtype)
+    return jax.device_put(leaf)
 
 
 def gguf_inputs(shape: Sequence[int], axes: str, n: int) -> int | None:
@@ -435,7 +436,7 @@ def gguf_arrays(raw: np.ndarray, format: str, axes: str) -> dict[str, np.ndarray
 
 
 def gguf_leaf(
-    arrays: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
     format: str,
     axes: str,
     shape: tuple[int, ...],
@@ -444,8 +445,8 @@ def gguf_leaf(
     dtype: Any,
     compute_dtype: Any = None,
 ) -> Quantized:
-    """A weight of these arrays, each (matrices of the stack, rows, columns); `inputs`
-    of its axes make up a row of blocks."""
+    """A weight of these arrays of NumPy, which it keeps, each (matrices of the stack,
+    rows, columns); `inputs` of its axes make up a row of blocks."""
     others = len(shape) - stack - inputs
     sides = "i" * inputs + "o" * others, "o" * others + "i" * inputs
     labels = "s" * stack + sides[0 if axes == KERNEL else 1]
@@ -455,9 +456,11 @@ def gguf_leaf(
     sizes = [shape[k] for k in layout.order]
     after = layout.lead + layout.blocked
     before, beyond = sizes[: layout.lead], sizes[after:]
-    laid = {k: jnp.asarray(x.reshape(*before, -1, *beyond)) for k, x in arrays.items()}
+    laid = {k: x.reshape(*before, -1, *beyond) for k, x in arrays.items()}
     return Quantized(
-        **laid,
+        codes=laid["codes"],
+        scales=laid["scales"],
+        zeros=laid.get("zeros"),
         format=format,
         block_size=GGUF_BLOCK,
         order=layout.order,
