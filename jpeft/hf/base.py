@@ -179,12 +179,13 @@ class _Mapped:
         shapes = {p: tuple(x.shape) for p, x in leaves.items()}
         self.wanted, without = names.wanted(rules, shapes)
         if without:
+            near = without[0].replace("/", ".")
+            near = next(iter(suggest(list(files.stored), near, 1)), "")
             raise ValueError(
                 f"{without[0]}: the map has no rule for it"
                 + (f" and {len(without) - 1} more" if len(without) > 1 else "")
-                + f"; pass map= with one, such as hf.Rule({without[0]!r}, "
-                f"{suggest(list(files.stored), without[0].replace('/', '.'), 1)}[0], "
-                "axes), or the like= of the model that was saved"
+                + f"; pass map= with one, hf.Rule({without[0]!r}, {near!r}, axes) or "
+                "another name, or the like= of the model that was saved"
             )
         self._dtypes = {p: np.dtype(x.dtype) for p, x in leaves.items()}
         self._check_there()
@@ -326,7 +327,9 @@ class _Mapped:
             found = self.files.stored[name]
             if w.sizes(found.shape) is None:
                 turned = " (transposed)" if w.axes == KERNEL else ""
-                part = f", rows {w.rows(found.shape)} of it" if w.before else ""
+                first, count = w.rows(found.shape)
+                part = f", of which rows {first} to {first + count} were meant"
+                part = part if w.before or not w.last else ""
                 raise CheckpointError(
                     f"{w.path}: expected shape {w.own}{turned}, found {found.shape} in "
                     f"{name!r} of {self.path}{part}; pass the like= of the model that "
