@@ -57,7 +57,7 @@ class Settings(_loop.Settings):
     """The ``[train]`` table of a recipe for GRPO; batch_size counts questions."""
 
     group: int = _setting(8, "answers to a question")
-    prompt_length: int = _setting(64, "tokens of a question")
+    prompt_length: int = _setting(48, "tokens of a question")
     answer_length: int = _setting(16, "tokens of an answer")
     system: str = _setting("", "the system's message, if any")
     base_form: str = _setting("stored", "the base in memory: stored, float32, bfloat16")
@@ -135,10 +135,9 @@ def make_update(
     def loss_of(trainable, frozen, part):
         params = jpeft.combine(trainable, frozen)
         new = log_probs(params, part["ids"], part["mask"])
-        return objectives.grpo_loss(
+        loss = objectives.grpo_loss(
             *(new, part["advantages"], part["counted"]),
-            # The first time a round is learned from is on the policy that wrote it.
-            old=part["old"] if how.epochs * how.parts > 1 else None,
+            old=part.get("old"),
             reference=part["reference"],
             aggregation=how.loss,
             longest=how.answer_length if how.loss == "dr_grpo" else None,
@@ -146,6 +145,9 @@ def make_update(
             clip_high=how.clip_high,
             beta=how.kl_coefficient,
         )
+        kl = objectives.estimate_kl(new, part["reference"], estimator="k3")
+        kl = jnp.sum(jnp.where(part["counted"], kl, 0.0), axis=1)
+        return loss.mean(), {"loss": loss.mean(), "kl": jnp.mean(kl)}
 
     def update(trainable, state, frozen, rollout, rewards):
         params = jpeft.combine(trainable, frozen)
@@ -164,37 +166,32 @@ def make_update(
             "mask": mask,
             "counted": counted,
             "advantages": advantages.reshape(-1),
-            "old": each(lambda i, m: log_probs(params, i, m)),
             "reference": each(lambda i, m: log_probs(jpeft.disable(params), i, m)),
         }
+        if how.epochs * how.parts > 1:  # else what learns is what wrote
+            learned["old"] = each(lambda i, m: log_probs(params, i, m))
 
         def learn(carry, part):
             trainable, opt = carry
             part = jax.tree.map(lambda x: x[part], learned)
-            mean = lambda t: (lambda w: (w.mean(), w))(loss_of(t, frozen, part))
-            (loss, _), grads = jax.value_and_grad(mean, has_aux=True)(trainable)
+            grads, found = jax.grad(loss_of, has_aux=True)(trainable, frozen, part)
             updates, opt = optimizer.update(grads, opt, trainable)
-            norm = optax.global_norm(grads)
-            return (optax.apply_updates(trainable, updates), opt), (loss, norm)
+            found["grad_norm"] = optax.global_norm(grads)
+            return (optax.apply_updates(trainable, updates), opt), found
 
         rows = ids.shape[0]
         parts = jnp.tile(jnp.arange(rows).reshape(how.parts, -1), (how.epochs, 1))
-        (trainable, opt), (loss, norm) = jax.lax.scan(
+        (trainable, opt), found = jax.lax.scan(
             learn, (trainable, state["optimizer"]), parts
-        )
-        kl = objectives.estimate_kl(
-            learned["old"], learned["reference"], estimator="k3"
         )
         return (
             trainable,
             {"optimizer": opt},
             {
-                "loss": jnp.mean(loss),
-                "grad_norm": jnp.mean(norm),
+                **{name: jnp.mean(x) for name, x in found.items()},
                 "reward": objectives.masked_mean(rewards, judged),
                 # Groups that teach nothing.
                 "same_reward": jnp.mean(jnp.all(advantages == 0, axis=1)),
-                "kl": jnp.mean(jnp.sum(jnp.where(answer, kl, 0.0), axis=1)),
                 "answer_tokens": jnp.mean(jnp.sum(answer, axis=1)),
                 "ended": jnp.mean(rollout.stopped),
             },
