@@ -38,7 +38,6 @@ The log-probabilities of both answers may fall while the margin grows: log them 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -360,11 +359,14 @@ def preference_loss(
     '0.6210'
     """
     function = choose("preference_loss", "loss", loss, LOSSES)
-    takes = inspect.signature(function)
-    try:
-        takes.bind(*args, **options)
-    except TypeError as error:
-        raise TypeError(f"preference_loss: {loss}{takes}: {error}") from None
+    arrays = function.__code__.co_varnames[: function.__code__.co_argcount]
+    known = function.__kwdefaults__ or {}
+    if len(args) != len(arrays) or not set(options) <= set(known):
+        raise TypeError(
+            f"preference_loss: {loss!r} with {len(args)} arrays and options "
+            f"{sorted(options)}: expected the arrays {arrays}"
+            + (f" and of options {tuple(known)}" if known else " and no options")
+        )
     (first,) = numbers("preference_loss", chosen=args[0])
     weight = pair_weights("preference_loss", weight, first)
     # What is no pair may hold NaN: its gradient must not.

@@ -162,9 +162,7 @@ def test_ipo_averages_over_tokens_unless_summed_is_asked_for():
     averaged = preference_loss("ipo", *map(one, RATIOS), [5], [8]).mean()
     summed = preference_loss("ipo_summed", *map(one, RATIOS)).mean()
     assert np.isclose(averaged, 22.44390625) and np.isclose(summed, 12.25)
-    with pytest.raises(
-        TypeError, match="ipo.*: missing a required argument: 'chosen_t"
-    ):
+    with pytest.raises(TypeError, match="'ipo' with 2 arrays .*'chosen_tokens'"):
         preference_loss("ipo", *map(one, RATIOS))
 
 
@@ -228,7 +226,7 @@ def test_what_is_no_pair_may_be_nan():
 def test_messages():
     with pytest.raises(ValueError, match="loss='simop': expected one of .*'simpo'"):
         preference_loss("simop", one(1.0), one(0.0))
-    with pytest.raises(TypeError, match="dpo.*unexpected keyword argument 'gamma'"):
+    with pytest.raises(TypeError, match=r"options \['gamma'\]: .* of options \('beta'"):
         preference_loss("dpo", one(1.0), one(0.0), gamma=1)
     with pytest.raises(ValueError, match=r"dpo: rejected has shape \(2,\)"):
         preference_loss("dpo", one(1.0), np.zeros(2, np.float32))
