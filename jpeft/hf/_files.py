@@ -16,6 +16,8 @@ from jpeft.hf.names import HEAD, from_gguf, interleaved_heads
 from jpeft.types import CheckpointError
 
 CONFIG = "config.json"
+# Of how many files a model in GGUF is.
+SPLIT = "split.count"
 
 
 class Files(Protocol):
@@ -98,6 +100,11 @@ class GgufFiles:
 
     def __init__(self, file: Gguf):
         self.path, self.file = file.path, file
+        if (n := file.metadata.get(SPLIT, 1)) != 1:
+            raise CheckpointError(
+                f"{file.path}: one of {n} files of a model; put them together with "
+                "llama.cpp's llama-gguf-split --merge"
+            )
         self.architecture = str(file.metadata.get("general.architecture", ""))
         self._own: dict[str, str] = {}
         for name in file.tensors:

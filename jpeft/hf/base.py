@@ -347,10 +347,8 @@ class _Mapped:
                 f"{at} is {found}, expected {want}; if these are codes of a quantised "
                 "weight, take the model that is not quantised"
             )
-        scaled = [n for n in (f"{name}_scale", f"{name}_scale_inv")]
-        if np.dtype(found).itemsize == 1 and any(
-            n in self.files.stored for n in scaled
-        ):
+        scales = {f"{name}_scale", f"{name}_scale_inv"} & self.files.stored.keys()
+        if np.dtype(found).itemsize == 1 and scales:
             raise CheckpointError(
                 f"{at} is {found} with a scale beside it, without which it is another "
                 "weight; take the model that is not quantised"

@@ -503,10 +503,25 @@ def test_folders_that_hold_no_model_are_told_apart(tmp_path):
 
 def test_a_quantised_folder_is_refused(tmp_path):
     name = "model.norm.weight"
-    eight = np.ones(64, jnp.float8_e4m3fn).view(np.uint8)
-    found = tensors() | {name: eight}
+    found = tensors() | {name: np.ones(64, np.uint8)}
     with pytest.raises(jpeft.CheckpointError, match="uint8, expected float32.*codes"):
         load_base(write_folder(tmp_path, found), like())
+    found[name] = np.ones(64, jnp.float8_e4m3fn)
+    assert load_base(write_folder(tmp_path, found), like())["norm"]["scale"][0] == 1
+    found[f"{name}_scale_inv"] = np.ones(1, np.float32)
+    with pytest.raises(jpeft.CheckpointError, match="float8.* with a scale beside it"):
+        load_base(write_folder(tmp_path, found), like())
+
+
+def test_one_file_of_several_is_refused(tmp_path):
+    write_gguf(
+        tmp_path / "a.gguf",
+        {"w": np.ones((2, 32), "f4")},
+        types={"w": "F32"},
+        metadata=[("add_uint16", "split.count", 3)],
+    )
+    with pytest.raises(jpeft.CheckpointError, match="one of 3 files.*--merge"):
+        load_base(tmp_path / "a.gguf", like())
 
 
 @float16
