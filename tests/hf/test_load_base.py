@@ -263,6 +263,15 @@ def test_leaves_go_to_their_places_and_into_their_boxes(file):
 
 
 @float16
+def test_a_large_table_is_decoded_part_by_part(tmp_path, monkeypatch):
+    found = tensors()
+    rounded = write_gguf(tmp_path / "a.gguf", found)
+    monkeypatch.setattr(jpeft.hf._gguf, "_CHUNK", 3 * tiny.D)
+    got = load_base(tmp_path / "a.gguf", like())
+    assert_same(got, tree(rounded))
+
+
+@float16
 def test_a_stack_is_filled_layer_by_layer(tmp_path):
     """Sixteen layers, and not more than the leaf and a few of them decoded."""
     rng = np.random.default_rng(0)
@@ -415,6 +424,11 @@ CALLS = {
         lambda folder: load_base(folder, like(), map="lama"),
         ValueError,
         ["map='lama': there are maps for llama, mistral, qwen2, qwen3"],
+    ),
+    "report": (
+        lambda folder: load_base(folder, like(), report=[]),
+        ValueError,
+        ["hf.load_base: report=[]: expected a function", "reports.append"],
     ),
     "no map": (
         lambda folder: load_base(folder, like(), map={"a": "b"}),
