@@ -134,6 +134,7 @@ def test_what_cannot_stay_codes_is_decoded_and_reported(tmp_path):
     assert not is_leaf(got["layers"]["mlp"]["gate"]["kernel"])
 
 
+@pytest.mark.slow
 @float16
 def test_an_adapter_over_stored_codes_is_saved_and_found_again(file, tmp_path):
     path, _ = file
