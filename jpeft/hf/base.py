@@ -98,6 +98,11 @@ def load_base(
         params = jpeft.hf.load_base("SmolLM2-135M-Instruct.Q4_1.gguf", like)
     """
     check_float(CALLER, dtype)
+    if report is not None and not callable(report):
+        raise ValueError(
+            f"{CALLER}: report={shown(report)}: expected a function that takes a "
+            "Report, such as a list's append: reports = [], report=reports.append"
+        )
     rules = None if map is None else names.check_map(map)
     kept = isinstance(transform, str) and transform == STORED
     formats = [] if transform is None or kept else formats_of(transform, CALLER)
@@ -197,7 +202,6 @@ class _Mapped:
             n: jax.ShapeDtypeStruct(w.shape, self._dtypes[w.path])
             for n, w in self._by_label.items()
         }
-
         self.decoded: dict[str, str] = {}
         if kept and not isinstance(files, GgufFiles):
             raise ValueError(
@@ -269,9 +273,9 @@ class _Mapped:
         sizes = w.sizes(tensor.shape)
         assert sizes is not None
         if not w.stacked and w.axes != KERNEL and not w.before and w.last:
-            parts = list(self.files.parts(w.tensors[0]))
-            if len(parts) == 1:
-                return parts[0][1].reshape(w.shape).astype(dtype, copy=False)
+            _, rows = next(self.files.parts(w.tensors[0]))
+            if rows.shape == tensor.shape:  # and not the first of several parts
+                return rows.reshape(w.shape).astype(dtype, copy=False)
         out = np.empty(w.shape, dtype)
         for k, name in enumerate(w.tensors):
             into = (out[k] if w.stacked else out).reshape(sizes)

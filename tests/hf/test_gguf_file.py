@@ -115,7 +115,7 @@ def test_whatever_a_byte_of_the_head_becomes_it_is_read_or_refused(file, tmp_pat
     whole, other = bytearray(file.read_bytes()), tmp_path / "other.gguf"
     rng = np.random.default_rng(0)
     refused = 0
-    for at in rng.permutation(len(whole) - 6 * 44)[:300]:
+    for at in rng.permutation(len(whole) - 6 * 44)[:150]:
         damaged = whole.copy()
         damaged[at] ^= int(rng.integers(1, 256))
         other.write_bytes(damaged)
@@ -123,7 +123,7 @@ def test_whatever_a_byte_of_the_head_becomes_it_is_read_or_refused(file, tmp_pat
             read(other, report=lambda r: None)
         except jpeft.CheckpointError:
             refused += 1
-    assert refused > 30
+    assert refused > 15
 
 
 def replaced(file, there, by):

@@ -134,6 +134,7 @@ def test_what_cannot_stay_codes_is_decoded_and_reported(tmp_path):
     assert not is_leaf(got["layers"]["mlp"]["gate"]["kernel"])
 
 
+@pytest.mark.slow
 @float16
 def test_an_adapter_over_stored_codes_is_saved_and_found_again(file, tmp_path):
     path, _ = file
@@ -260,6 +261,15 @@ def test_leaves_go_to_their_places_and_into_their_boxes(file):
     got = load_base(path, boxed, transform="stored")
     assert got["norm"]["scale"].names == ("d",)
     assert got["embed"]["embedding"].codes.names == ("v", "d")
+
+
+@float16
+def test_a_large_table_is_decoded_part_by_part(tmp_path, monkeypatch):
+    found = tensors()
+    rounded = write_gguf(tmp_path / "a.gguf", found)
+    monkeypatch.setattr(jpeft.hf._gguf, "_CHUNK", 3 * tiny.D)
+    got = load_base(tmp_path / "a.gguf", like())
+    assert_same(got, tree(rounded))
 
 
 @float16
@@ -415,6 +425,11 @@ CALLS = {
         lambda folder: load_base(folder, like(), map="lama"),
         ValueError,
         ["map='lama': there are maps for llama, mistral, qwen2, qwen3"],
+    ),
+    "report": (
+        lambda folder: load_base(folder, like(), report=[]),
+        ValueError,
+        ["hf.load_base: report=[]: expected a function", "reports.append"],
     ),
     "no map": (
         lambda folder: load_base(folder, like(), map={"a": "b"}),
