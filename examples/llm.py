@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -401,7 +401,9 @@ def read_config(path: str | Path, **changes: Any) -> Config:
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        config = from_gguf(jpeft.hf.gguf_metadata(path), str(path))
+        config = from_gguf(
+            jpeft.hf.gguf_metadata(path), jpeft.hf.gguf_tensors(path), str(path)
+        )
     else:
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
@@ -482,8 +484,11 @@ def _scaling(
     return Scaling(kind, factor, original, low, high, rope.get("attention_factor"))
 
 
-def from_gguf(data: Mapping[str, Any], at: str = "GGUF") -> Config:
-    """The metadata of a GGUF file, as `jpeft.hf.gguf_metadata` gives them."""
+def from_gguf(
+    data: Mapping[str, Any], tensors: Collection[str], at: str = "GGUF"
+) -> Config:
+    """The metadata of a GGUF file, as `jpeft.hf.gguf_metadata` gives them, and its
+    tensors' names."""
     family = data.get("general.architecture")
     if family not in FAMILIES:
         raise ValueError(
@@ -500,7 +505,7 @@ def from_gguf(data: Mapping[str, Any], at: str = "GGUF") -> Config:
         scaling = Scaling(kind, get("rope.scaling.factor"), original, 1, 32)
     elif kind != "none":
         raise ValueError(f"{at}: rotary scaling {kind!r} is not known to this decoder")
-    if "rope_freqs.weight" in data.get("tensors", ()):
+    if "rope_freqs.weight" in tensors:
         raise ValueError(
             f"{at}: holds rotary factors (rope_freqs.weight, Llama 3.1 and later), "
             "which this decoder reads from config.json only; load the safetensors"
@@ -518,7 +523,7 @@ def from_gguf(data: Mapping[str, Any], at: str = "GGUF") -> Config:
         rope_base=float(get("rope.freq_base", 10_000.0)),
         rope_scaling=scaling,
         norm_eps=float(get("attention.layer_norm_rms_epsilon")),
-        head="untied" if "output.weight" in data.get("tensors", ()) else "tied",
+        head="untied" if "output.weight" in tensors else "tied",
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
     )

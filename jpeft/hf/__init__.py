@@ -5,6 +5,7 @@ blocks of GGUF files.
 """
 
 from jpeft.hf._gguf import gguf_metadata as gguf_metadata
+from jpeft.hf._gguf import gguf_tensors as gguf_tensors
 from jpeft.hf.base import Report as Report
 from jpeft.hf.base import load_base as load_base
 from jpeft.hf.names import MAPS as MAPS

@@ -59,6 +59,14 @@ def gguf_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     return _read_head(Path(path)).metadata
 
 
+def gguf_tensors(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a GGUF file: {name: shape, rows first}.
+
+    Raises CheckpointError as `gguf_metadata` does.
+    """
+    return {name: x.shape for name, x in _read_head(Path(path)).tensors.items()}
+
+
 class Info(NamedTuple):
     """One tensor.  shape: rows first.  begin: its first byte in the file."""
 

@@ -1,4 +1,4 @@
-"""A whole Llama with LoRA: losses and gradients of A and B as TRL and PEFT have them."""
+"""A Llama with LoRA: losses and gradients of A and B are those of TRL and PEFT."""
 
 import json
 from pathlib import Path

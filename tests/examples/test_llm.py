@@ -253,6 +253,29 @@ def test_a_configuration_that_is_not_known_is_refused(golden, change, says):
         llm.from_hugging_face({**data, **change})
 
 
+def test_a_gguf_file_says_its_sizes_and_what_is_not_known_is_refused():
+    about = {
+        "general.architecture": "qwen2",
+        "qwen2.embedding_length": 16,
+        "qwen2.block_count": 2,
+        "qwen2.attention.head_count": 4,
+        "qwen2.feed_forward_length": 20,
+        "qwen2.context_length": 64,
+        "qwen2.attention.layer_norm_rms_epsilon": 1e-6,
+        "tokenizer.ggml.tokens": ["a"] * 37,
+    }
+    config = llm.from_gguf(about, ["output.weight"])
+    assert (config.vocab, config.kv_heads, config.head_dim) == (37, 4, 4)
+    assert config.qkv_bias and config.head == "untied"
+    assert llm.from_gguf(about, []).head == "tied"
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight"):
+        llm.from_gguf(about, ["rope_freqs.weight"])
+    with pytest.raises(ValueError, match=r"no qwen2\.block_count"):
+        llm.from_gguf({k: v for k, v in about.items() if "block" not in k}, [])
+    with pytest.raises(ValueError, match="'gemma'; this decoder knows"):
+        llm.from_gguf({"general.architecture": "gemma"}, [])
+
+
 def test_a_folder_without_a_configuration_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         llm.read_config(tmp_path)

@@ -11,7 +11,7 @@ import tiny
 from tiny import write_gguf
 
 import jpeft
-from jpeft.hf import Rule, gguf_metadata, load_base
+from jpeft.hf import Rule, gguf_metadata, gguf_tensors, load_base
 
 W = np.random.default_rng(0).standard_normal((6, 64)).astype(np.float32)
 METADATA = [
@@ -58,6 +58,7 @@ def test_metadata_is_what_was_written_as_pythons_own_values(file):
         assert type(got[k]) is type(value)
     assert got["general.architecture"] == "llama"
     assert got["llama.attention.head_count"] == tiny.H
+    assert gguf_tensors(file) == {"w": W.shape}
     fields = gguf.GGUFReader(file).fields.items()
     library = {k: f.contents() for k, f in fields if not k.startswith("GGUF.")}
     assert got == library
