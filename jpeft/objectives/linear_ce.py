@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft import compat
 from jpeft.adapt.entry import adapt
@@ -119,14 +120,27 @@ def linear_cross_entropy(
     hidden, labels, weight, arrays = compat.varying_alike(
         (hidden, labels, weight, arrays)
     )
-    total: Any = _total(
-        how,
-        hidden.reshape(shards, tokens, features),
-        arrays,
-        labels.reshape(shards, tokens),
-        weight.reshape(shards, tokens),
-    )
-    return Weighted(total, jnp.sum(weight))
+
+    def whole(
+        hidden: jax.Array, arrays: list[Any], labels: jax.Array, weight: jax.Array
+    ) -> Any:
+        return _total(
+            how,
+            hidden.reshape(shards, tokens, features),
+            arrays,
+            labels.reshape(shards, tokens),
+            weight.reshape(shards, tokens),
+        )
+
+    # Where shardings are part of types, what a loop does with a shard has none that JAX
+    # could tell.
+    run: Any = whole
+    places = map(compat.typed_sharding, (hidden, labels, weight, *arrays))
+    place = next((x for x in places if x is not None), None)
+    if place is not None:
+        everywhere = NamedSharding(place.mesh, PartitionSpec())
+        run = jax.sharding.auto_axes(whole, out_sharding=everywhere)
+    return Weighted(run(hidden, arrays, labels, weight), jnp.sum(weight))
 
 
 def _checked(

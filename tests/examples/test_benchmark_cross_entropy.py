@@ -6,9 +6,11 @@ import sys
 import benchmark_cross_entropy as script
 import jax
 import numpy as np
+import pytest
 from draws import normal
 
 
+@pytest.mark.slow
 def test_the_table(monkeypatch, capsys):
     options = ["--tokens", "64", "--features", "8", "--vocabulary", "301"]
     monkeypatch.setattr(sys, "argv", ["script", *options, "--chunk", "8"])

@@ -1,10 +1,10 @@
 """What TRL computes of the same arrays; `tests/data/make_trl_golden.py` asked it."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -88,11 +88,15 @@ def test_pairs_from_logits_with_gradients(loss):
 def test_pairs_without_a_reference():
     sums = PAIRS["sums_chosen"], PAIRS["sums_rejected"]
     tokens = PAIRS["tokens_chosen"], PAIRS["tokens_rejected"]
-    mean = lambda *args, **options: preference_loss(*args, **options).mean()
-    assert_close(mean("cpo", *sums, beta=BETA), PAIRS["cpo"].mean())
-    got = mean("simpo", *sums, *tokens, beta=2.0, gamma=1.0)
-    assert_close(got, PAIRS["simpo"].mean())
-    assert_close(mean("orpo", *sums, *tokens), PAIRS["orpo"].mean())
+    losses = jax.jit(
+        lambda: [
+            preference_loss("cpo", *sums, beta=BETA).mean(),
+            preference_loss("simpo", *sums, *tokens, beta=2.0, gamma=1.0).mean(),
+            preference_loss("orpo", *sums, *tokens).mean(),
+        ]
+    )
+    want = [PAIRS[name].mean() for name in ("cpo", "simpo", "orpo")]
+    assert_close(losses(), want)
 
 
 def test_kto():
@@ -127,8 +131,8 @@ def test_kto():
 def test_reward():
     given = room("reward")
     chosen, rejected = np.split(given["rewards"], 2)
-    loss = bradley_terry(chosen, rejected, margin=given["margin"], centre=0.01)
-    assert_close(loss.mean(), given["loss"])
+    f = lambda c, r, m: bradley_terry(c, r, margin=m, centre=0.01).mean()
+    assert_close(jax.jit(f)(chosen, rejected, given["margin"]), given["loss"])
 
 
 OPTIONS = {
@@ -169,10 +173,8 @@ def test_answers_with_gradients(loss):
 @pytest.mark.parametrize("scale", ["group", "none", "batch", "rloo"])
 def test_advantages_of_groups(scale):
     scored = np.isfinite(GROUPS["rewards"])
-    if scale == "rloo":
-        got = leave_one_out(GROUPS["rewards"], scored=scored)
-    else:
-        got = group_relative(GROUPS["rewards"], scored=scored, scale=scale)
+    f = leave_one_out if scale == "rloo" else partial(group_relative, scale=scale)
+    got = jax.jit(lambda r: f(r, scored=scored))(GROUPS["rewards"])
     # Of the group whose rewards are all 0.1 there may be a rounding left in TRL, times
     # 1 / eps: up to 1e-8 / 1e-4.
     np.testing.assert_allclose(got, GROUPS[scale], rtol=1e-5, atol=1e-4)
@@ -228,6 +230,6 @@ def test_chunked_supervised_loss_with_gradients():
 
 
 def test_dft():
-    logits = jnp.asarray(SFT["hidden"] @ SFT["head"].T)
-    got = next_token_loss(logits, *supervised(), kind="dft").mean()
+    dft = lambda z: next_token_loss(z, *supervised(), kind="dft").mean()
+    got = jax.jit(dft)(SFT["hidden"] @ SFT["head"].T)
     assert_close(got, SFT["dft"])
