@@ -264,6 +264,18 @@ def make_round(
     return round_
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Round:
+    """`make_round`, jitted, with what it passes beside what moves."""
+
+    jitted: Callable[..., Any]
+    shared: _rollout.Shared
+
+    def __call__(self, policy, state, frozen, batch, key):
+        # Of what the loop holds, the frozen part is in `shared` already.
+        return self.jitted(policy, state, self.shared.arrays, batch, key)
+
+
 # --- a run ---------------------------------------------------------------------------
 
 
@@ -336,7 +348,14 @@ def prepare(args: argparse.Namespace) -> _loop.Job:
         dataclasses.replace(how, steps=how.steps * how.epochs * how.parts)
     )
     shared = _rollout.Shared.of(frozen_policy, frozen_critic, judge)
-    step = jax.jit(make_round(roles, optimizer, shared), donate_argnums=(0, 1))
+    jitted = jax.jit(make_round(roles, optimizer, shared), donate_argnums=(0, 1))
+    megabytes = lambda *trees: sum(x.nbytes for x in jax.tree.leaves(trees)) / 1e6
+    base = megabytes(language.base)
+    print(
+        f"four roles: one base of {base:.0f} MB, in all "
+        f"{megabytes(shared.arrays, policy, critic):.0f} MB; four models would be "
+        f"{4 * base + megabytes(policy, critic, critic):.0f} MB"
+    )
     print(
         f"{len(rows)} questions, {len(test)} held out; a round: {how.batch_size} "
         f"answers of up to {how.answer_length} tokens"
@@ -358,8 +377,7 @@ def prepare(args: argparse.Namespace) -> _loop.Job:
             "critic": critic,
             "kl_coefficient": jnp.float32(how.kl_coefficient),
         },
-        # Of what the loop holds, the frozen part is in `shared` already.
-        step=lambda t, s, _, batch, key: step(t, s, shared.arrays, batch, key),
+        step=Round(jitted, shared),
         batches=_loop.shuffled(rows, how),
         how=how,
         evaluate=evaluation(roles, judge, test),

@@ -220,3 +220,27 @@ def test_a_prompt_that_fills_the_context_is_refused(world, capsys):
     base = ["--base", str(world / "model"), "--base-form", "float32"]
     assert generate.main([*base, "--prompt", "x" * 500, "--max-tokens", "9"]) == 0
     assert "do not fit into the model's context of 512" in capsys.readouterr().err
+
+
+# --- four roles, one base ------------------------------------------------------------
+
+
+def test_four_roles_pass_their_base_once(world, tmp_path):
+    """The arguments of a round are one base, four trees of adapters, and what the
+    optimiser keeps."""
+    if not (world / "judge" / "adapter").exists():
+        assert run(world, "reward", world / "judge", "--overwrite") == 0
+    args = ppo.parser().parse_args(options(world, "ppo", tmp_path / "out"))
+    with jax.numpy_dtype_promotion("standard"):
+        job = ppo.prepare(args)
+        policy, _ = jpeft.partition(job.params)
+        batch = next(job.batches)
+        compiled = job.step.jitted.lower(
+            policy, job.state, job.step.shared.arrays, batch, jax.random.key(0)
+        ).compile()
+    size = lambda tree: sum(np.asarray(x).nbytes for x in jax.tree.leaves(tree))
+    # The judge and the critic, each with a head.
+    adapters = size(policy) + 2 * size(job.state["critic"])
+    wanted = size(job.base) + adapters + size(job.state["optimizer"]) + size(batch)
+    taken = compiled.memory_analysis().argument_size_in_bytes
+    assert taken <= 1.02 * wanted
