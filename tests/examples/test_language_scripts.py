@@ -216,6 +216,31 @@ def test_questions_are_answered_with_and_without_an_adapter(world, tmp_path, cap
     assert plain.split("\n")[1] == capsys.readouterr().out.strip("\n")
 
 
+@pytest.mark.parametrize(
+    ("peft", "merges"), [(jpeft.lora(rank=2), True), (jpeft.prompt(length=3), False)]
+)
+def test_questions_are_answered_with_an_adapter(world, tmp_path, capsys, peft, merges):
+    import _lm
+
+    language = _lm.load(world / "model", "float32")
+    params = language.attach(peft, jax.random.key(0))
+    trainable, frozen = jpeft.partition(params)
+    draw = np.random.default_rng(0)
+    moved = lambda x: x + draw.normal(0, 0.5, x.shape).astype(np.float32)
+    params = jpeft.combine(jax.tree.map(moved, trainable), frozen)
+    jpeft.save(tmp_path / "adapter", params, peft)
+    how = ["--base", str(world / "model"), "--base-form", "float32", "--prompt", "a?"]
+    how += ["--max-tokens", "6", "--temperature", "0"]
+    said = []
+    for more in ([], ["--adapter", str(tmp_path / "adapter")]):
+        assert generate.main([*how, *more]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] != said[1]
+    if merges:
+        assert generate.main([*how, *more, "--merge"]) == 0
+        assert capsys.readouterr().out == said[1]
+
+
 def test_a_prompt_that_fills_the_context_is_refused(world, capsys):
     base = ["--base", str(world / "model"), "--base-form", "float32"]
     assert generate.main([*base, "--prompt", "x" * 500, "--max-tokens", "9"]) == 0
