@@ -1,7 +1,7 @@
 """GRPO: reinforcement learning with rewards that are verified, and no critic.
 
     python examples/grpo.py                                  # SmolLM2 learns to add
-    python examples/grpo.py --task basic_arithmetic --task-options '{"max_digits": 1}'
+    python examples/grpo.py --task letter_counting --task-options '{}'
     python examples/grpo.py --data questions.jsonl --reward my_rewards.py:reward
 
 To each question a group of answers is written; an answer's advantage is its reward
@@ -9,7 +9,8 @@ beside the group's mean (Shao et al. 2024, arXiv:2402.03300).  `loss` says how t
 are averaged: "grpo" favours short right and long wrong answers, "dapo" and "dr_grpo"
 do not (Yu et al. 2025, arXiv:2503.14476; Liu et al. 2025, arXiv:2503.20783).
 
-The default task is reasoning-gym's `chain_sum`.  A reward function that the user names
+The default task is adding two digits, of reasoning-gym; an answer with more than the
+number counts less the longer it is.  A reward function that the user names
 sees the answers and their rows (`_rewards.py`).
 """
 
@@ -57,7 +58,7 @@ class Settings(_loop.Settings):
     """The ``[train]`` table of a recipe for GRPO; batch_size counts questions."""
 
     group: int = _setting(8, "answers to a question")
-    prompt_length: int = _setting(48, "tokens of a question")
+    prompt_length: int = _setting(40, "tokens of a question")
     answer_length: int = _setting(16, "tokens of an answer")
     system: str = _setting("", "the system's message, if any")
     base_form: str = _setting("stored", "the base in memory: stored, float32, bfloat16")
@@ -73,9 +74,10 @@ class Settings(_loop.Settings):
     penalty: float = _setting(1.0, "what a cut off answer loses, with penalise")
     held_out: int = _setting(64, "questions held out")
     questions: int = _setting(512, "questions that are made, of a task")
-    task: str = _setting("chain_sum", "of reasoning-gym")
+    task: str = _setting("basic_arithmetic", "of reasoning-gym")
     task_options: str = _setting(
-        '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}',
+        '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, '
+        '"operators": ["+"], "allow_parentheses": false, "allow_negation": false}',
         "of the task, as JSON",
     )
     remat: bool = _setting(False, "activations computed again, for memory")

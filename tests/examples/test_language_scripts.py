@@ -106,6 +106,7 @@ def adapter(world, out, scored=False):
     return jpeft.load(out / "adapter", language.base)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_interrupted_run_ends_as_one_that_was_not(world, tmp_path, capsys, name):
     """Bit for bit, with the position in the data, what is drawn, the critic and the
