@@ -30,6 +30,8 @@ os.environ.update(
     MOSAIC_GPU_DUMP_PTX="1",
     MOSAIC_GPU_DUMP_TO=_dumps.name,
     TF_CPP_MIN_LOG_LEVEL="3",
+    # A status that nobody reads would have its stack looked up, some seconds each.
+    LLVM_DISABLE_SYMBOLIZATION="1",
 )
 
 import jax  # noqa: E402  reads the variables above

@@ -52,11 +52,10 @@ def pytest_sessionstart(session):
         shutil.rmtree(CACHE)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest reads the marks, and xdist the groups
+@pytest.hookimpl(tryfirst=True)  # before pytest reads the marks
 def pytest_collection_modifyitems(items):
     mark_slow(items)
     skip_float16(items)
-    group(items)
 
 
 def mark_slow(items):
@@ -88,16 +87,24 @@ def skip_float16(items):
             item.add_marker(skip)
 
 
-def group(items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """One worker runs a file, or what a table's file has of one method.
 
-    So it traces once what the tests of a file share.
+    So it traces once what the tests of a file share.  (The marks that xdist has for
+    this do nothing under pytest 9.2.)
     """
-    for item in items:
-        name = item.path.stem
-        if name == "test_laws" and hasattr(item, "callspec"):
-            name += "_" + item.callspec.params["method"]
-        item.add_marker(pytest.mark.xdist_group(name))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, case = nodeid.partition("::")
+            method = case.partition("[")[2].partition("-")[0].rstrip("]")
+            return f"{file}[{method}]" if file.endswith("/test_laws.py") else file
+
+    # Not by the number of tests: a file of few may take the longest.
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 def pytest_collection_finish():

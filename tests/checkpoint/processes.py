@@ -1,10 +1,11 @@
 """One of several processes that save and restore together.
 
-    python processes.py PORT COUNT INDEX DIRECTORY WHAT
+    python processes.py PORT COUNT INDEX DIRECTORY WHAT [WHAT ...]
 
-WHAT: "loop", the README's loop with its own state, a key in it; "local", each process
-has a model of its own; "fails", one process fails while the others save; "differs",
-what each has to itself is not the same in all.  Prints a line of what was found.
+WHAT, which DIRECTORY has a folder for: "loop", the README's loop with its own state, a
+key in it; "local", each process has a model of its own; "fails", one process fails
+while the others save; "differs", what each has to itself is not the same in all.
+Prints a line of what each found.
 """
 
 import json
@@ -137,11 +138,14 @@ def differs(directory, first):
     return found
 
 
-def main(port, count, index, directory, what):
+def main(port, count, index, directory, *whats):
     jax.distributed.initialize(f"localhost:{port}", int(count), int(index))
-    what, *more = what.split("-")
-    work = {"loop": loop, "local": local, "fails": fails, "differs": differs}[what]
-    print(json.dumps(work(directory, index == "0", *more)), flush=True)
+    works = {"loop": loop, "local": local, "fails": fails, "differs": differs}
+    found = {}
+    for what in whats:
+        name, *more = what.split("-")
+        found[what] = works[name](f"{directory}/{what}", index == "0", *more)
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

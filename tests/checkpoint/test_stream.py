@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.flax
 import safetensors.numpy
+from draws import normal
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -966,7 +967,7 @@ def test_codes_of_bitsandbytes_that_do_not_fit_are_refused(
 
 # --- memory --------------------------------------------------------------------------
 
-COUNT, SHAPE = 12, (1024, 4096)  # 16 MB each in float32
+COUNT, SHAPE = 10, (1024, 4096)  # 16 MB each in float32
 MEASURE = """
 import gc, sys
 from pathlib import Path
@@ -1017,10 +1018,7 @@ def measured(path, small, whole=""):
 @pytest.mark.parametrize("writer", ["safetensors", "orbax"])
 def test_the_peak_is_the_result_and_a_few_copies_of_one_weight(tmp_path, writer):
     save = write if writer == "safetensors" else write_orbax
-    params = {
-        f"w{k}": {"kernel": jax.random.normal(jax.random.fold_in(KEY, k), SHAPE)}
-        for k in range(COUNT)
-    }
+    params = {f"w{k}": {"kernel": normal(k, *SHAPE)} for k in range(COUNT)}
     path = save(tmp_path / "model.safetensors", params)
     small = save(tmp_path / "small.safetensors", {"w0": params["w0"]})
     leaf = SHAPE[0] * SHAPE[1] * 4 / 2**20
@@ -1028,6 +1026,6 @@ def test_the_peak_is_the_result_and_a_few_copies_of_one_weight(tmp_path, writer)
     print(f"{writer}: peak {peak:.0f} MB, result {result:.0f} MB, leaf {leaf:.0f} MB")
     # The weight and the copies at work on it, or it in the file and on its way.
     assert peak < result + 4 * leaf
-    # The same measurement sees it when all weights are there at once.
-    peak, _ = measured(path, small, "whole")
-    assert peak > (COUNT - 2) * leaf
+    if writer == "safetensors":  # and the same measurement sees all weights at once
+        peak, _ = measured(path, small, "whole")
+        assert peak > (COUNT - 2) * leaf

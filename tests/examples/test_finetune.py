@@ -19,7 +19,6 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from speed import slow_but
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import jpeft
@@ -27,7 +26,8 @@ import jpeft
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "finetune.py"
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
-QUICK = {"lora", "p_tuning_v2", "prompt"}
+# Run by tests of their own, here and in test_formats.
+ELSEWHERE = {"adalora", "diff_pruning", "p_tuning", "qlora"}
 CLASSES = ("fish", "bird", "tree")
 FILLERS = ("the", "small", "old", "grey", "one", "we", "saw", "yesterday")
 SIZES = {
@@ -174,8 +174,10 @@ def test_a_run_learns_and_writes_its_files(finished, base):
 
 
 @pytest.mark.slow
-def test_a_run_says_what_it_did(command, tmp_path, capsys):
-    assert finetune.main(command(tmp_path / "out")) == 0
+def test_a_second_run_says_what_it_did_and_is_the_same(
+    command, finished, base, tmp_path, capsys
+):
+    assert finetune.main(command(tmp_path / "again")) == 0
     printed = capsys.readouterr()
     for pattern in (
         r"query/kernel +32x32 +LowRank",
@@ -192,11 +194,6 @@ def test_a_run_says_what_it_did(command, tmp_path, capsys):
         assert re.search(pattern, printed.out), pattern
     assert "examples/s, loss=" in printed.err  # the progress bar
     assert "Traceback" not in printed.err
-
-
-@pytest.mark.slow
-def test_two_runs_of_one_seed_are_the_same(command, finished, base, tmp_path):
-    assert finetune.main(command(tmp_path / "again")) == 0
     assert_same_adapter(tmp_path / "again", finished, base)
     first, second = (read(x / "metrics.json") for x in (finished, tmp_path / "again"))
     assert first["history"] == second["history"]
@@ -215,28 +212,21 @@ def test_another_seed_is_another_run(command, finished, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop_after", slow_but([6], [6, 9]))
-def test_a_resumed_run_ends_bit_identical(
-    stop_after, command, finished, base, tmp_path, capsys
+def test_a_run_resumed_again_and_again_ends_bit_identical(
+    command, finished, base, tmp_path, capsys
 ):
+    """In an epoch, at its end, and when only the report was missing."""
     argv = command(tmp_path)
-    assert finetune.main(argv, stop_after=stop_after) == 130
-    assert f"step {stop_after} is saved" in capsys.readouterr().err
-    assert not (tmp_path / "metrics.json").exists()
+    for stop_after in (1, 6, 9):
+        more = ["--resume"] * (stop_after > 1)
+        assert finetune.main([*argv, *more], stop_after=stop_after) == 130
+        assert f"step {stop_after} is saved" in capsys.readouterr().err
+        assert not (tmp_path / "metrics.json").exists()
     assert finetune.main([*argv, "--resume"]) == 0
     assert_same_adapter(tmp_path, finished, base)
     resumed, whole = (read(x / "metrics.json") for x in (tmp_path, finished))
     for key in ("history", "before", "after"):
         assert resumed[key] == whole[key]
-
-
-@pytest.mark.slow
-def test_a_run_can_be_resumed_twice(command, finished, base, tmp_path):
-    argv = command(tmp_path)
-    assert finetune.main(argv, stop_after=1) == 130
-    assert finetune.main([*argv, "--resume"], stop_after=5) == 130
-    assert finetune.main([*argv, "--resume"]) == 0
-    assert_same_adapter(tmp_path, finished, base)
 
 
 @pytest.mark.slow
@@ -445,9 +435,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(command, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "path",
-    slow_but([p for p in CONFIGS if p.stem in QUICK], CONFIGS),
-    ids=lambda path: path.stem,
+    "path", [p for p in CONFIGS if p.stem not in ELSEWHERE], ids=lambda path: path.stem
 )
 def test_every_recipe_of_the_repository_runs(path, base, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a recipe is found from any folder
@@ -519,8 +507,10 @@ def test_the_learning_rate_rises_and_then_falls_or_stays(schedule):
 
 
 def more(command, out, name, *options):
-    """The command of a run of nine steps of a recipe of the repository."""
-    return command(out, "--config", f"configs/{name}.toml", *options)
+    """The command of a run of nine steps of a recipe of the repository, on texts of
+    one length, so that each step is compiled once."""
+    short = ["--config", f"configs/{name}.toml", "--length", 16]
+    return command(out, *short, *options)
 
 
 @pytest.fixture(scope="module")
@@ -536,21 +526,22 @@ def in_stages(command, tmp_path_factory):
 def with_encoder(command, tmp_path_factory):
     """The folder of a run of P-tuning that was not interrupted."""
     out = tmp_path_factory.mktemp("runs") / "p_tuning"
-    assert finetune.main(more(command, out, "p_tuning", "--length", 40)) == 0
+    assert finetune.main(more(command, out, "p_tuning")) == 0
     return out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "step"),
+    ("name", "steps"),
     # Of nine steps diff pruning learns what to keep in five; six end an epoch.
-    [("adalora", 4), ("diff_pruning", 5), ("diff_pruning", 7)],
+    [("adalora", [4]), ("diff_pruning", [5, 7])],
 )
 def test_a_run_in_stages_is_resumed_bit_for_bit(
-    name, step, in_stages, command, base, tmp_path
+    name, steps, in_stages, command, base, tmp_path
 ):
     argv = more(command, tmp_path / "out", name)
-    assert finetune.main(argv, stop_after=step) == 130
+    for k, step in enumerate(steps):
+        assert finetune.main([*argv, *["--resume"] * k], stop_after=step) == 130
     assert finetune.main([*argv, "--resume"]) == 0
     assert_same_adapter(tmp_path / "out", in_stages / name, base)
     resumed, whole = (
@@ -588,9 +579,8 @@ def test_diff_pruning_ends_with_the_wanted_density(in_stages, base):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop_after", [4, 9])
 def test_a_prompt_is_kept_without_the_encoder_that_made_it(
-    stop_after, command, with_encoder, base, tmp_path
+    command, with_encoder, base, tmp_path
 ):
     embeddings = loaded(with_encoder, base)["bert"]["embeddings"]
     leaf = embeddings["word_embeddings"]["embedding"]
@@ -598,8 +588,9 @@ def test_a_prompt_is_kept_without_the_encoder_that_made_it(
     trained = read(with_encoder / "metrics.json")["parameters"]["trainable"]
     assert trained == 20 * 32 + 32 * len(CLASSES) + len(CLASSES)
     # A run that goes on, or only ends again, needs the encoder.
-    argv = more(command, tmp_path, "p_tuning", "--length", 40)
-    assert finetune.main(argv, stop_after=stop_after) == 130
+    argv = more(command, tmp_path, "p_tuning")
+    assert finetune.main(argv, stop_after=4) == 130
+    assert finetune.main([*argv, "--resume"], stop_after=9) == 130
     assert finetune.main([*argv, "--resume"]) == 0
     assert_same_adapter(tmp_path, with_encoder, base)
 

@@ -1,6 +1,7 @@
 """Compiles every 4-bit kernel for one generation of TPU; prints a line of JSON each.
 
-    python tests/kernels/_compile_tpu.py v5e
+    python tests/kernels/_compile_tpu.py v5e        every case
+    python tests/kernels/_compile_tpu.py v5e 3      every third
 
 A process of its own: libtpu is loaded into it, and one crash is one generation's.
 """
@@ -94,7 +95,8 @@ CASES = {
 
 if __name__ == "__main__":
     compiler = _tpu_compiler.Compiler(sys.argv[1])
-    for name, (f, arguments) in CASES.items():
+    nth = int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    for name, (f, arguments) in [*CASES.items()][::nth]:
         line = {"case": name}
         try:
             line["seconds"] = round(compiler(f, *arguments).seconds, 1)

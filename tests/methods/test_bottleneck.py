@@ -388,21 +388,18 @@ def test_nnx_equals_the_network_by_hand():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-ZOO = ["bert_remat", "llama", "gpt2", "t5", "jimm_vit", "jimm_dinov3"]
-
-
-ALWAYS = [("llama", "parallel")]
+ZOO = {
+    "bert_remat": "parallel",
+    "llama": "parallel",
+    "gpt2": "houlsby",
+    "t5": "houlsby",
+    "jimm_vit": "parallel",
+    "jimm_dinov3": "houlsby",
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "placement"),
-    [
-        pytest.param(n, p, marks=[pytest.mark.slow] * ((n, p) not in ALWAYS))
-        for n in ZOO
-        for p in ("houlsby", "parallel")
-    ],
-)
+@pytest.mark.parametrize(("name", "placement"), ZOO.items())
 def test_public_models(name, placement):
     """Every sub-layer of models nobody wrote for jpeft: the start is the base, and all
     adapters get a gradient."""

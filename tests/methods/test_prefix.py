@@ -323,8 +323,7 @@ def test_select_says_what_is_wrong():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", slow_but([""], ["", "scan remat"]))
-@pytest.mark.parametrize("network", slow_but(["mlp"], ["mlp", "lstm"]))
+@pytest.mark.parametrize(("network", "mode"), [("mlp", ""), ("lstm", "scan remat")])
 def test_a_network_is_shared_and_dropped_after_the_training(network, mode, tmp_path):
     module, params = A.model(mode=mode)
     transform = jpeft.prefix(LENGTH, reparametrization=network, width=6)
@@ -400,8 +399,9 @@ def test_a_start_from_a_text_has_its_keys_and_values(mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", slow_but([""], ["", "scan remat", "fused"]))
-@pytest.mark.parametrize("network", slow_but(["mlp"], ["mlp", "lstm"]))
+@pytest.mark.parametrize(
+    ("network", "mode"), [("lstm", ""), ("mlp", "scan remat"), ("mlp", "fused")]
+)
 def test_a_network_may_start_from_a_text(network, mode, tmp_path):
     """It begins as the same start without a network, and every part of it trains."""
     kind = {"kind": "fused"} if mode == "fused" else {"mode": mode}

@@ -118,10 +118,17 @@ def check_off(fn, params, off, x=X, more=(), ready=lambda p: p):
     return want
 
 
+# Every softmax after the masks that reach furthest, every mask before two softmaxes.
+ROWS = [
+    (m, s)
+    for m in MASKS
+    for s in SOFTMAX
+    if m in ("-inf", "finfo.min") or s in ("jax", "by hand")
+]
+
+
 @pytest.mark.sample(2)
-@pytest.mark.parametrize(
-    ("mask", "softmax"), every_nth(5, [(m, s) for m in MASKS for s in SOFTMAX])
-)
+@pytest.mark.parametrize(("mask", "softmax"), every_nth(5, ROWS))
 def test_switched_off_it_is_the_base_bit_for_bit(mask, softmax):
     fn = model(mask, softmax)
     params = jpeft.prefix(LENGTH, init="unit")(KEY, PARAMS)
