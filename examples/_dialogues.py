@@ -24,6 +24,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 Message = dict[str, str]
 ROLES = {
     "human": "user",
@@ -344,8 +346,6 @@ def _decoded(path: Path) -> str:
 
 def split(items: Sequence[Any], held_out: int, seed: int) -> tuple[list, list]:
     """(train, held out): so many of them, drawn; both in the order they had."""
-    import numpy as np
-
     if not 0 < held_out < len(items):
         raise ValueError(
             f"held_out={held_out} of {len(items)} examples: expected at least one, and "

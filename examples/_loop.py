@@ -152,6 +152,8 @@ class Job:
 
 def prepare(job: Job, args: argparse.Namespace) -> None:
     """Begins the run's folder, or puts the job where its last checkpoint was."""
+    if args.tensorboard:
+        _board_writer()  # before the training, not after its first step
     if not args.resume:
         _runs.begin(job.out, job.settings, overwrite=args.overwrite)
         (job.out / METRICS).unlink(missing_ok=True)
@@ -247,13 +249,7 @@ class _Log(contextlib.AbstractContextManager["_Log"]):
         self._file = (job.out / METRICS).open("a", encoding="utf-8")
         self._board = None
         if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ModuleNotFoundError:
-                raise ValueError(
-                    "--tensorboard needs tensorboardX; type: pip install tensorboardX"
-                ) from None
-            self._board = SummaryWriter(str(job.out / TENSORBOARD))
+            self._board = _board_writer()(str(job.out / TENSORBOARD))
 
     def write(self, kind: str, step: int, metrics: Metrics) -> None:
         plain = {k: x if isinstance(x, str) else float(x) for k, x in metrics.items()}
@@ -269,6 +265,16 @@ class _Log(contextlib.AbstractContextManager["_Log"]):
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _board_writer() -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ModuleNotFoundError:
+        raise ValueError(
+            "--tensorboard needs tensorboardX; type: pip install tensorboardX"
+        ) from None
+    return SummaryWriter
 
 
 # --- the command line ----------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -45,8 +46,6 @@ class Rows:
 
     def checksum(self) -> int:
         """Tells these rows from others."""
-        import zlib
-
         sums = 0
         for x in (self.ids, self.segments, self.counted):
             sums = zlib.crc32(np.ascontiguousarray(x).tobytes(), sums)

@@ -10,8 +10,8 @@ are averaged: "grpo" favours short right and long wrong answers, "dapo" and "dr_
 do not (Yu et al. 2025, arXiv:2503.14476; Liu et al. 2025, arXiv:2503.20783).
 
 The default task is adding two digits, of reasoning-gym; an answer with more than the
-number counts less the longer it is.  A reward function that the user names
-sees the answers and their rows (`_rewards.py`).
+number counts less the longer it is.  A reward function that the user names sees the answers and their rows
+(`_rewards.py`).
 """
 
 from __future__ import annotations
@@ -325,11 +325,21 @@ def make_step(
     def step(trainable, state, frozen, batch, key):
         rollout = write(trainable, frozen, batch["ids"], batch["mask"], key)
         rows = [questions.rows[n] for n in batch["number"] for _ in range(how.group)]
-        rewards = task.score(texts(language, rollout, how.prompt_length), rows)
+        rewards = judged(task, texts(language, rollout, how.prompt_length), rows)
         rewards = jnp.asarray(rewards.reshape(-1, how.group))
         return update(trainable, state, frozen, rollout, rewards)
 
     return step
+
+
+def judged(
+    task: _rewards.Task, answers: Sequence[str], rows: Sequence[_rewards.Row]
+) -> np.ndarray:
+    """As `task.score`; Failed where the function gives what is no reward."""
+    try:
+        return task.score(answers, rows)
+    except ValueError as error:
+        raise _loop.Failed(str(error)) from error
 
 
 def texts(language: _lm.Language, rollout: _rollout.Rollout, prompt: int) -> list[str]:
@@ -362,7 +372,7 @@ def evaluation(
             out = write(params, rows.ids[index], rows.mask[index])
             n = min(size, len(rows) - at)
             said = texts(language, out, how.prompt_length)[:n]
-            found.append(task.score(said, rows.rows[at : at + n]))
+            found.append(judged(task, said, rows.rows[at : at + n]))
         rewards = np.concatenate(found)
         return {"reward": np.nanmean(rewards), "perfect": np.mean(rewards == 1)}
 

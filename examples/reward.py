@@ -191,7 +191,7 @@ def prepare(args: argparse.Namespace) -> _loop.Job:
     language = scored(_lm.load(args.base, how.base_form, remat=how.remat))
     train, held_out = encoded(language, args, how, peft.virtual_tokens())
     params = language.attach(peft, jax.random.key(how.seed))
-    if not any("score" in path for path in jpeft_trained(params)):
+    if not jax.tree.leaves(jpeft.partition(params)[0][HEAD]):
         raise ValueError(
             f"{file}: nothing trains the new head; add a table [[peft]] with method = "
             "'full' and where = 'score/.*'"
@@ -217,12 +217,6 @@ def prepare(args: argparse.Namespace) -> _loop.Job:
         how=how,
         evaluate=evaluation(language, held_out, how.batch_size),
     )
-
-
-def jpeft_trained(params: Any) -> list[str]:
-    """Paths of what trains."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(jpeft.partition(params)[0])
-    return [jax.tree_util.keystr(path) for path, _ in flat]
 
 
 def work(job: _loop.Job, training: Callable[[], None]) -> None:

@@ -106,8 +106,13 @@ def adapter(world, out, scored=False):
     return jpeft.load(out / "adapter", language.base)
 
 
-@pytest.mark.sample(1)
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sft",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in SCRIPTS if x != "sft"),
+    ],
+)
 def test_an_interrupted_run_ends_as_one_that_was_not(world, tmp_path, capsys, name):
     """Bit for bit, with the position in the data, what is drawn, the critic and the
     optimiser; and the metrics have every step once."""
@@ -186,6 +191,12 @@ def test_a_reward_function_that_gives_no_number_is_refused(world, function, says
     task = _rewards.of_function(f"{world / 'rewards.py'}:{function}", QUESTIONS)
     with pytest.raises(ValueError, match=says):
         task.score(["a", "b"], QUESTIONS[:2])
+
+
+def test_a_run_whose_rewards_are_none_ends_with_a_sentence(world, tmp_path, capsys):
+    name = f"{world / 'rewards.py'}:broken"
+    assert run(world, "grpo", tmp_path / "out", "--reward", name) == 1
+    assert "gave nan for the answer" in capsys.readouterr().err
 
 
 def test_answers_that_cannot_be_judged_are_left_out(world):
