@@ -10,8 +10,8 @@ are averaged: "grpo" favours short right and long wrong answers, "dapo" and "dr_
 do not (Yu et al. 2025, arXiv:2503.14476; Liu et al. 2025, arXiv:2503.20783).
 
 The default task is adding two digits, of reasoning-gym; an answer with more than the
-number counts less the longer it is.  A reward function that the user names sees the answers and their rows
-(`_rewards.py`).
+number counts less the longer it is.  A reward function that the user names sees the
+answers and their rows (`_rewards.py`).
 """
 
 from __future__ import annotations
