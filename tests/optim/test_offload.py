@@ -284,7 +284,8 @@ def test_each_weight_waits_for_the_one_before():
 
 @pytest.mark.slow
 def test_the_tpu_compiler_holds_few_moments_at_once(monkeypatch):
-    """64 weights of 4 MB: Adam's moments are 512 MB, and on the device 10 % of that."""
+    """32 weights of 4 MB: Adam's moments are 256 MB, and on the device 20 % of that,
+    however many weights there are."""
     pytest.importorskip("libtpu")
     from jax.experimental import topologies
 
@@ -307,7 +308,7 @@ def test_the_tpu_compiler_holds_few_moments_at_once(monkeypatch):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         shape = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
-        params = {str(k): shape for k in range(64)}
+        params = {str(k): shape for k in range(32)}
         state = jax.tree.map(place, jax.eval_shape(plain.init, params))
         params = jax.tree.map(
             lambda x: place(x).update(sharding=NamedSharding(mesh, P())), params
@@ -321,7 +322,7 @@ def test_the_tpu_compiler_holds_few_moments_at_once(monkeypatch):
         step = jax.jit(step, donate_argnums=(0, 1), out_shardings=where)
         return step.lower(params, state, params).compile().memory_analysis()
 
-    state_bytes = 2 * 64 * 4 * 2**20
+    state_bytes = 2 * 32 * 4 * 2**20
     usual = compiled(plain.update, False)
     naive = compiled(all_at_once, True)
     ours = compiled(offload(plain).update, True)
@@ -329,4 +330,4 @@ def test_the_tpu_compiler_holds_few_moments_at_once(monkeypatch):
     assert ours.host_argument_size_in_bytes == state_bytes
     assert ours.host_alias_size_in_bytes == state_bytes
     assert naive.temp_size_in_bytes > state_bytes  # nothing is gained
-    assert ours.temp_size_in_bytes < 0.15 * state_bytes
+    assert ours.temp_size_in_bytes < 0.3 * state_bytes

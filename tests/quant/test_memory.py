@@ -33,7 +33,7 @@ from benchmark_hook import copied_weights, equations  # noqa: E402
 
 # Large enough that weights are more than the kernels' tiles and XLA's small change.
 MIDDLE = Sizes(
-    layers=3, width=128, hidden=512, heads=4, vocab=256, batch=2, tokens=64, rank=8
+    layers=2, width=128, hidden=512, heads=4, vocab=256, batch=2, tokens=64, rank=8
 )
 NF4 = {"format": "nf4", "where": ADAPTED}
 
