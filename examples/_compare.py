@@ -1,15 +1,17 @@
-"""What the tables that compare whole runs of the main job have in common."""
+"""What the tables that compare whole runs of a script have in common."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import _bert
 import _recipe
 import finetune
 import jax
@@ -20,6 +22,40 @@ OWN_OPTIONS = ("--seed", "--out", "--resume", "--overwrite", "--full-summary")
 SMALL = ("--epochs", "1", "--max-train", "96", "--max-eval", "64")
 
 
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """What runs the recipes of a folder.  Its functions are found by their names in
+    other processes.
+
+    prepare: (arguments) -> a run before its first step.
+    kind: of the recipes' ``[train]``.
+    base: the default one.
+    choices: options beside ``[train]``, the data and the base, that change a result.
+    small: options of a few steps.
+    """
+
+    name: str
+    recipes: str
+    parser: Callable[[], argparse.ArgumentParser]
+    prepare: Callable[[argparse.Namespace], Any]
+    kind: Any
+    base: Callable[[], Path]
+    choices: tuple[str, ...] = ()
+    small: tuple[str, ...] = ()
+
+
+FINETUNE = Script(
+    name="finetune.py",
+    recipes="configs",
+    parser=finetune.parser,
+    prepare=finetune.prepare,
+    kind=_recipe.Train,
+    base=_bert.default_base,
+    choices=("text_column", "label_column", "max_train", "max_eval"),
+    small=SMALL,
+)
+
+
 def refuse(
     parser: argparse.ArgumentParser, options: Iterable[str], own: Iterable[str]
 ) -> None:
@@ -28,18 +64,21 @@ def refuse(
         parser.error(f"{given[0]} is set for each run; the seeds by --seeds")
 
 
-def parser(about: str, *, seeds: Sequence[int], out: str) -> argparse.ArgumentParser:
-    """The options, beside those of finetune.py, of a table over the recipes.
+def parser(
+    about: str, *, seeds: Sequence[int], out: str, script: Script = FINETUNE
+) -> argparse.ArgumentParser:
+    """The options, beside those of the script, of a table over its recipes.
 
     about: the script's docstring.
     """
     options = argparse.ArgumentParser(
         description=about.splitlines()[0],
-        epilog="Other options are those of examples/finetune.py, for every run.",
+        epilog=f"Other options are those of examples/{script.name}, for every run.",
         allow_abbrev=False,
     )
     add, default = options.add_argument, " ".join(map(str, seeds))
-    add("--methods", nargs="+", metavar="NAME", help="recipes in configs/ (all)")
+    recipes = f"recipes in {script.recipes}/ (all)"
+    add("--methods", nargs="+", metavar="NAME", help=recipes)
     add("--seeds", type=int, nargs="+", default=seeds, metavar="N", help=f"({default})")
     add(
         *("--jobs",),
@@ -66,10 +105,11 @@ def parse(
     *,
     own: Iterable[str],
     files: Iterable[str],
+    script: Script = FINETUNE,
 ) -> tuple[Any, list[str]]:
-    """The arguments, each method and seed once, and those of finetune.py.
+    """The arguments, each method and seed once, and those of the script.
 
-    own: options of finetune.py that the table sets.
+    own: options of the script that the table sets.
     files: options that name a file to be written.
     """
     args, rest = options.parse_known_args(argv)
@@ -78,24 +118,25 @@ def parse(
         file = getattr(args, name.removeprefix("--"))
         if file is not None and not file.absolute().parent.is_dir():
             options.error(f"{name} {file}: there is no folder {file.parent}")
-    args.methods = list(dict.fromkeys(args.methods or names()))
+    args.methods = list(dict.fromkeys(args.methods or names(script)))
     args.seeds = list(dict.fromkeys(args.seeds))
-    return args, [*SMALL, *rest] if args.small else rest
+    return args, [*script.small, *rest] if args.small else rest
 
 
-def names() -> list[str]:
-    """Of all recipes."""
-    return sorted(file.stem for file in (_recipe.ROOT / "configs").glob("*.toml"))
+def names(script: Script = FINETUNE) -> list[str]:
+    """Of all its recipes."""
+    folder = _recipe.ROOT / script.recipes
+    return sorted(file.stem for file in folder.glob("*.toml"))
 
 
-def recipe_file(name: str) -> Path:
+def recipe_file(name: str, script: Script = FINETUNE) -> Path:
     """ValueError, with a suggestion, if there is none."""
-    if name not in (known := names()):
+    if name not in (known := names(script)):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         raise ValueError(
             f"no method {name!r}; did you mean {near!r}? known: {', '.join(known)}"
         )
-    return _recipe.ROOT / "configs" / f"{name}.toml"
+    return _recipe.ROOT / script.recipes / f"{name}.toml"
 
 
 def cores() -> int:

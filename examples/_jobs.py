@@ -1,4 +1,4 @@
-"""Runs of the main job, each of which happens once: in this process, or in several.
+"""Runs of a script, each of which happens once: in this process, or in several.
 
 What a run found is kept in a file, by the recipe, the seed and the options, so that a
 command that was interrupted continues.  (A change of jpeft itself is not noticed.)
@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import _bert
 import _compare
 import _recipe
 import _runs
@@ -51,11 +50,11 @@ _timing: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A run of finetune.py, and what is asked of it.
+    """A run of a script, and what is asked of it.
 
     name: for the reader.
     file: how the name of its file begins.
-    argv: options of finetune.py.
+    argv: options of the script.
     find: a function of a module, so that another process finds it by its name.
     kind: the dataclass that ``find`` gives.
     """
@@ -63,8 +62,13 @@ class Task:
     name: str
     file: str
     argv: tuple[str, ...]
-    find: Callable[[finetune.Run], Any]
+    find: Callable[[Any], Any]
     kind: Callable[..., Any]
+    script: _compare.Script = _compare.FINETUNE
+
+
+class Refused(_runs.Failed):
+    """The model cannot take the recipe."""
 
 
 class Runs:
@@ -93,7 +97,7 @@ class Runs:
         self._scratch.cleanup()
 
     def each(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
-        """Every task with what it finds, or with the Failed that its training raised.
+        """Every task with what it finds, or with the Failed that it ended with.
 
         In their order if they run here, else as they are ready.
         """
@@ -203,22 +207,27 @@ def timing() -> contextlib.AbstractContextManager[Any]:
     return _timing
 
 
-def prepare(argv: Sequence[str], out: str) -> finetune.Run:
-    """The main job up to its first step."""
-    return finetune.prepare(finetune.parser().parse_args([*argv, "--out", out]))
+def prepare(
+    argv: Sequence[str], out: str, script: _compare.Script = _compare.FINETUNE
+) -> Any:
+    """The script's run up to its first step."""
+    return script.prepare(script.parser().parse_args([*argv, "--out", out]))
 
 
 def _run(task: Task, folder: Path, scratch: str) -> Any:
-    """Runs it, and keeps what it finds; the Failed of a training is given back."""
-    settings = settings_of(task.argv)
+    """Runs it, and keeps what it finds; Failed is given back."""
+    settings = settings_of(task.argv, task.script)
     # Checkpoints are a part of training, and of no use afterwards.
     with tempfile.TemporaryDirectory(dir=scratch) as out:
-        run = prepare(task.argv, out)
-        run.name = task.name  # on the progress bar
         try:
+            run = prepare(task.argv, out, task.script)
+            run.name = task.name  # on the progress bar
             found = task.find(run)
-        except finetune.Failed as error:
-            return finetune.Failed(str(error))  # without its frames, which hold arrays
+        # Given back without their frames, which hold arrays.
+        except _runs.Unattachable as error:
+            return Refused(str(error))
+        except _runs.Failed as error:
+            return _runs.Failed(str(error))
     jax.clear_caches()  # the programs of a method are of no use to the next
     folder.mkdir(parents=True, exist_ok=True)
     path = _path(task, folder, settings)
@@ -232,7 +241,7 @@ def _run(task: Task, folder: Path, scratch: str) -> Any:
 
 def _kept(task: Task, folder: Path) -> Any:
     """What it found earlier, or None."""
-    path = _path(task, folder, settings_of(task.argv))
+    path = _path(task, folder, settings_of(task.argv, task.script))
     if not path.is_file():
         return None
     try:
@@ -248,19 +257,21 @@ def _path(task: Task, folder: Path, settings: dict[str, Any]) -> Path:
     return folder / f"{task.file}-{mark:08x}.json"
 
 
-def settings_of(argv: Sequence[str]) -> dict[str, Any]:
+def settings_of(
+    argv: Sequence[str], script: _compare.Script = _compare.FINETUNE
+) -> dict[str, Any]:
     """All that a result depends on, as plain data."""
-    args = finetune.parser().parse_args(argv)
-    peft, train = _recipe.read(_recipe.find(args.config), vars(args))
-    choices = ["text_column", "label_column", "max_train", "max_eval"]
-    if args.validate is not None:
+    args = script.parser().parse_args(argv)
+    peft, train = _recipe.read(_recipe.find(args.config), vars(args), script.kind)
+    choices = [*script.choices]
+    if getattr(args, "validate", None) is not None:
         choices.append("validate")
     return {
         "peft": peft.to_config(),
         "train": dataclasses.asdict(train),
         "data": _stamp(args.data),
         "eval": _stamp(args.eval),
-        "base": _stamp(args.base or _bert.default_base()),
+        "base": _stamp(args.base or script.base()),
         **{name: getattr(args, name) for name in choices},
         "jax": jax.__version__,
         "python": platform.python_version(),  # its docstrings are the default data

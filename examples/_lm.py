@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import _runs
 import _tokenizer
 import jax
 import jax.numpy as jnp
@@ -48,11 +49,15 @@ class Language:
     base: PyTree
 
     def attach(self, peft: jpeft.Transform, key: jax.Array) -> PyTree:
-        """The base with adapted leaves where the recipe wants them."""
+        """The base with adapted leaves where the recipe wants them; Unattachable with
+        the reason if they cannot stand there."""
         ids = jax.ShapeDtypeStruct((1, 3), jnp.int32)  # traced, never computed
         forward = lambda p, ids: self.model.apply({"params": p}, ids).logits
         uses = jpeft.find_uses(forward, self.base, ids)
-        return peft(key, self.base, uses=uses)
+        try:
+            return peft(key, self.base, uses=uses)
+        except ValueError as error:
+            raise _runs.Unattachable(str(error)) from error
 
     def head(self, params: PyTree) -> tuple[Any, bool]:
         """(weight, whether it is the embedding): what turns hidden states to logits."""

@@ -29,6 +29,7 @@ import jax
 import numpy as np
 import optax
 from _recipe import _setting
+from _runs import Failed
 from tqdm import tqdm
 
 import jpeft
@@ -36,10 +37,6 @@ import jpeft
 PyTree = Any
 Metrics = Mapping[str, Any]
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
-
-
-class Failed(Exception):
-    """The training, or a check of its result, failed."""
 
 
 @dataclasses.dataclass(frozen=True)

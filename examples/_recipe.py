@@ -118,10 +118,13 @@ def find(path: str | Path) -> Path:
     for candidate in (Path(path), ROOT / path):
         if candidate.is_file():
             return candidate
-    known = sorted(file.stem for file in (ROOT / "configs").glob("*.toml"))
+    folder = Path(path).parent
+    if folder.parts[:1] != ("configs",) or not (ROOT / folder).is_dir():
+        folder = Path("configs")
+    known = sorted(file.stem for file in (ROOT / folder).glob("*.toml"))
     raise FileNotFoundError(
-        f"no recipe {path}; the repository has configs/<name>.toml for the names "
-        f"{', '.join(known)}"
+        f"no recipe {path}; the repository has {folder.as_posix()}/<name>.toml for the "
+        f"names {', '.join(known)}"
     )
 
 

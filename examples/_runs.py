@@ -16,6 +16,14 @@ SETTINGS, CHECKPOINTS, ADAPTER = "settings.json", "checkpoints", "adapter"
 METRICS, CURVES = "metrics.json", "curves.png"
 
 
+class Failed(Exception):
+    """The training, or a check of its result, failed."""
+
+
+class Unattachable(ValueError):
+    """The model cannot take what a recipe adds."""
+
+
 class Interrupted(Exception):
     """Training ended early; a checkpoint of it was written."""
 

@@ -3,6 +3,7 @@
     python examples/compare_methods.py [--methods lora bitfit full] [--seeds 0 1 2]
         [--jobs N] [--costs-only] [--markdown FILE] [--plot FILE.png] [--out FOLDER]
         [--small] [any option of examples/finetune.py]
+    python examples/compare_methods.py --task sft [...]     # see _compare_sft.py
 
 A method is a recipe, ``configs/<name>.toml``: all of them unless ``--methods`` chooses.
 Each is trained by ``finetune.py`` from the same seeds on the same examples in the same
@@ -396,13 +397,24 @@ def _put_labels(figure: Any, axes: Any, shown: Mapping[str, Row]) -> None:
 # --- the command line ----------------------------------------------------------------
 
 
+TASKS = ("classify", "sft")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
+    tasks = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given = {"choices": TASKS, "default": TASKS[0], "help": "(%(default)s)"}
+    tasks.add_argument("--task", **given)
+    if tasks.parse_known_args(argv)[0].task == "sft":
+        import _compare_sft  # needs more than this table
+
+        return _compare_sft.main(argv)
     options = _compare.parser(__doc__, seeds=[0, 1, 2], out="runs/compare_methods")
     options.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw it: .png or .svg"
     )
     options.add_argument("--costs-only", action="store_true", help="train nothing")
+    options.add_argument("--task", **given)
     files = "--markdown", "--plot"
     args, rest = _compare.parse(options, argv, own=OWN_OPTIONS, files=files)
     if args.costs_only:

@@ -43,7 +43,7 @@ except ModuleNotFoundError as missing:
         "pip install -e '.[examples,hf,plots]'"
     ) from None
 
-CONFIG = "configs/dpo.toml"
+CONFIG = "configs/language/dpo.toml"
 # Losses of log-ratios to a reference, losses of log-probabilities, those that count
 # tokens, and those that know wrong labels.
 REFERRED = (

@@ -46,6 +46,7 @@ try:
     import _runs
     import _stages
     import _text
+    from _runs import Failed
     from safetensors import SafetensorError
     from tqdm import tqdm
 except ModuleNotFoundError as missing:
@@ -59,10 +60,6 @@ EVALUATIONS_PER_EPOCH = 2
 # held-out examples; the scores before and after use all.
 SUBSET = 256
 MERGE_TOLERANCE = 1e-4  # float32 sums in another order, on logits of order 1 to 10
-
-
-class Failed(Exception):
-    """The training or a check of its result failed."""
 
 
 # -------------------------------------------------------------------------- the heart

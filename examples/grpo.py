@@ -50,7 +50,7 @@ except ModuleNotFoundError as missing:
         "pip install -e '.[examples,hf,plots]'"
     ) from None
 
-CONFIG = "configs/grpo.toml"
+CONFIG = "configs/language/grpo.toml"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,6 +69,7 @@ class Config:
     "untied" (`lm_head`), or "score", one number a token (`score`), for reward models
     and critics.
     scan: one stacked layer under `nn.scan`, compiled once; otherwise `layers_0`, ...
+    unroll: layers in a turn of the scan.
     remat: activations inside a layer are computed again in the backward pass.
     """
 
@@ -88,6 +89,7 @@ class Config:
     qk_norm: bool = False
     window: int | None = None
     scan: bool = True
+    unroll: int = 1
     remat: bool = False
     dtype: Any = jnp.float32
 
@@ -220,6 +222,7 @@ class Decoder(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
                 length=c.layers,
+                unroll=c.unroll,
             )
             x, both = scanned(c, name="layers")(x, seen, rotary, start, both)
             return x, *(both or (None, None))

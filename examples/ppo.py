@@ -54,7 +54,7 @@ except ModuleNotFoundError as missing:
         "pip install -e '.[examples,hf,plots]'"
     ) from None
 
-CONFIG = "configs/ppo.toml"
+CONFIG = "configs/language/ppo.toml"
 REWARD = Path("runs/reward/adapter")
 
 

@@ -47,7 +47,7 @@ except ModuleNotFoundError as missing:
         "pip install -e '.[examples,hf,plots]'"
     ) from None
 
-CONFIG = "configs/reward.toml"
+CONFIG = "configs/language/reward.toml"
 HEAD = "score"
 
 

@@ -2,7 +2,7 @@
 
     python examples/sft.py                             # QLoRA on SmolLM2, default data
     python examples/sft.py --data alpaca.json --length 512 --steps 1000
-    python examples/sft.py --config configs/sft_lora.toml --base path/to/Qwen3-0.6B
+    python examples/sft.py --config configs/sft/lora.toml --base path/to/Qwen3-0.6B
     python examples/sft.py --resume                         # after Ctrl-C
 
 The default base is SmolLM2-135M-Instruct in the few bits of its GGUF file, the default
@@ -50,7 +50,7 @@ except ModuleNotFoundError as missing:
         "pip install -e '.[examples,hf,plots]'"
     ) from None
 
-CONFIG = "configs/sft_qlora.toml"
+CONFIG = "configs/language/sft_qlora.toml"
 
 
 @dataclasses.dataclass(frozen=True)
