@@ -24,27 +24,36 @@ from _rows import TOO_LONG
 from jpeft import objectives
 
 PyTree = Any
-# What a talkative model puts around an answer; the preference of the default data is
-# against it.
-TALK = (
+# What is not wanted in the default data: talk around an answer, and less than one.
+# Were all of it longer than the answer, the shortest text would be the best.
+UNWANTED = (
     "Sure! {answer} Let me know if you have any other questions.",
     "This is a Python function. {answer} I hope that this helps!",
     "The `{name}` function is used in Python. {answer}",
     "Here is what the function does: {answer} It is often used in Python programs.",
     "{answer} This function takes arguments and returns a value, as functions do.",
+    "{half}",
+    "{word}.",
+    "{half}",
 )
 
 
 def default() -> list[_dialogues.Pair]:
-    """One plain sentence, preferred to the same with talk around it.
+    """One plain sentence, preferred to the same with talk around it, or to a part of it.
 
     `_signatures.follows` tells the two apart.
     """
     made = []
     for k, x in enumerate(_signatures.dialogues()):
         name = x.question[-1]["content"].split("\n")[-1].partition("(")[0]
-        talk = TALK[k % len(TALK)].format(answer=x.answer, name=name.split(".")[-1])
-        made.append(_dialogues.Pair(tuple(x.question), x.answer, talk, x.at))
+        words = x.answer.split()
+        unwanted = UNWANTED[k % len(UNWANTED)].format(
+            answer=x.answer,
+            name=name.split(".")[-1],
+            half=" ".join(words[: len(words) // 2]),
+            word=words[0].rstrip(".,"),
+        )
+        made.append(_dialogues.Pair(tuple(x.question), x.answer, unwanted, x.at))
     return made
 
 

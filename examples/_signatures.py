@@ -52,9 +52,15 @@ def dialogues() -> list[Dialogue]:
 
 
 def follows(answer: str) -> bool:
-    """Whether an answer has the form of the data: one sentence, on one line."""
-    sentence = _SENTENCE.fullmatch(answer.strip())
-    return bool(sentence) and len(answer) <= MOST_LETTERS and "\n" not in answer.strip()
+    """Whether an answer has the form of the data: one sentence of four words or more, on
+    one line."""
+    answer = answer.strip()
+    return (
+        _SENTENCE.fullmatch(answer) is not None
+        and "\n" not in answer
+        and len(answer) <= MOST_LETTERS
+        and len(answer.split()) >= LEAST_WORDS
+    )
 
 
 def _documented(file: Path, module: str) -> Iterator[tuple[str, str]]:

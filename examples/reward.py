@@ -10,7 +10,7 @@ arXiv:2203.02155).  The new head trains in full, and is saved with the adapter.
 
 Pairs are rows of `prompt`, `chosen`, `rejected`, texts or chats (`_dialogues.py`).  The
 default ones can be checked by a rule: the answer in one plain sentence is preferred to
-the same one with talk around it (`_pairs.py`).
+the same one with talk around it, and to a part of it (`_pairs.py`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ import csv
 import json
 
 import _dialogues
+import _pairs
 import _rows
+import _signatures
 import numpy as np
 import pytest
 
@@ -189,3 +191,15 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     path.write_text("x")
     with pytest.raises(ValueError, match=r"ends in \.json, \.jsonl"):
         _dialogues.dialogues(path)
+
+
+# --- the default data ----------------------------------------------------------------
+
+
+def test_a_rule_tells_the_default_pairs_apart():
+    pairs = _pairs.default()
+    assert len(pairs) > 1000
+    assert all(_signatures.follows(p.chosen) for p in pairs)
+    assert not any(_signatures.follows(p.rejected) for p in pairs)
+    longer = [len(p.rejected) > len(p.chosen) for p in pairs]
+    assert 0.5 < sum(longer) / len(longer) < 0.75  # length does not tell
