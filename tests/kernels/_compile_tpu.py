@@ -1,7 +1,7 @@
 """Compiles every 4-bit kernel for one generation of TPU; prints a line of JSON each.
 
     python tests/kernels/_compile_tpu.py v5e        every case
-    python tests/kernels/_compile_tpu.py v5e 3      every third
+    python tests/kernels/_compile_tpu.py v5e few    each kernel once, and the largest
 
 A process of its own: libtpu is loaded into it, and one crash is one generation's.
 """
@@ -91,12 +91,16 @@ CASES = {
     "the same, one token, float32": product(MATMUL, 1, 53248, 16384, 64, F32),
     "its transpose": product(TRANSPOSED, 2048, 16384, 53248, 64, BF16),
 }
+FEW = [
+    *("quantize", "dequantize", "matmul", "matmul, one token"),
+    *("transposed", "transposed, one token", "experts", "down projection of 405B"),
+]
 
 
 if __name__ == "__main__":
     compiler = _tpu_compiler.Compiler(sys.argv[1])
-    nth = int(sys.argv[2]) if len(sys.argv) > 2 else 1
-    for name, (f, arguments) in [*CASES.items()][::nth]:
+    for name in FEW if sys.argv[2:] == ["few"] else CASES:
+        f, arguments = CASES[name]
         line = {"case": name}
         try:
             line["seconds"] = round(compiler(f, *arguments).seconds, 1)
