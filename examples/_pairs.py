@@ -39,7 +39,7 @@ UNWANTED = (
 
 
 def default() -> list[_dialogues.Pair]:
-    """One plain sentence, preferred to the same with talk around it, or to a part of it.
+    """One plain sentence, preferred to it with talk around, or to a part of it.
 
     `_signatures.follows` tells the two apart.
     """

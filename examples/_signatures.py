@@ -52,11 +52,12 @@ def dialogues() -> list[Dialogue]:
 
 
 def follows(answer: str) -> bool:
-    """Whether an answer has the form of the data: one sentence of four words or more, on
-    one line."""
+    """Whether an answer has the data's form: one sentence of four words or more."""
     answer = answer.strip()
+    first = _SENTENCE.match(answer)
     return (
-        _SENTENCE.fullmatch(answer) is not None
+        first is not None
+        and first[1] == answer
         and "\n" not in answer
         and len(answer) <= MOST_LETTERS
         and len(answer.split()) >= LEAST_WORDS
