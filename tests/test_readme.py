@@ -15,7 +15,7 @@ from flax.training.train_state import TrainState
 import jpeft
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-LINEN, NNX, FILTER, STATE, EXPORT, QUANTIZED = re.findall(
+LINEN, NNX, FILTER, STATE, EXPORT, QUANTIZED, LOSS = re.findall(
     r"```python\n(.*?)```", README, re.S
 )
 
@@ -133,3 +133,15 @@ def test_the_quantised_lines(tmp_path, monkeypatch, capsys):
     exec(QUANTIZED, names | {"base_params": base, "uses": uses} | (made := {}), made)
     assert made["merged"]["Dense_0"]["kernel"].dtype == jnp.bfloat16
     assert "Dense_0/kernel" in capsys.readouterr().out
+
+
+def test_the_lines_on_the_loss_of_a_large_vocabulary():
+    names = {
+        "jpeft": jpeft,
+        "params": {"embed": {"embedding": jnp.zeros((11, 5))}},
+        "hidden": jnp.ones((2, 3, 5)),
+        "labels": BATCH["tokens"],
+        "mask": jnp.ones((2, 3), bool),
+    }
+    exec(LOSS, names)
+    np.testing.assert_allclose(names["loss"].mean(), np.log(11), rtol=1e-6)
