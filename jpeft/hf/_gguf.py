@@ -186,7 +186,7 @@ NUMBERS = frozenset(_NAMES.values())
 
 def _library(path: Path) -> Any:
     try:
-        import gguf
+        import gguf  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as missing:
         raise ModuleNotFoundError(
             f"{path}: its blocks are decoded by gguf, which is not installed; type: "
