@@ -109,8 +109,8 @@ def adapter(world, out, scored=False):
 @pytest.mark.parametrize(
     "name",
     [
-        "sft",
-        *(pytest.param(x, marks=pytest.mark.slow) for x in SCRIPTS if x != "sft"),
+        "reward",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in SCRIPTS if x != "reward"),
     ],
 )
 def test_an_interrupted_run_ends_as_one_that_was_not(world, tmp_path, capsys, name):
@@ -137,6 +137,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(world, tmp_path, capsys, na
     assert (whole / "curves.png").exists() and (whole / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_settings_of_another_run_are_not_resumed(world, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(world, "sft", out, stop_after=2) == 130
@@ -193,6 +194,7 @@ def test_a_reward_function_that_gives_no_number_is_refused(world, function, says
         task.score(["a", "b"], QUESTIONS[:2])
 
 
+@pytest.mark.slow
 def test_a_run_whose_rewards_are_none_ends_with_a_sentence(world, tmp_path, capsys):
     name = f"{world / 'rewards.py'}:broken"
     assert run(world, "grpo", tmp_path / "out", "--reward", name) == 1
@@ -262,6 +264,7 @@ def test_a_prompt_that_fills_the_context_is_refused(world, capsys):
 # --- four roles, one base ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_four_roles_pass_their_base_once(world, tmp_path):
     """The arguments of a round are one base, four trees of adapters, and what the
     optimiser keeps."""

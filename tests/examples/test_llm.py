@@ -57,6 +57,7 @@ def applied(config):
     return jax.jit(llm.Decoder(config).apply, static_argnames="logits_from")
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(golden, tmp_path, name):
     folder = folder_of(golden, name, tmp_path / name)
@@ -165,6 +166,7 @@ def with_virtual(ids, mask, count):
     return jpeft.prepend_virtual_tokens(ids, count, vocab_size=37, mask=mask)[:2]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", METHODS)
 def test_padding_on_either_side_changes_nothing(name):
     ids = ids_of()
@@ -177,6 +179,7 @@ def test_padding_on_either_side_changes_nothing(name):
         np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", METHODS)
 def test_cached_and_uncached_logits_agree(name):
     """The first five tokens at once, padded on the left, then one by one."""
@@ -197,6 +200,7 @@ def test_cached_and_uncached_logits_agree(name):
     )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", METHODS)
 def test_packed_documents_do_not_see_each_other(name):
     """Two documents and padding in one row; each as if it were alone."""

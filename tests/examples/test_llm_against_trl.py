@@ -66,8 +66,8 @@ def test_sft_is_that_of_trl(world):
         "counted": BATCH["completion_mask"][:2].astype(bool),
     }
     loss = sft.make_loss(language)
-    value, grads = jax.value_and_grad(
-        lambda t: loss(jpeft.combine(t, frozen), batch).mean()
+    value, grads = jax.jit(
+        jax.value_and_grad(lambda t: loss(jpeft.combine(t, frozen), batch).mean())
     )(trainable)
     np.testing.assert_allclose(value, FILE["llama/sft"], rtol=1e-5)
     assert_gradients(grads, "sft")
@@ -87,6 +87,6 @@ def test_dpo_is_that_of_trl(world):
     def loss(t):
         return dpo.measured(language, how, jpeft.combine(t, frozen), batch, 3)[0].mean()
 
-    value, grads = jax.value_and_grad(loss)(trainable)
+    value, grads = jax.jit(jax.value_and_grad(loss))(trainable)
     np.testing.assert_allclose(value, FILE["llama/dpo"], rtol=1e-5)
     assert_gradients(grads, "dpo")
