@@ -82,7 +82,8 @@ def skip_float16(items):
         return
     skip = pytest.mark.skip(reason="jaxlib has no float16 without F16C")
     for item in items:
-        named = re.search(r"(?<!b)float16", item.name)
+        # GGUF's formats have their scales in float16.
+        named = re.search(r"(?<!b)float16|\bq[48]_[01]\b", item.name)
         if named or item.get_closest_marker("float16"):
             item.add_marker(skip)
 
