@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _text import decoded
 
 Message = dict[str, str]
 ROLES = {
@@ -265,7 +266,7 @@ def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        found = json.loads(_decoded(path))
+        found = json.loads(decoded(path))
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}:{error.lineno}: not valid JSON ({error.msg}); a file with one "
@@ -279,7 +280,7 @@ def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     # Not splitlines(), which also splits at characters that JSON allows in a string.
-    for number, line in enumerate(_decoded(path).split("\n"), start=1):
+    for number, line in enumerate(decoded(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -295,7 +296,9 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     lines = csv.DictReader(
-        io.StringIO(_decoded(path), newline=""), delimiter=delimiter, strict=True
+        io.StringIO(decoded(path), newline=""),
+        delimiter=delimiter,
+        strict=True,
     )
     at = 1
     try:
@@ -330,18 +333,6 @@ def _checked(at: str, row: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(row, dict):
         raise ValueError(f"{at}: expected an object, found {row!r:.60}")
     return at, row
-
-
-def _decoded(path: Path) -> str:
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}:{line}: expected UTF-8, found the byte "
-            f"0x{content[error.start]:02x}; save the file as UTF-8"
-        ) from error
 
 
 def split(items: Sequence[Any], held_out: int, seed: int) -> tuple[list, list]:

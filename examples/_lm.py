@@ -75,8 +75,8 @@ class Language:
 
 
 def load(path: Path | None, form: str = "stored", **changes: Any) -> Language:
-    """form: of the base's weights in memory.  "stored": as the file has them, which of
-    a GGUF file in few bits are its codes; "float32", "bfloat16": plain numbers.
+    """form: of the base's weights in memory.  "stored": the codes of a GGUF file, and
+    plain float32 of files without codes; "float32", "bfloat16": plain numbers.
 
     changes: fields of `llm.Config`.
     """
@@ -96,12 +96,11 @@ def load(path: Path | None, form: str = "stored", **changes: Any) -> Language:
             f"{config.vocab} rows; a token beyond them has no vector"
         )
     model = llm.Decoder(config)
-    stored = form == "stored"
     base = jpeft.hf.load_base(
         path,
         like=llm.shapes(model),
-        transform="stored" if stored else None,
-        dtype=None if stored else form,
+        transform="stored" if form == "stored" and path.suffix == ".gguf" else None,
+        dtype=None if form == "stored" else form,
     )
     return Language(path, config, model, tokenizer, base)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -130,13 +131,9 @@ class Job:
     bar: str = "loss"
     done: int = 0
 
-    @property
+    @functools.cached_property
     def manager(self) -> jpeft.CheckpointManager:
-        if not hasattr(self, "_manager"):
-            self._manager = jpeft.CheckpointManager(
-                self.out / _runs.CHECKPOINTS, self.peft
-            )
-        return self._manager
+        return jpeft.CheckpointManager(self.out / _runs.CHECKPOINTS, self.peft)
 
     def lines(self, kind: str | None = None) -> list[dict[str, Any]]:
         """What was measured so far; kind: "train" or "evaluate"."""
@@ -340,6 +337,41 @@ def _error(text: object, code: int) -> int:
 
 
 # --- what a run shows ----------------------------------------------------------------
+
+
+def tell(
+    job: Job,
+    names: Sequence[str],
+    train: Sequence[str],
+    evaluate: Sequence[str],
+    **more: Any,
+) -> None:
+    """What was held out, before and after; into `metrics.json` with `more`, and drawn.
+
+    names: of evaluations, told.  train, evaluate: as `curves` takes them.
+    """
+    first, last = job.lines("evaluate")[0], job.lines("evaluate")[-1]
+    for name in names:
+        label = f"held-out {name.replace('_', ' ')}"
+        print(f"{label:<24}{first[name]:>8.3f} -> {last[name]:.3f}")
+    count, steps = jpeft.count(job.params), job.lines("train")
+    if "kl" in steps[-1]:
+        print(f"{'KL of an answer':<24}{steps[-1]['kl']:>8.3f} at the end")
+    _runs.write_json(
+        job.out / _runs.METRICS,
+        {
+            "recipe": job.name,
+            "settings": job.settings,
+            "parameters": {"trainable": count.trainable, "frozen": count.frozen},
+            "before": first,
+            "after": last,
+            "last_step": steps[-1],
+            "tokens_per_s": float(np.median([x["tokens_per_s"] for x in steps])),
+            **more,
+        },
+    )
+    curves(job, train, evaluate)
+    print(f"written  {job.out}: {_runs.ADAPTER}, {_runs.METRICS}, {_runs.CURVES}")
 
 
 def curves(job: Job, train: Sequence[str], evaluate: Sequence[str]) -> None:

@@ -206,7 +206,7 @@ def read(
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     # Not splitlines(), which also splits at characters that JSON allows in a string.
-    for number, line in enumerate(_decoded(path).split("\n"), start=1):
+    for number, line in enumerate(decoded(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -226,7 +226,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    content = io.StringIO(_decoded(path), newline="")
+    content = io.StringIO(decoded(path), newline="")
     rows = csv.reader(content, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     line = 1
@@ -251,7 +251,8 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ) from error
 
 
-def _decoded(path: Path) -> str:
+def decoded(path: Path) -> str:
+    """The text of a file; ValueError, naming the line, if it is not UTF-8."""
     content = path.read_bytes()
     try:
         return content.decode("utf-8-sig")

@@ -34,7 +34,6 @@ try:
     import _pairs
     import _recipe
     import _report
-    import _runs
     import reward
     from _recipe import _setting
 except ModuleNotFoundError as missing:
@@ -212,29 +211,12 @@ def prepare(args: argparse.Namespace) -> _loop.Job:
 def work(job: _loop.Job, training: Callable[[], None]) -> None:
     print(_report.table(jpeft.summary(job.params), full=False))
     training()
-    first, last = job.lines("evaluate")[0], job.lines("evaluate")[-1]
-    for name in ("accuracy", "margin", "chosen", "rejected"):
-        print(f"held-out {name:<9} {first[name]:.3f} -> {last[name]:.3f}")
-    count = jpeft.count(job.params)
-    _runs.write_json(
-        job.out / _runs.METRICS,
-        {
-            "recipe": job.name,
-            "settings": job.settings,
-            "parameters": {"trainable": count.trainable, "frozen": count.frozen},
-            "before": first,
-            "after": last,
-        },
-    )
-    _loop.curves(job, ["loss"], ["accuracy", "margin"])
-    print(f"written  {job.out}: {_runs.ADAPTER}, {_runs.METRICS}, {_runs.CURVES}")
+    names = ["accuracy", "margin", "chosen", "rejected"]
+    _loop.tell(job, names, ["loss"], ["accuracy", "margin"])
 
 
 def parser() -> argparse.ArgumentParser:
-    made = _loop.options(__doc__, Settings, CONFIG)
-    made.add_argument("--data", type=Path, help="pairs, .jsonl, .json, .csv, .parquet")
-    made.add_argument("--eval", type=Path, help="held-out pairs (a part of --data)")
-    return made
+    return reward.pair_options(_loop.options(__doc__, Settings, CONFIG))
 
 
 def main(argv: Sequence[str] | None = None, *, stop_after: int | None = None) -> int:

@@ -67,11 +67,13 @@ class Writer:
         chats: Sequence[Sequence[dict[str, str]]],
         show: Callable[[str], None] | None = None,
         length: int | None = None,
+        counted: int | None = None,
     ) -> list[str]:
         """What the model says next in each chat.
 
         show: receives the text of a single answer piece by piece.
         length: of the prompts, padded; None for a power of two.
+        counted: so many of the chats are new, for `speed`; None: all.
         """
         prompts = [self.language.prompt(c, self.virtual) for c in chats]
         self._check(prompts)
@@ -94,9 +96,32 @@ class Writer:
                     shown = text
             if bool(np.all(state.done)):
                 break
-        self.tokens += int(np.sum(state.lengths))
+        texts = self._texts(state)
+        if show is not None:
+            show(texts[0][len(shown) :])
+        self.tokens += int(np.sum(np.asarray(state.lengths)[:counted]))
         self.seconds += time.perf_counter() - began
-        return self._texts(state)
+        return texts
+
+    def in_batches(
+        self,
+        chats: Sequence[Sequence[dict[str, str]]],
+        size: int,
+        length: int | None = None,
+    ) -> list[str]:
+        """What the model says next in each chat; so many at a time, by length."""
+        lengths = [len(self.language.prompt(c, self.virtual)) for c in chats]
+        order = sorted(range(len(chats)), key=lengths.__getitem__)
+        answers: dict[int, str] = {}
+        for at in range(0, len(order), size):
+            some = order[at : at + size]
+            # Filled up where it is not full: no other shape is compiled for it.
+            full = [*some, *[some[-1]] * (size - len(some))]
+            found = self.answers(
+                [chats[k] for k in full], length=length, counted=len(some)
+            )
+            answers.update(zip(some, found, strict=False))
+        return [answers[k] for k in range(len(chats))]
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         longest, context = max(map(len, prompts)), self.language.config.context
@@ -123,38 +148,27 @@ class Writer:
 
 def chat(writer: Writer, system: str | None, lines: Iterator[str]) -> None:
     """Questions by lines, answers as they are written."""
-    messages = [{"role": "system", "content": system}] if system else []
+    messages = begun(system)
     for line in lines:
         if not line.strip():
             continue
-        messages.append({"role": "user", "content": line.strip()})
-        print_now = lambda text: print(text, end="", flush=True)
+        asked = [*messages, {"role": "user", "content": line.strip()}]
         try:
-            answer = writer.answers([messages], print_now)[0]
-        except ValueError as error:
+            answer = writer.answers([asked], print_now)[0]
+        except ValueError as error:  # too long: the chat goes on without it
             print(f"error: {error}", file=sys.stderr)
-            messages.pop()
             continue
         print("\n")
-        messages.append({"role": "assistant", "content": answer})
+        messages = [*asked, {"role": "assistant", "content": answer}]
 
 
-def batches(
-    writer: Writer, system: str | None, questions: Sequence[str], size: int
-) -> Iterator[tuple[str, str]]:
-    """(question, answer), in order; so many at a time, by length."""
-    first = [{"role": "system", "content": system}] if system else []
-    chats = [[*first, {"role": "user", "content": q}] for q in questions]
-    lengths = [len(writer.language.prompt(c, writer.virtual)) for c in chats]
-    order = sorted(range(len(chats)), key=lengths.__getitem__)
-    answers: dict[int, str] = {}
-    for at in range(0, len(order), size):
-        some = order[at : at + size]
-        # A batch that is not full is filled up: no other shape is compiled for it.
-        full = [*some, *[some[-1]] * (size - len(some))]
-        found = writer.answers([chats[k] for k in full])
-        answers.update(zip(some, found, strict=False))
-    yield from ((q, answers[k]) for k, q in enumerate(questions))
+def print_now(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def begun(system: str | None) -> list[dict[str, str]]:
+    """A chat before its first question."""
+    return [{"role": "system", "content": system}] if system else []
 
 
 def parser() -> argparse.ArgumentParser:
@@ -209,12 +223,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             questions = [x for x in lines if x.strip()]
             if not questions:
                 raise ValueError(f"{args.prompts}: holds no questions")
-            for question, answer in batches(
-                writer, args.system, questions, args.batch_size
-            ):
+            ask = lambda text: [*begun(args.system), {"role": "user", "content": text}]
+            answers = writer.in_batches([ask(q) for q in questions], args.batch_size)
+            for question, answer in zip(questions, answers, strict=True):
                 print(f"> {question}\n{answer}\n")
         elif args.prompt is not None:
-            chat(writer, args.system, iter([args.prompt]))
+            asked = [*begun(args.system), {"role": "user", "content": args.prompt}]
+            writer.answers([asked], print_now)
+            print("\n")
         else:
             print("Type a question; Ctrl-D ends the chat.", file=sys.stderr)
             chat(writer, args.system, _typed())

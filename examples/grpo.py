@@ -41,7 +41,6 @@ try:
     import _report
     import _rewards
     import _rollout
-    import _runs
     import _sampling
     from _recipe import _setting
 except ModuleNotFoundError as missing:
@@ -382,23 +381,8 @@ def evaluation(
 def work(job: _loop.Job, training: Callable[[], None]) -> None:
     print(_report.table(jpeft.summary(job.params), full=False))
     training()
-    first, last = job.lines("evaluate")[0], job.lines("evaluate")[-1]
-    for name in ("reward", "perfect"):
-        print(f"held-out {name:<8} {first[name]:.3f} -> {last[name]:.3f}")
-    rounds = job.lines("train")
-    print(f"KL of an answer to the reference: {rounds[-1]['kl']:.2f} at the end")
-    _runs.write_json(
-        job.out / _runs.METRICS,
-        {
-            "recipe": job.name,
-            "settings": job.settings,
-            "before": first,
-            "after": last,
-            "kl": rounds[-1]["kl"],
-        },
-    )
-    _loop.curves(job, ["reward", "kl", "answer_tokens"], ["reward"])
-    print(f"written  {job.out}: {_runs.ADAPTER}, {_runs.METRICS}, {_runs.CURVES}")
+    drawn = ["reward", "kl", "answer_tokens"]
+    _loop.tell(job, ["reward", "perfect"], drawn, ["reward"])
 
 
 def parser() -> argparse.ArgumentParser:

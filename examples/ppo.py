@@ -43,7 +43,6 @@ try:
     import _recipe
     import _report
     import _rollout
-    import _runs
     import _sampling
     import _signatures
     import reward
@@ -435,23 +434,8 @@ def evaluation(roles: Roles, judge: Any, rows: Questions) -> Callable[..., Any]:
 def work(job: _loop.Job, training: Callable[[], None]) -> None:
     print(_report.table(jpeft.summary(job.params), full=False))
     training()
-    first, last = job.lines("evaluate")[0], job.lines("evaluate")[-1]
-    for name in ("reward", "answer_tokens", "ended"):
-        print(f"held-out {name:<13} {first[name]:.3f} -> {last[name]:.3f}")
-    rounds = job.lines("train")
-    print(f"KL of an answer to the reference: {rounds[-1]['kl']:.2f} at the end")
-    _runs.write_json(
-        job.out / _runs.METRICS,
-        {
-            "recipe": job.name,
-            "settings": job.settings,
-            "before": first,
-            "after": last,
-            "kl": rounds[-1]["kl"],
-        },
-    )
-    _loop.curves(job, ["reward", "kl", "answer_tokens"], ["reward"])
-    print(f"written  {job.out}: {_runs.ADAPTER}, {_runs.METRICS}, {_runs.CURVES}")
+    names = ["reward", "answer_tokens", "ended"]
+    _loop.tell(job, names, ["reward", "kl", "answer_tokens"], ["reward"])
 
 
 def parser() -> argparse.ArgumentParser:

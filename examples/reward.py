@@ -38,7 +38,6 @@ try:
     import _recipe
     import _report
     import _rows
-    import _runs
     import llm
     from _recipe import _setting
 except ModuleNotFoundError as missing:
@@ -222,26 +221,15 @@ def prepare(args: argparse.Namespace) -> _loop.Job:
 def work(job: _loop.Job, training: Callable[[], None]) -> None:
     print(_report.table(jpeft.summary(job.params), full=False))
     training()
-    first, last = job.lines("evaluate")[0], job.lines("evaluate")[-1]
-    for name in ("accuracy", "margin"):
-        print(f"held-out {name:<9} {first[name]:.3f} -> {last[name]:.3f}")
-    count = jpeft.count(job.params)
-    _runs.write_json(
-        job.out / _runs.METRICS,
-        {
-            "recipe": job.name,
-            "settings": job.settings,
-            "parameters": {"trainable": count.trainable, "frozen": count.frozen},
-            "before": first,
-            "after": last,
-        },
-    )
-    _loop.curves(job, ["loss"], ["accuracy", "margin"])
-    print(f"written  {job.out}: {_runs.ADAPTER}, {_runs.METRICS}, {_runs.CURVES}")
+    _loop.tell(job, ["accuracy", "margin"], ["loss"], ["accuracy", "margin"])
 
 
 def parser() -> argparse.ArgumentParser:
-    made = _loop.options(__doc__, Settings, CONFIG)
+    return pair_options(_loop.options(__doc__, Settings, CONFIG))
+
+
+def pair_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """With the options that name preference pairs."""
     made.add_argument("--data", type=Path, help="pairs, .jsonl, .json, .csv, .parquet")
     made.add_argument("--eval", type=Path, help="held-out pairs (a part of --data)")
     return made

@@ -39,7 +39,6 @@ try:
     import _recipe
     import _report
     import _rows
-    import _runs
     import _signatures
     import generate
     from _recipe import _setting
@@ -204,6 +203,7 @@ class Run(_loop.Job):
     language: Any = None
     held_out: list[_dialogues.Dialogue] = dataclasses.field(default_factory=list)
     virtual: int = 0
+    default_data: bool = True
 
 
 def prepare(args: argparse.Namespace) -> Run:
@@ -252,6 +252,7 @@ def prepare(args: argparse.Namespace) -> Run:
         language=language,
         held_out=held_out,
         virtual=virtual,
+        default_data=args.data is None,
     )
 
 
@@ -284,18 +285,20 @@ def answers(run: Run, params: Any) -> list[str]:
     writer = generate.Writer(
         *(run.language, params, GREEDY, run.how.answer_tokens), virtual=run.virtual
     )
-    size = min(8, len(chats))
-    some = [chats[k : k + size] for k in range(0, len(chats) - size + 1, size)]
     longest = max(len(run.language.prompt(c, run.virtual)) for c in chats)
-    return [x for part in some for x in writer.answers(part, length=longest)]
+    return writer.in_batches(chats, min(8, len(chats)), longest)
 
 
 def scores(run: Run, said: Sequence[str]) -> dict[str, float]:
-    """Shares of answers that are exactly the expected one, and that have its form."""
+    """Shares of answers that are exactly the expected one, and, of the default data,
+    that have its form."""
     asked = [x for x in run.held_out if x.messages]
     exact = [a.strip() == x.answer.strip() for a, x in zip(said, asked, strict=False)]
-    form = [_signatures.follows(a) for a in said]
-    return {"exact_match": float(np.mean(exact)), "one_sentence": float(np.mean(form))}
+    found = {"exact_match": float(np.mean(exact))}
+    if run.default_data:
+        form = [_signatures.follows(a) for a in said]
+        found["one_sentence"] = float(np.mean(form))
+    return found
 
 
 def work(run: Run, training: Callable[[], None]) -> None:
@@ -304,35 +307,19 @@ def work(run: Run, training: Callable[[], None]) -> None:
     before = answers(run, base)
     training()
     after = answers(run, run.params)
-    losses = [x["loss"] for x in run.lines("evaluate")]
-    results = {"loss": {"before": losses[0], "after": losses[-1]}}
-    print(f"held-out loss  {losses[0]:.3f} -> {losses[-1]:.3f} a token")
+    said = {}
     if after:
-        results["answers"] = {
-            "before": scores(run, before),
-            "after": scores(run, after),
-        }
-        for name in results["answers"]["after"]:
-            was, now = (results["answers"][k][name] for k in ("before", "after"))
-            print(f"{name.replace('_', ' '):<14} {was:.2f} -> {now:.2f}")
+        said = {"before": scores(run, before), "after": scores(run, after)}
         for k in range(min(3, len(after))):
             print(f"\n> {run.held_out[k].question[-1]['content']}")
             print(f"  before: {before[k]!r:.160}\n  after:  {after[k]!r:.160}")
-    count = jpeft.count(run.params)
-    _runs.write_json(
-        run.out / _runs.METRICS,
-        {
-            "recipe": run.name,
-            "settings": run.settings,
-            "parameters": {"trainable": count.trainable, "frozen": count.frozen},
-            **results,
-            "tokens_per_s": float(
-                np.median([x["tokens_per_s"] for x in run.lines("train")])
-            ),
-        },
+        print()
+        for name in said["after"]:
+            was, now = said["before"][name], said["after"][name]
+            print(f"{name.replace('_', ' '):<24}{was:>8.3f} -> {now:.3f}")
+    _loop.tell(
+        run, ["loss", "perplexity"], ["loss"], ["loss", "perplexity"], answers=said
     )
-    _loop.curves(run, ["loss"], ["loss", "perplexity"])
-    print(f"\nwritten  {run.out}: {_runs.ADAPTER}, {_runs.METRICS}, {_runs.CURVES}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -117,7 +117,8 @@ def test_an_interrupted_run_ends_as_one_that_was_not(world, tmp_path, capsys, na
     """Bit for bit, with the position in the data, what is drawn, the critic and the
     optimiser; and the metrics have every step once."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run(world, name, whole) == 0
+    assert run(world, name, whole, "--tensorboard") == 0
+    assert list((whole / "tensorboard").glob("events.*"))
     assert run(world, name, parts, stop_after=3) == 130
     assert "step 3 is saved" in capsys.readouterr().err
     assert run(world, name, parts, "--resume") == 0
@@ -220,7 +221,7 @@ def test_a_reward_function_that_is_not_there_is_refused(world):
 def test_questions_are_answered_with_and_without_an_adapter(world, tmp_path, capsys):
     file = tmp_path / "questions.txt"
     file.write_text("one?\na longer one?\nthe third?\n")
-    base = ["--base", str(world / "model"), "--base-form", "float32"]
+    base = ["--base", str(world / "model")]  # whose files have no codes to keep
     how = [*base, "--max-tokens", "5", "--temperature", "0", "--batch-size", "2"]
     assert generate.main([*how, "--prompts", str(file)]) == 0
     shown = capsys.readouterr()
@@ -257,7 +258,7 @@ def test_questions_are_answered_with_an_adapter(world, tmp_path, capsys, peft, m
 
 def test_a_prompt_that_fills_the_context_is_refused(world, capsys):
     base = ["--base", str(world / "model"), "--base-form", "float32"]
-    assert generate.main([*base, "--prompt", "x" * 500, "--max-tokens", "9"]) == 0
+    assert generate.main([*base, "--prompt", "x" * 500, "--max-tokens", "9"]) == 2
     assert "do not fit into the model's context of 512" in capsys.readouterr().err
 
 
