@@ -84,7 +84,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Of one training.  one_sentence: None without questions."""
+    """Of one training.  one_sentence: None but on the default data."""
 
     trainable: int
     parameters: int
@@ -186,8 +186,9 @@ def untrained(run: sft.Run) -> Untrained:
 
 
 def one_sentence(run: sft.Run, params: Any) -> float | None:
+    """The share of one-sentence answers; none on examples of another kind."""
     said = sft.answers(run, params)
-    return sft.scores(run, said)["one_sentence"] if said else None
+    return sft.scores(run, said).get("one_sentence") if said else None
 
 
 def compiled_step(run: sft.Run) -> tuple[float, Any]:
