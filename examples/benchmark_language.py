@@ -5,9 +5,10 @@
     python examples/benchmark_language.py --torch            # and the peer
 
 Training: a LoRA step (rank 16 on all linear layers, AdamW, float32) of 8 x 64 tokens.
-Writing: greedy, from a prompt of 32 tokens, one row and eight.  jpeft's base is once
-plain float32, as the peer's, and once the codes of the GGUF file.  CPU-seconds are of
-all threads; the rounds alternate between the two, so that both meet the same machine.
+Writing: 32 tokens, greedy, from a prompt of 32 tokens, one row and eight.  jpeft's
+base is once plain float32, as the peer's, and once the codes of the GGUF file.
+CPU-seconds are of all threads; the rounds alternate between the two, so that both meet
+the same machine.
 The peer runs in a process of its own.
 """
 
@@ -76,7 +77,7 @@ def with_jpeft(form: str) -> dict[str, Callable[[], Any]]:
     writer = _sampling.Compiled.of(
         _sampling.Writer(
             jpeft.adapt(language.model.apply),
-            *(language.config, (-1,), language.tokenizer.pad, TURNS + 1),
+            *(language.config, (-1,), language.tokenizer.pad, TURNS),
             _sampling.GREEDY,
         )
     )
@@ -85,14 +86,10 @@ def with_jpeft(form: str) -> dict[str, Callable[[], Any]]:
         prompts = ids(rows, PROMPT).astype(np.int32)
         mask = np.ones(prompts.shape, bool)
         params = jpeft.combine(kept[0], frozen)
-        start = writer.begin(params, prompts, mask, jax.random.key(0))
-        state = [writer.go_on(params, start, 1)]
 
         def write() -> None:
-            state[0] = state[0]._replace(count=state[0].count * 0 + 1)
-            length = state[0].cache.length * 0 + PROMPT + 1
-            state[0] = state[0]._replace(cache=state[0].cache._replace(length=length))
-            state[0] = jax.block_until_ready(writer.go_on(params, state[0], TURNS + 1))
+            start = writer.begin(params, prompts, mask, jax.random.key(0))
+            jax.block_until_ready(writer.go_on(params, start, TURNS))
 
         return write
 
