@@ -29,8 +29,8 @@ beside other trainings.
                  and costs nothing.  Otherwise the FLOPs of reading a row, over those of
                  the base, and the virtual tokens in front of every text.
 
-AdaLoRA, diff pruning and LoRA+ are not here: they ask more of the training loop than
-sft.py has.  A recipe that the model cannot take has a row with the reason.  Rows are in
+Diff pruning is not here: it trains every parameter, in two stages, and sft.py has one.
+A recipe that the model cannot take has a row with the reason.  Rows are in
 the order of the parameters they train.  Exit codes: as of the other table.
 """
 
@@ -200,10 +200,10 @@ def compiled_step(run: sft.Run) -> tuple[float, Any]:
     key = jax.random.key(run.how.seed)
     step = run.step.lower(trainable, run.state, frozen, batch, key)
     # Parts of a batch are a loop too, and do the same work as the whole.
-    optimizer = _loop.optimizer(run.how)
-    whole = sft.make_step(unrolled(run.language), optimizer, 1)
+    stage = sft.make_stage(run.how)
+    whole = sft.make_step(unrolled(run.language), stage, 1)
     trainable, frozen = jpeft.partition(plain(run.params))
-    state = jax.eval_shape(optimizer.init, trainable)
+    state = jax.eval_shape(stage.optimizer.init, trainable)
     counted = whole.lower(trainable, state, frozen, batch, key)
     return counted.cost_analysis()["flops"], step.compile()
 

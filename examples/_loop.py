@@ -114,6 +114,7 @@ class Job:
     tokens: (batch) -> how many a step reads, for the bar.
     steps, evaluate_every, save_every, seed: as in Settings.
     bar: the metric that the progress bar shows.
+    finish: what becomes of the parameters after the last step, before they are saved.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Job:
     evaluate: Callable[[PyTree, PyTree], Metrics] | None = None
     tokens: Callable[[Any], int] = lambda batch: batch["ids"].size
     bar: str = "loss"
+    finish: Callable[[PyTree], PyTree] | None = None
     done: int = 0
 
     @functools.cached_property
@@ -218,6 +220,8 @@ def train(
                 )
             if stopped and not last:
                 raise _runs.Interrupted
+    if job.finish is not None:
+        job.params = job.finish(job.params)
     job.params = jpeft.finalize(job.params)
     jpeft.save(
         *(job.out / _runs.ADAPTER, job.params, job.peft), step=job.done, overwrite=True

@@ -52,6 +52,7 @@ def with_jpeft(form: str) -> dict[str, Callable[[], Any]]:
     import _lm
     import _loop
     import _sampling
+    import _stages
     import jax
     import sft
 
@@ -68,7 +69,7 @@ def with_jpeft(form: str) -> dict[str, Callable[[], Any]]:
         "segments": np.ones((ROWS, TOKENS), np.int32),
         "counted": np.ones((ROWS, TOKENS), bool),
     }
-    step = sft.make_step(language, optimizer, 1)
+    step = sft.make_step(language, _stages.Stage(1, optimizer), 1)
 
     def train() -> None:
         kept[0], kept[1], metrics = step(*kept, frozen, batch, jax.random.key(0))

@@ -40,6 +40,7 @@ try:
     import _report
     import _rows
     import _signatures
+    import _stages
     import generate
     from _recipe import _setting
     from _sampling import GREEDY
@@ -67,6 +68,9 @@ class Settings(_loop.Settings):
     samples: int = _setting(16, "held-out questions that are answered")
     answer_tokens: int = _setting(40, "tokens of an answer, at most")
     remat: bool = _setting(False, "activations computed again, for memory")
+    # Tables of their own below [train]; see _stages.
+    lora_plus: _stages.LoraPlus | None = None
+    adalora: _stages.AdaLora | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,10 +109,28 @@ def make_loss(language: _lm.Language) -> Callable[..., objectives.Weighted]:
     return loss
 
 
+def make_stage(how: Settings) -> _stages.Stage:
+    """The training, with what LoRA+ or AdaLoRA asks of it."""
+
+    def make(steps: int, **changes: float) -> optax.GradientTransformation:
+        optimizer = _loop.optimizer(dataclasses.replace(how, steps=steps, **changes))
+        plus = how.lora_plus
+        return jpeft.optim.lora_plus(optimizer, plus.ratio) if plus else optimizer
+
+    if how.adalora:
+        [stage] = how.adalora.stages(how.steps, make)
+        return stage
+    return _stages.Stage(how.steps, make(how.steps))
+
+
 def make_step(
-    language: _lm.Language, optimizer: optax.GradientTransformation, accumulate: int
+    language: _lm.Language, stage: _stages.Stage, accumulate: int
 ) -> Callable[..., Any]:
-    loss = make_loss(language)
+    """(trainable, state, frozen, batch, key) -> (trainable, state, metrics), jitted.
+
+    The metric `loss` is without the stage's penalty.
+    """
+    loss, penalty = make_loss(language), stage.penalty
 
     def of(trainable, batch, frozen):
         data, key = batch
@@ -120,7 +142,9 @@ def make_step(
         total, grads = objectives.accumulated_value_and_grad(of)(
             trainable, parts, frozen
         )
-        updates, state = optimizer.update(grads, state, trainable)
+        if penalty is not None:
+            grads = optax.tree.add(grads, jax.grad(penalty)(trainable))
+        updates, state = stage.optimizer.update(grads, state, trainable)
         metrics = {
             "loss": total.mean(),
             "grad_norm": optax.global_norm(grads),
@@ -225,7 +249,7 @@ def prepare(args: argparse.Namespace) -> Run:
     test = rows(language, held_out, how, virtual, "held-out examples")
     key = jax.random.key(how.seed)
     params = language.attach(peft, key)
-    optimizer = _loop.optimizer(how)
+    stage = make_stage(how)
     print(
         f"{len(train)} examples in {len(data)} rows of {how.length} tokens, "
         f"{100 * np.mean(data.segments > 0):.0f} % filled, "
@@ -244,11 +268,12 @@ def prepare(args: argparse.Namespace) -> Run:
         peft=peft,
         base=language.base,
         params=params,
-        state=optimizer.init(jpeft.partition(params)[0]),
-        step=make_step(language, optimizer, how.accumulate),
+        state=stage.optimizer.init(jpeft.partition(params)[0]),
+        step=make_step(language, stage, how.accumulate),
         batches=_loop.shuffled(data, how),
         how=how,
         evaluate=evaluation(language, test, how.batch_size),
+        finish=stage.finish,
         language=language,
         held_out=held_out,
         virtual=virtual,

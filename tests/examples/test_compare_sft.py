@@ -78,14 +78,15 @@ def rows_of(text):
 # ------------------------------------------------------------------------ the recipes
 
 
-def test_recipes_differ_in_what_trains_its_rate_and_the_base_alone():
+def test_recipes_differ_in_what_trains_its_rates_and_the_base_alone():
     names = _compare.names(_compare_sft.SFT)
     assert {"lora", "full", "prompt", "adapter", "qlora"} <= set(names)
     common = sft.Settings()
     for name in names:
         file = _compare.recipe_file(name, _compare_sft.SFT)
         _, how = _recipe.read(file, {}, sft.Settings)
-        own = {"learning_rate": how.learning_rate, "base_form": how.base_form}
+        own = ("learning_rate", "base_form", "lora_plus", "adalora")
+        own = {field: getattr(how, field) for field in own}
         assert how == dataclasses.replace(common, **own), name
 
 

@@ -138,6 +138,34 @@ def test_an_interrupted_run_ends_as_one_that_was_not(world, tmp_path, capsys, na
     assert (whole / "curves.png").exists() and (whole / "metrics.json").exists()
 
 
+ADALORA = """
+[[peft]]
+method = "adalora"
+rank = 4
+where = "linear"
+
+[train]
+learning_rate = 4e-3
+
+[train.adalora]
+target_rank = 2
+"""
+
+
+@pytest.mark.slow
+def test_what_adalora_prunes_is_not_saved(world, tmp_path):
+    recipe, out = tmp_path / "adalora.toml", tmp_path / "run"
+    recipe.write_text(ADALORA)
+    assert run(world, "sft", out, "--config", str(recipe), "--steps", "8") == 0
+    found = json.loads((out / "metrics.json").read_text())
+    assert found["after"]["loss"] < found["before"]["loss"]
+    pruned = lambda x: hasattr(x, "lam")
+    leaves = jax.tree.leaves(adapter(world, out), is_leaf=pruned)
+    kept = [np.asarray(x.lam) for x in filter(pruned, leaves)]
+    # Two of four triplets a matrix, on average.
+    assert 0 < sum(map(np.count_nonzero, kept)) <= 2 * sum(len(x) for x in kept)
+
+
 @pytest.mark.slow
 def test_settings_of_another_run_are_not_resumed(world, tmp_path, capsys):
     out = tmp_path / "run"

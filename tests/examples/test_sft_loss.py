@@ -5,9 +5,11 @@ import dataclasses
 import _lm
 import _loop
 import _rows
+import _stages
 import jax
 import llm
 import numpy as np
+import optax
 import pytest
 import sft
 from test_llm import METHODS, SMALL, adapted
@@ -58,7 +60,7 @@ def test_parts_of_a_batch_do_not_matter():
     found = []
     for parts in (1, 6):
         optimizer = _loop.optimizer(sft.Settings(schedule="constant"))
-        step = sft.make_step(LANGUAGE, optimizer, parts)
+        step = sft.make_step(LANGUAGE, _stages.Stage(1, optimizer), parts)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
             state = optimizer.init(trainable)
             copied = jax.tree.map(np.array, trainable)
@@ -67,3 +69,23 @@ def test_parts_of_a_batch_do_not_matter():
     for metrics, _ in found[1:]:
         for name in ("loss", "grad_norm", "counted_tokens"):
             np.testing.assert_allclose(metrics[name], found[0][0][name], rtol=1e-6)
+
+
+def test_a_penalty_counts_once_however_many_the_parts():
+    params, _ = adapted("lora")
+    trainable, frozen = jpeft.partition(params)
+    batch = batch_of(_rows.one_each(documents(0), 16, pad=2))
+    sgd, moved = optax.sgd(1.0), []
+    for penalty in (None, lambda t: 0.5 * optax.tree.norm(t, squared=True)):
+        step = sft.make_step(LANGUAGE, _stages.Stage(1, sgd, penalty), 3)
+        copied = jax.tree.map(np.array, trainable)
+        state = sgd.init(trainable)
+        moved.append(step(copied, state, frozen, batch, jax.random.key(0))[0])
+    # The gradient of the penalty are the parameters themselves.
+    for start, without, with_it in zip(
+        *map(jax.tree.leaves, (trainable, *moved)), strict=True
+    ):
+        largest = float(np.abs(start).max()) + 1e-6
+        np.testing.assert_allclose(
+            without - with_it, start, rtol=0, atol=1e-6 * largest + 1e-6
+        )
