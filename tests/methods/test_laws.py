@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable
 
 import chex
+import formulas
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -296,6 +297,46 @@ def test_merged_equals_unmerged(method, name):
     assert jax.tree.structure(merged) == jax.tree.structure(f.params)
     # float32 sums in another order
     np.testing.assert_allclose(got, plain(name)(merged, *f.args), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].merges])
+def test_a_merged_weight_is_the_formula(method):
+    """The other laws compare a method with itself."""
+    tree = trained(method, "scan_remat")
+    before = dict(slots(form("scan_remat").params).items())
+    merged, acts = dict(slots(jpeft.merge(tree)).items()), []
+    for path, leaf in slots(tree).items():
+        if not is_leaf(leaf):
+            continue
+        want = formulas.value(leaf, tree)
+        # float32, sums of at most 14 terms
+        atol = 16 * np.finfo(np.float32).eps * np.abs(want).max()
+        np.testing.assert_allclose(merged[path], want, rtol=0, atol=atol)
+        acts.append(not np.allclose(want, before[path], atol=0.01))
+    assert np.mean(acts) > 0.5  # a gate may be closed
+
+
+# alpha is 3 and the rank 2 wherever a method has both.
+SCALES = dict.fromkeys(("lora", "adalora", "pissa", "dora", "loha", "lokr"), 1.5)
+SCALES |= {"qlora": 1.5, "loftq": 1.5, "rslora": 3 / 2**0.5}
+
+
+@pytest.mark.parametrize("method", SCALES)
+def test_a_delta_is_scaled_by_alpha_over_the_rank(method):
+    leaves = formulas.every(attached(method, "scan_remat"))
+    found = [x.scale for x in leaves if isinstance(getattr(x, "scale", None), float)]
+    assert found and found == pytest.approx([SCALES[method]] * len(found))
+
+
+def test_a_bias_that_the_model_lacks_is_added():
+    fn = lambda p, x: jnp.tanh(x @ p["kernel"])
+    w, x = np.eye(7, 5) + 0.25, np.linspace(-1, 1, 14).reshape(2, 7)
+    bias = np.linspace(-0.5, 0.5, 5)
+    single = lambda x: jnp.asarray(x, jnp.float32)
+    tree = jpeft.bitfit(where=None, add="linear")(KEY, {"kernel": single(w)})
+    tree = {"kernel": tree["kernel"].replace(bias=single(bias))}
+    got = jax.jit(jpeft.adapt(fn))(tree, single(x))
+    np.testing.assert_allclose(got, np.tanh(x @ w + bias), rtol=0, atol=1e-6)
 
 
 @pytest.mark.sample(3)

@@ -1,21 +1,12 @@
-"""Every method that changes a weight, beside its paper's formula in float64 NumPy.
+"""What each leaf makes of a weight: its paper's formula, in float64 NumPy.
 
-The laws compare a method with itself, merged and not; here stands what it should be.
+Of kernels (*stack, in, out), as those of Linen's layers are.
 """
 
-import math
-
-import jax
-import jax.numpy as jnp
 import numpy as np
-import pytest
-from test_laws import METHODS, form, trained
 
-import jpeft
 from jpeft.leaf import is_leaf
 from jpeft.tree.paths import slots
-
-FORM = "scan_remat"  # all weights of layers are stacks, kernels (layers, in, out)
 
 
 def array(x):
@@ -105,46 +96,3 @@ def value(x, tree):
         return array(x)
     base = None if type(x).__name__ == "Quantized" else value(x.base, tree)
     return FORMULAS[type(x).__name__](x, base, tree)
-
-
-MERGING = [name for name, method in METHODS.items() if method.merges]
-
-
-@pytest.mark.parametrize("name", MERGING)
-def test_a_merged_weight_is_the_formula(name):
-    tree, before = trained(name, FORM), dict(slots(form(FORM).params).items())
-    merged, acts = dict(slots(jpeft.merge(tree)).items()), []
-    for path, x in slots(tree).items():
-        if not is_leaf(x):
-            continue
-        want = value(x, tree)
-        # float32 sums of at most 14 terms
-        atol = 16 * np.finfo(np.float32).eps * np.abs(want).max()
-        np.testing.assert_allclose(array(merged[path]), want, rtol=0, atol=atol)
-        acts.append(not np.allclose(want, array(before[path]), atol=0.01))
-    # A gate may be closed.
-    assert np.mean(acts) > 0.5
-
-
-# alpha is 3 and the rank 2 wherever a method has both.
-SCALES = dict.fromkeys(("lora", "adalora", "pissa", "dora", "loha", "lokr"), 1.5)
-SCALES |= {"qlora": 1.5, "loftq": 1.5, "rslora": 3 / math.sqrt(2)}
-
-
-@pytest.mark.parametrize("name", SCALES)
-def test_a_delta_is_scaled_by_alpha_over_the_rank(name):
-    found = [x.scale for x in every(trained(name, FORM)) if hasattr(x, "scale")]
-    found = [x for x in found if isinstance(x, float)]
-    assert found and found == pytest.approx([SCALES[name]] * len(found))
-
-
-def test_a_bias_that_the_model_lacks_is_added():
-    fn = lambda p, x: jnp.tanh(x @ p["kernel"])
-    w, x = np.eye(7, 5) + 0.25, np.linspace(-1, 1, 14).reshape(2, 7)
-    bias = np.linspace(-0.5, 0.5, 5)
-    single = lambda x: jnp.asarray(x, jnp.float32)
-    transform = jpeft.bitfit(where=None, add="linear")
-    tree = transform(jax.random.key(0), {"kernel": single(w)})
-    tree = {"kernel": tree["kernel"].replace(bias=single(bias))}
-    got = jax.jit(jpeft.adapt(fn))(tree, single(x))
-    np.testing.assert_allclose(got, np.tanh(x @ w + bias), rtol=0, atol=1e-6)
