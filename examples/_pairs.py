@@ -36,6 +36,8 @@ UNWANTED = (
     "{word}.",
     "{half}",
 )
+# Without it hardly any answer of the base ends within the tokens that PPO gives it.
+SHORT = "\n\nAnswer in one short sentence."
 
 
 def default() -> list[_dialogues.Pair]:
@@ -45,7 +47,8 @@ def default() -> list[_dialogues.Pair]:
     """
     made = []
     for k, x in enumerate(_signatures.dialogues()):
-        name = x.question[-1]["content"].split("\n")[-1].partition("(")[0]
+        [asked] = x.question
+        name = asked["content"].split("\n")[-1].partition("(")[0]
         words = x.answer.split()
         unwanted = UNWANTED[k % len(UNWANTED)].format(
             answer=x.answer,
@@ -53,7 +56,8 @@ def default() -> list[_dialogues.Pair]:
             half=" ".join(words[: len(words) // 2]),
             word=words[0].rstrip(".,"),
         )
-        made.append(_dialogues.Pair(tuple(x.question), x.answer, unwanted, x.at))
+        question = ({**asked, "content": asked["content"] + SHORT},)
+        made.append(_dialogues.Pair(question, x.answer, unwanted, x.at))
     return made
 
 

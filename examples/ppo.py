@@ -44,7 +44,6 @@ try:
     import _report
     import _rollout
     import _sampling
-    import _signatures
     import reward
     from _recipe import _setting
 except ModuleNotFoundError as missing:
@@ -61,7 +60,7 @@ REWARD = Path("runs/reward/adapter")
 class Settings(_loop.Settings):
     """The ``[train]`` table of a recipe for PPO."""
 
-    prompt_length: int = _setting(64, "tokens of a question")
+    prompt_length: int = _setting(72, "tokens of a question")
     answer_length: int = _setting(24, "tokens of an answer")
     base_form: str = _setting("stored", "the base in memory: stored, float32, bfloat16")
     temperature: float = _setting(1.0, "answers are drawn from softmax(logits / this)")
@@ -309,7 +308,7 @@ def questions(
 def read(args: argparse.Namespace) -> list[Any]:
     """The chats that end with a question."""
     if args.data is None:
-        return [x.question for x in _signatures.dialogues()]
+        return [x.question for x in _pairs.default()]
     chats = []
     for at, row in _dialogues.rows(args.data):
         if "prompt" not in row:

@@ -54,7 +54,7 @@ HEAD = "score"
 class Settings(_loop.Settings):
     """The ``[train]`` table of a recipe for preference pairs."""
 
-    prompt_length: int = _setting(64, "tokens of a question")
+    prompt_length: int = _setting(72, "tokens of a question")
     answer_length: int = _setting(32, "tokens of an answer")
     too_long: str = _setting("truncate", "truncate, drop or keep (an error) pairs")
     base_form: str = _setting("stored", "the base in memory: stored, float32, bfloat16")
