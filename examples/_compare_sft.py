@@ -64,7 +64,7 @@ import jpeft
 UNIT = "lora"  # the recipe that costs are compared with
 BUDGET = ("--steps", "16", "--batch-size", "4", "--length", "192")
 SMALL = ("--steps", "2", "--samples", "2", "--held-out", "8")
-OWN_OPTIONS = (*_compare.OWN_OPTIONS, "--config", "--tensorboard")
+OWN_OPTIONS = (*_compare.OWN_OPTIONS, "--config", "--full", "--tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -291,6 +291,7 @@ def options(description: str | None, kind: Any, config: str) -> argparse.Argumen
     add("--out", type=Path, help="folder of results (runs/<name of the recipe>)")
     add("--base", type=Path, help="Hugging Face folder or GGUF file (SmolLM2-135M)")
     _recipe.add_options(add, kind)
+    add("--full", action="store_true", help="a long run: the recipe's [train.full]")
     add("--tensorboard", action="store_true", help="metrics for TensorBoard too")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")

@@ -132,9 +132,13 @@ def read(
     path: Path, overrides: Mapping[str, Any], kind: Any = Train
 ) -> tuple[jpeft.Transform, Any]:
     """What trains, and how, a ``kind``; overrides that are not None replace the
-    recipe's."""
+    recipe's.
+
+    With the override ``full`` the table ``[train.full]`` replaces them first.
+    """
     try:
         transform, table = config.read(path)
+        table = _full(table, kind, overrides["full"]) if "full" in overrides else table
         train = kind(
             **{
                 key: _table(f"train.{key}", _stages.TABLES[key], value)
@@ -150,6 +154,21 @@ def read(
     known = [field.name for field in settings(kind)]
     given = {k: overrides[k] for k in known if overrides.get(k) is not None}
     return transform, dataclasses.replace(train, **given)
+
+
+def _full(table: Mapping[str, Any], kind: Any, wanted: bool) -> Mapping[str, Any]:
+    """The table of a short run, or of a long one."""
+    table = dict(table)
+    more = table.pop("full", None)
+    if more is not None:
+        if not isinstance(more, Mapping):
+            raise ValueError(f"write [train.full], a table, not {more!r}")
+        more = _known("train.full", kind, more)
+    if not wanted:
+        return table
+    if more is None:
+        raise ValueError("--full: the recipe has no table [train.full] for it")
+    return {**table, **more}
 
 
 def _known(name: str, kind: Any, table: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """Instruction tuning (SFT) of a language model, with any recipe of jpeft.
 
     python examples/sft.py                             # QLoRA on SmolLM2, default data
+    python examples/sft.py --full                      # the same for long, not minutes
     python examples/sft.py --data alpaca.json --length 512 --steps 1000
     python examples/sft.py --config configs/sft/lora.toml --base path/to/Qwen3-0.6B
     python examples/sft.py --resume                         # after Ctrl-C

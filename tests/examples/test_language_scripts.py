@@ -3,6 +3,7 @@
 import json
 
 import _loop
+import _recipe
 import _rewards
 import dpo
 import generate
@@ -208,6 +209,34 @@ def test_an_unknown_key_of_a_recipe_is_refused(world, tmp_path, capsys):
     recipe.write_text('[[peft]]\nmethod = "lora"\nrank = 2\n[train]\nlenght = 5\n')
     assert run(world, "sft", tmp_path / "out", "--config", str(recipe)) == 2
     assert "did you mean 'length'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_long_run_is_in_the_recipe(name):
+    script = SCRIPTS[name]
+    file = _recipe.find(script.CONFIG)
+    short, long = (
+        _recipe.read(file, {"full": x, "seed": 3}, script.Settings)[1]
+        for x in (False, True)
+    )
+    assert long.steps > 5 * short.steps and long.batch_size > short.batch_size
+    assert long.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ("", "has no table [train.full]"),
+        ("[train.full]\nstps = 5", "[train.full] has no key 'stps'; did you mean"),
+        ("[train]\nfull = 5", "write [train.full], a table, not 5"),
+    ],
+)
+def test_a_long_run_that_is_not_there_is_refused(world, tmp_path, capsys, table, says):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f'[[peft]]\nmethod = "lora"\nrank = 2\n{table}')
+    options = "--config", str(recipe), "--full"
+    assert run(world, "sft", tmp_path / "out", *options) == 2
+    assert says in capsys.readouterr().err
 
 
 # --- rewards -------------------------------------------------------------------------
