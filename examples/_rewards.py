@@ -12,6 +12,7 @@ import dataclasses
 import importlib
 import importlib.util
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,16 @@ import numpy as np
 
 Row = dict[str, Any]
 Reward = Callable[[list[str], list[Row]], Sequence[float | None]]
+
+
+READS = ("last_number", "whole")
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def last_number(answer: str) -> str:
+    """Without commas; nothing where there is none."""
+    found = _NUMBER.findall(answer)
+    return found[-1].replace(",", "") if found else ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,8 +66,13 @@ class Task:
         return np.array([np.nan if x is None else x for x in found], np.float32)
 
 
-def of_gym(name: str, size: int, seed: int, options: dict[str, Any]) -> Task:
-    """A task of reasoning-gym (Stojanovski et al. 2025, arXiv:2505.24760)."""
+def of_gym(
+    name: str, size: int, seed: int, options: dict[str, Any], read: str = "whole"
+) -> Task:
+    """A task of reasoning-gym (Stojanovski et al. 2025, arXiv:2505.24760).
+
+    read: what of an answer is judged, of `READS`.
+    """
     try:
         import reasoning_gym
     except ModuleNotFoundError:
@@ -69,10 +85,11 @@ def of_gym(name: str, size: int, seed: int, options: dict[str, Any]) -> Task:
     except (ValueError, TypeError, AssertionError) as error:
         raise ValueError(f"reasoning-gym's task {name!r}: {error}") from error
     rows = [{"prompt": x["question"], "entry": x} for x in data]
+    part = last_number if read == "last_number" else str.strip
 
     def reward(answers: list[str], rows: list[Row]) -> list[float]:
         return [
-            float(data.score_answer(a.strip(), r["entry"]))
+            float(data.score_answer(part(a), r["entry"]))
             for a, r in zip(answers, rows, strict=True)
         ]
 

@@ -9,8 +9,8 @@ beside the group's mean (Shao et al. 2024, arXiv:2402.03300).  `loss` says how t
 are averaged: "grpo" favours short right and long wrong answers, "dapo" and "dr_grpo"
 do not (Yu et al. 2025, arXiv:2503.14476; Liu et al. 2025, arXiv:2503.20783).
 
-The default task is adding two digits, of reasoning-gym; an answer with more than the
-number counts less the longer it is.  A reward function that the user names sees the
+The default task is adding two digits, of reasoning-gym: an answer whose last number is
+the sum is worth 1, any other 0.  A reward function that the user names sees the
 answers and their rows (`_rewards.py`).
 """
 
@@ -74,6 +74,7 @@ class Settings(_loop.Settings):
     held_out: int = _setting(64, "questions held out")
     questions: int = _setting(512, "questions that are made, of a task")
     task: str = _setting("basic_arithmetic", "of reasoning-gym")
+    read: str = _setting("last_number", "what of an answer: last_number or whole")
     task_options: str = _setting(
         '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, '
         '"operators": ["+"], "allow_parentheses": false, "allow_negation": false}',
@@ -101,6 +102,7 @@ class Settings(_loop.Settings):
                 f"temperature must be above 0, found {self.temperature}: all answers "
                 "of a group would be the same"
             )
+        _loop.one_of("read", self.read, _rewards.READS)
         _loop.one_of("loss", self.loss, ("grpo", "bnpo", "dapo", "dr_grpo"))
         _loop.one_of("scale", self.scale, ("group", "batch", "none"))
         _loop.one_of("cut_off", self.cut_off, ("penalise", "mask", "keep"))
@@ -246,7 +248,9 @@ def task_of(args: argparse.Namespace, how: Settings) -> _rewards.Task:
     if args.reward is None:
         if args.data is not None:
             raise ValueError("--data without --reward: name a function that judges")
-        return _rewards.of_gym(how.task, how.questions, how.seed, how.options())
+        return _rewards.of_gym(
+            *(how.task, how.questions, how.seed, how.options(), how.read)
+        )
     if args.data is None:
         raise ValueError("--reward without --data: give a file with rows of 'prompt'")
     rows = []

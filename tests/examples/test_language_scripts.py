@@ -259,6 +259,19 @@ def test_a_run_whose_rewards_are_none_ends_with_a_sentence(world, tmp_path, caps
     assert "gave nan for the answer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("3 + 4 = 7.", "7"),
+        ("It is 1,204, I think", "1204"),
+        ("minus -2.5!", "-2.5"),
+        ("seven", ""),
+    ],
+)
+def test_the_last_number_of_an_answer(answer, number):
+    assert _rewards.last_number(answer) == number
+
+
 def test_answers_that_cannot_be_judged_are_left_out(world):
     task = _rewards.of_function(f"{world / 'rewards.py'}:half", QUESTIONS)
     found = task.score(["a", "b"], QUESTIONS[:2])
