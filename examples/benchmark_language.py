@@ -86,9 +86,9 @@ def with_jpeft(form: str) -> dict[str, Callable[[], Any]]:
     def writes(rows: int) -> Callable[[], Any]:
         prompts = ids(rows, PROMPT).astype(np.int32)
         mask = np.ones(prompts.shape, bool)
-        params = jpeft.combine(kept[0], frozen)
 
         def write() -> None:
+            params = jpeft.combine(kept[0], frozen)  # those before a step are gone
             start = writer.begin(params, prompts, mask, jax.random.key(0))
             jax.block_until_ready(writer.go_on(params, start, TURNS))
 
