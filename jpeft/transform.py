@@ -11,6 +11,7 @@ Laws, checked by the tests for every method:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import zlib
@@ -49,14 +50,71 @@ Pattern = tuple[tuple[str, Any], ...]
 
 
 def method(name: str) -> Callable[[T], T]:
-    """Enters a transform's class in the table of methods."""
+    """Enters a transform's class, a dataclass, in the table of methods.
+
+    The class is the method's factory too: its fields are the arguments, each with its
+    default and its check, whether the values come by a call or from a configuration.
+    """
 
     def enter(cls: T) -> T:
         cls.name = name
+        cls.__init__ = _naming_arguments(cls)  # type: ignore[method-assign]
         METHODS[name] = cls
         return cls
 
     return enter
+
+
+def _naming_arguments(cls: type[Transform]) -> Callable[..., None]:
+    """Its `__init__`, which says of arguments that do not fit which ones there are."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Transform, *args: Any, **kwargs: Any) -> None:
+        if misfit := _misfit(cls, len(args), kwargs, "argument", "call"):
+            raise TypeError(misfit)
+        init(self, *args, **kwargs)
+
+    return __init__
+
+
+def _misfit(
+    cls: type[Transform], by_place: int, named: Mapping[str, Any], item: str, whole: str
+) -> str:
+    """What is wrong with a transform's arguments, of which the first `by_place` have no
+    names, or "".  item, whole: what the message calls one of them, and all."""
+    fields = dataclasses.fields(cls)
+    known = [f.name for f in fields]
+    for key in named:
+        if key not in known:
+            return (
+                f"{cls.name}: unknown {item} {shown(key)}; did you mean "
+                f"{suggest(known, str(key), 1)[0]!r}? Known: {', '.join(sorted(known))}"
+            )
+    placed = [f.name for f in fields if not f.kw_only]
+    if by_place > len(placed):
+        taken = f"at most {len(placed)}: {', '.join(placed)}" if placed else "none"
+        return (
+            f"{cls.name}: {by_place} positional arguments, expected {taken}; write the "
+            "others with their names"
+        )
+    placed = placed[:by_place]
+    if twice := [n for n in placed if n in named]:
+        return f"{cls.name}: {twice[0]!r} is given twice, by position and by name"
+    needed = dataclasses.MISSING
+    missing = [
+        f.name
+        for f in fields
+        if f.default is needed and f.default_factory is needed
+        if f.name not in named and f.name not in placed
+    ]
+    return f"{cls.name}: the {whole} lacks {missing}" if missing else ""
+
+
+def written(default: Any, *, unless: Any = dataclasses.MISSING) -> Any:
+    """A field that a configuration leaves out at the value `unless`, not at its default
+    as other fields; without `unless` it is always written."""
+    return dataclasses.field(default=default, metadata={"unless": unless})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +172,9 @@ class Transform:
         out = {}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            default = (
-                f.default_factory()
-                if f.default_factory is not dataclasses.MISSING
-                else f.default
-            )
+            left_out = f.metadata.get("unless", f.default)
             if value is not None and (
-                value != default or default is dataclasses.MISSING
+                value != left_out or left_out is dataclasses.MISSING
             ):
                 pattern = f.name.endswith("_pattern")
                 out[f.name] = dict(value) if pattern else _data(value, of_callable)
@@ -129,23 +183,8 @@ class Transform:
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Transform:
         """From a configuration without its `method`; unknown keys are refused."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in fields:
-            if key not in known:
-                raise ValueError(
-                    f"{cls.name}: unknown key {shown(key)}; did you mean "
-                    f"{suggest(known, str(key), 1)[0]!r}? Known: "
-                    f"{', '.join(sorted(known))}"
-                )
-        missing = [
-            f.name
-            for f in dataclasses.fields(cls)
-            if f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
-            and f.name not in fields
-        ]
-        if missing:
-            raise ValueError(f"{cls.name}: the configuration lacks {missing}")
+        if misfit := _misfit(cls, 0, fields, "key", "configuration"):
+            raise ValueError(misfit)
         return cls(**fields)
 
 

@@ -24,7 +24,7 @@ NEEDS = {
     **dict.fromkeys(["prefix", "p_tuning", "p_tuning_v2", "prompt"], {"length": 2}),
     "loftq": {"rank": 2},
 }
-HELD = {"transform", "transforms"}  # fields that hold other transforms
+HELD = {"transforms"}  # fields that hold other transforms
 PATTERNS = [
     3,
     [4],
@@ -45,6 +45,7 @@ REFUSED = {
     "where": [3, {"a": 1}, b"a", "(a", ["a", ["b"]], [3], "(" * 999, "a{99999999999}"],
     "pattern": PATTERNS,
     "layers": ["01", 3, [True], [0.5], ["0"], [], {0: 1}],
+    "transform": [3, None, "lora", [], jpeft.ia3()],
     "ids": [3, "no such word", [0.5], [True], [[1]], [[1], 2], [], {1: 2}],
 }
 
@@ -59,8 +60,8 @@ def kind_of(method, name):
         return "dtype"
     if name.endswith("_pattern"):
         return "pattern"
-    if name == "layers":
-        return "layers"
+    if name in ("layers", "transform"):
+        return name
     if (method, name) == ("prompt", "init"):
         return "ids"
     default = getattr(made(method), name)

@@ -1,5 +1,9 @@
 """Recipes: unknown keys are refused with the nearest known one."""
 
+import copy
+import inspect
+import pickle
+import re
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -8,6 +12,7 @@ import numpy as np
 import pytest
 
 import jpeft
+from jpeft.transform import METHODS
 
 RECIPE = """
 [[peft]]
@@ -69,6 +74,84 @@ def test_bad_configurations(config, parts):
         jpeft.from_config(config)
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: jpeft.lora(8, alhpa=16),
+            r"lora: unknown argument 'alhpa'; did you mean 'alpha'\? Known: alpha, .*",
+        ),
+        (lambda: jpeft.lora(alpha=16), r"lora: the call lacks \['rank'\]"),
+        (
+            lambda: jpeft.lora(8, 16, "attention"),
+            "lora: 3 positional arguments, expected at most 2: rank, alpha; write .*",
+        ),
+        (lambda: jpeft.ia3("a"), "ia3: 1 positional arguments, expected none; .*"),
+        (
+            lambda: jpeft.lora(8, rank=8),
+            "lora: 'rank' is given twice, by position and by name",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(call, message):
+    with pytest.raises(TypeError) as error:
+        call()
+    assert re.fullmatch(message, str(error.value))
+
+
+# What a method cannot do without, and how many more it takes by position.
+NEEDED = {
+    "adalora": ({"rank": 3}, 1),
+    "adapter": ({}, 2),
+    "bitfit": ({}, 0),
+    "diff_pruning": ({}, 0),
+    "dora": ({"rank": 3}, 1),
+    "full": ({"where": ".*"}, 0),
+    "gated": ({"transform": jpeft.lora(2)}, 0),
+    "ia3": ({}, 0),
+    "loftq": ({"rank": 3}, 1),
+    "loha": ({"rank": 3}, 1),
+    "lokr": ({"rank": 3}, 1),
+    "lora": ({"rank": 3}, 1),
+    "mam": ({}, 3),
+    "norm_tuning": ({}, 0),
+    "p_tuning": ({"length": 3}, 0),
+    "p_tuning_v2": ({"length": 3}, 0),
+    "prefix": ({"length": 3}, 0),
+    "prompt": ({"length": 3}, 0),
+    "quantize": ({}, 4),
+    "unipelt": ({}, 4),
+    "vera": ({}, 1),
+}
+
+
+def test_a_call_is_the_configuration_of_the_same_arguments():
+    assert set(NEEDED) == set(METHODS) - {"chain"}
+    for name, (needed, more) in NEEDED.items():
+        made = getattr(jpeft, name)(*needed.values())
+        assert made == getattr(jpeft, name)(**needed)
+        data = {k: getattr(v, "to_config", lambda v=v: v)() for k, v in needed.items()}
+        assert made == jpeft.from_config({"method": name, **data})
+        assert made == jpeft.from_config(made.to_config())
+        assert copy.deepcopy(made) == pickle.loads(pickle.dumps(made)) == made
+        parameters = inspect.signature(getattr(jpeft, name)).parameters.values()
+        kinds = [p.kind for p in parameters]
+        by_position = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert kinds == sorted(kinds) and len(by_position) == len(needed) + more
+        assert {p.name for p in parameters if p.default is p.empty} == set(needed)
+
+
+def test_what_a_configuration_leaves_out():
+    """The marks of leaves in checkpoints are made of it."""
+    assert jpeft.vera().to_config() == {"method": "vera", "rank": 256}
+    assert jpeft.quantize(block_size=64).to_config() == {"method": "quantize"}
+    assert jpeft.quantize("q4_0").to_config() == {
+        "method": "quantize",
+        "format": "q4_0",
+        "block_size": 32,
+    }
 
 
 def test_bad_files(tmp_path):

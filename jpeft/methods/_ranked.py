@@ -10,13 +10,14 @@ from jpeft.tree.layout import LeafUse
 from jpeft.tree.where import Where
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Ranked(LeafMethod):
     """rank, alpha: of weights whose path no regular expression of rank_pattern and
     alpha_pattern matches.  dtype: of the method's arrays."""
 
     rank: Count
     alpha: Positive | None = None
+    _: dataclasses.KW_ONLY
     dtype: Floating | None = None
     rank_pattern: Counts = ()
     alpha_pattern: Positives = ()

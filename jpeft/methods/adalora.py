@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
@@ -45,7 +44,6 @@ from jpeft.methods.lora import check_rank, factor_shapes
 from jpeft.transform import method
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.paths import slots
-from jpeft.tree.where import Where
 from jpeft.types import PyTree
 
 STD = 0.02
@@ -123,43 +121,6 @@ def triplets(tree: PyTree) -> list[Triplets]:
 @method("adalora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaLoRA(Ranked):
-    """See `adalora`."""
-
-    dropout: Rate = 0.0
-    std: Positive = STD
-
-    def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Triplets:
-        rank, alpha = self.rank_of(path), self.alpha_of(path)
-        check_rank(path, rank, use)
-        dtype = self.adapter_dtype(base)
-        assert use.axes is not None
-        shapes = factor_shapes(use.shape, use.axes, rank)
-        of_p, of_q = jax.random.split(key)
-        normal = lambda k, s: self.std * jax.random.normal(k, s, jnp.float32)
-        draw = lambda k, n: drawn(normal, k, shapes[n]).astype(dtype)
-        return Triplets(
-            base=base,
-            axes=use.axes,
-            p=draw(of_p, "a"),
-            lam=filled((*use.sizes("s"), rank), 0, dtype),
-            q=draw(of_q, "b"),
-            scale=float((rank if alpha is None else alpha) / rank),
-            dropout=float(self.dropout),
-        )
-
-
-def adalora(
-    rank: int,
-    alpha: float | None = None,
-    *,
-    where: Where = "linear",
-    exclude: Where = (),
-    dropout: float = 0.0,
-    std: float = STD,
-    dtype: Any = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-) -> AdaLoRA:
     """A transform that gives each selected weight `rank` singular triplets to prune.
 
         W' = W + s P diag(lam) Q       s = alpha / rank
@@ -186,17 +147,31 @@ def adalora(
     >>> leaf.p.shape, leaf.lam.shape, leaf.q.shape
     ((7, 3), (3,), (3, 5))
     """
-    return AdaLoRA(
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        std=std,
-        dtype=dtype,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        where=where,
-        exclude=exclude,
-    )
+
+    dropout: Rate = 0.0
+    std: Positive = STD
+
+    def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Triplets:
+        rank, alpha = self.rank_of(path), self.alpha_of(path)
+        check_rank(path, rank, use)
+        dtype = self.adapter_dtype(base)
+        assert use.axes is not None
+        shapes = factor_shapes(use.shape, use.axes, rank)
+        of_p, of_q = jax.random.split(key)
+        normal = lambda k, s: self.std * jax.random.normal(k, s, jnp.float32)
+        draw = lambda k, n: drawn(normal, k, shapes[n]).astype(dtype)
+        return Triplets(
+            base=base,
+            axes=use.axes,
+            p=draw(of_p, "a"),
+            lam=filled((*use.sizes("s"), rank), 0, dtype),
+            q=draw(of_q, "b"),
+            scale=float((rank if alpha is None else alpha) / rank),
+            dropout=float(self.dropout),
+        )
+
+
+adalora = AdaLoRA
 
 
 # --- the penalty ---------------------------------------------------------------------

@@ -105,12 +105,50 @@ Scale = Annotated[float | str, check_scale]
 
 
 @method("adapter")
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Adapter(LeafMethod):
-    """See `adapter`."""
+    """A transform that puts bottleneck adapters at sub-layers.
+
+        y' = y + s (act(h D + d) U + u)     h = y, or the sub-layer's input
+
+    Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; He et
+    al. 2021, arXiv:2110.04366.
+
+    bottleneck: columns of D.  reduction: instead, how many times narrower than h they
+        are; None for both means 16, beside a parallel adapter 2.
+    placement: "houlsby": after attention and feed-forward.  "pfeiffer": after
+        feed-forward.  "parallel": beside feed-forward, on its input.
+    activation: "relu", "gelu", "gelu_exact", "swish", "tanh", "leaky_relu" or
+        "identity"; None means gelu for houlsby, relu for the other two.
+    scale: s, or "learned" for one number a sub-layer that trains from 1; None means 4
+        beside parallel, else 1.
+    gate: True multiplies what is added by one number an example, read from h; see
+        `jpeft.unipelt`.
+    late: wait through the dropout that follows the sub-layer, as in the papers.  Casts
+        and numbers that multiply the output are waited through as well.
+    init: "near_identity": D a Gaussian of 0.01 cut at two deviations, U zero.
+        "houlsby": both such Gaussians.  "bert": both Gaussians of 0.02, as AdapterHub.
+        "lora": D uniform with variance 1/(3 in), U zero.  None means "lora" for
+        parallel, else "near_identity".  Biases start at zero.
+    where, exclude: which sub-layers, by their path: "attention", "mlp", "all", a
+        regular expression, a callable, weights named in full; see
+        `jpeft.tree.sublayers`.  None means what the placement says.
+    dtype: of the adapter's arrays; None means float32, or float64 beside float64.
+    bottleneck_pattern: {regular expression for a sub-layer's path: bottleneck}.
+
+    There is no merged weight: `merge` refuses.  Raises ValueError for a selection that
+    matches nothing and for a sub-layer whose weights or axes are in doubt.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> mlp = {"up": {"kernel": jnp.ones((6, 5))}, "down": {"kernel": jnp.ones((5, 6))}}
+    >>> params = jpeft.adapter(3, placement="pfeiffer")(jax.random.key(0), {"mlp": mlp})
+    >>> jpeft.count(params).trainable  # (6 + 1) 3 + (3 + 1) 6
+    45
+    """
 
     bottleneck: Count | None = None
     reduction: Positive | None = None
+    _: dataclasses.KW_ONLY
     placement: Annotated[str, one_of(PLACEMENTS)] = "houlsby"
     activation: Annotated[str, one_of(ACTIVATIONS)] | None = None
     scale: Scale | None = None
@@ -219,6 +257,9 @@ class Adapter(LeafMethod):
         return kind(**fields)
 
 
+adapter = Adapter
+
+
 def _fields(use: LeafUse) -> dict[str, Any]:
     return {f.name: getattr(use, f.name) for f in dataclasses.fields(LeafUse)}
 
@@ -244,75 +285,6 @@ def _at_end(part: SubLayer, known: Mapping[str, LeafUse]) -> LeafUse:
             + f"exclude={part.path!r}"
         )
     return dataclasses.replace(bias, axes="".join(last.axes[k] for k in kept), doubt="")
-
-
-def adapter(
-    bottleneck: int | None = None,
-    reduction: float | None = None,
-    *,
-    placement: str = "houlsby",
-    activation: str | None = None,
-    scale: float | str | None = None,
-    gate: bool = False,
-    late: bool = True,
-    init: str | None = None,
-    where: Where | None = None,
-    exclude: Where = (),
-    dtype: Any = None,
-    bottleneck_pattern: Mapping[str, int] | None = None,
-) -> Adapter:
-    """A transform that puts bottleneck adapters at sub-layers.
-
-        y' = y + s (act(h D + d) U + u)     h = y, or the sub-layer's input
-
-    Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; He et
-    al. 2021, arXiv:2110.04366.
-
-    bottleneck: columns of D.  reduction: instead, how many times narrower than h they
-        are; None for both means 16, beside a parallel adapter 2.
-    placement: "houlsby": after attention and feed-forward.  "pfeiffer": after
-        feed-forward.  "parallel": beside feed-forward, on its input.
-    activation: "relu", "gelu", "gelu_exact", "swish", "tanh", "leaky_relu" or
-        "identity"; None means gelu for houlsby, relu for the other two.
-    scale: s, or "learned" for one number a sub-layer that trains from 1; None means 4
-        beside parallel, else 1.
-    gate: True multiplies what is added by one number an example, read from h; see
-        `jpeft.unipelt`.
-    late: wait through the dropout that follows the sub-layer, as in the papers.  Casts
-        and numbers that multiply the output are waited through as well.
-    init: "near_identity": D a Gaussian of 0.01 cut at two deviations, U zero.
-        "houlsby": both such Gaussians.  "bert": both Gaussians of 0.02, as AdapterHub.
-        "lora": D uniform with variance 1/(3 in), U zero.  None means "lora" for
-        parallel, else "near_identity".  Biases start at zero.
-    where, exclude: which sub-layers, by their path: "attention", "mlp", "all", a
-        regular expression, a callable, weights named in full; see
-        `jpeft.tree.sublayers`.  None means what the placement says.
-    dtype: of the adapter's arrays; None means float32, or float64 beside float64.
-    bottleneck_pattern: {regular expression for a sub-layer's path: bottleneck}.
-
-    There is no merged weight: `merge` refuses.  Raises ValueError for a selection that
-    matches nothing and for a sub-layer whose weights or axes are in doubt.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> mlp = {"up": {"kernel": jnp.ones((6, 5))}, "down": {"kernel": jnp.ones((5, 6))}}
-    >>> params = jpeft.adapter(3, placement="pfeiffer")(jax.random.key(0), {"mlp": mlp})
-    >>> jpeft.count(params).trainable  # (6 + 1) 3 + (3 + 1) 6
-    45
-    """
-    return Adapter(
-        bottleneck=bottleneck,
-        reduction=reduction,
-        placement=placement,
-        activation=activation,
-        scale=scale,
-        gate=gate,
-        late=late,
-        init=init,
-        dtype=dtype,
-        bottleneck_pattern=bottleneck_pattern,
-        where=where,
-        exclude=exclude,
-    )
 
 
 def draw(

@@ -96,7 +96,21 @@ def check_existing(method: str, name: str, where: Any) -> Any:
 @method("bitfit")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitFit(LeafMethod):
-    """See `bitfit`."""
+    """A transform that trains the model's biases, and on request adds some.
+
+    Ben Zaken et al. 2021, arXiv:2106.10199.
+
+    where: which of the model's biases; None for none of them.
+    add: weights without a bias that get one, such as "linear"; such a bias has no place
+        in the model, so `merge` refuses it.
+    exclude: what neither touches.  dtype: of the deltas; None means float32.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"dense": {"kernel": jnp.ones((7, 5)), "bias": jnp.zeros(5)}}
+    >>> params = jpeft.bitfit()(jax.random.key(0), params)
+    >>> jpeft.count(params)
+    Count(trainable=5, frozen=40)
+    """
 
     where: Annotated[Any, check_existing] = "bias"
     add: Where | None = None
@@ -147,6 +161,9 @@ class BitFit(LeafMethod):
         return _AddBias(where=self.add, exclude=self.exclude, dtype=self.dtype)
 
 
+bitfit = BitFit
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _AddBias(LeafMethod):
     """The second half of `bitfit(add=...)`."""
@@ -182,28 +199,3 @@ class _AddBias(LeafMethod):
         shape = tuple(use.shape[k] for k in labels)  # type: ignore[index]
         bias = filled(shape, 0, self.adapter_dtype(base))
         return AddedBias(base=base, axes=use.axes, bias=bias)
-
-
-def bitfit(
-    *,
-    where: Where | None = "bias",
-    add: Where | None = None,
-    exclude: Where = (),
-    dtype: Any = None,
-) -> BitFit:
-    """A transform that trains the model's biases, and on request adds some.
-
-    Ben Zaken et al. 2021, arXiv:2106.10199.
-
-    where: which of the model's biases; None for none of them.
-    add: weights without a bias that get one, such as "linear"; such a bias has no place
-        in the model, so `merge` refuses it.
-    exclude: what neither touches.  dtype: of the deltas; None means float32.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> params = {"dense": {"kernel": jnp.ones((7, 5)), "bias": jnp.zeros(5)}}
-    >>> params = jpeft.bitfit()(jax.random.key(0), params)
-    >>> jpeft.count(params)
-    Count(trainable=5, frozen=40)
-    """
-    return BitFit(where=where, add=add, exclude=exclude, dtype=dtype)

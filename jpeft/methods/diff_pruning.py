@@ -182,7 +182,27 @@ def added(base: Any, change: Float[Array, "..."], dtype: Any) -> jax.Array:
 @method("diff_pruning")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiffPruning(LeafMethod):
-    """See `diff_pruning`."""
+    """A transform that gives each selected array a gated difference.
+
+        W' = W + z * w      z hard concrete, at random where `adapt` is given a key
+
+    Guo et al. 2021, arXiv:2012.07463.  Add a small multiple of
+    `jpeft.expected_l0(params)` to the loss, then `jpeft.sparsify(params, density)`,
+    then train on: see the module.
+
+    where, exclude: which arrays, any floating-point ones; see `jpeft.tree.where`.
+    structured: a gate for each matrix or vector too, times its elements' gates.
+    alpha: what the gates start from; at 5 nearly all are open.
+    low, high: what the gates are stretched to, before they are clipped to 0 and 1.
+    temperature: of the gates; low ones are more often exactly 0 or 1.
+    dtype: of w and alpha; None means float32, or float64 beside float64.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"dense": {"kernel": jnp.ones((7, 5)), "bias": jnp.zeros(5)}}
+    >>> params = jpeft.diff_pruning()(jax.random.key(0), params)
+    >>> round(float(jpeft.expected_l0(params)), 2)  # of 40, sigmoid(5) each
+    39.73
+    """
 
     where: Where = "all"
     exclude: Where = ()
@@ -233,48 +253,7 @@ class DiffPruning(LeafMethod):
         return GroupedDelta(group=filled(tuple(groups), self.alpha, dtype), **common)
 
 
-def diff_pruning(
-    *,
-    where: Where = "all",
-    exclude: Where = (),
-    structured: bool = False,
-    alpha: float = ALPHA,
-    low: float = LOW,
-    high: float = HIGH,
-    temperature: float = 1.0,
-    dtype: Any = None,
-) -> DiffPruning:
-    """A transform that gives each selected array a gated difference.
-
-        W' = W + z * w      z hard concrete, at random where `adapt` is given a key
-
-    Guo et al. 2021, arXiv:2012.07463.  Add a small multiple of
-    `jpeft.expected_l0(params)` to the loss, then `jpeft.sparsify(params, density)`,
-    then train on: see the module.
-
-    where, exclude: which arrays, any floating-point ones; see `jpeft.tree.where`.
-    structured: a gate for each matrix or vector too, times its elements' gates.
-    alpha: what the gates start from; at 5 nearly all are open.
-    low, high: what the gates are stretched to, before they are clipped to 0 and 1.
-    temperature: of the gates; low ones are more often exactly 0 or 1.
-    dtype: of w and alpha; None means float32, or float64 beside float64.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> params = {"dense": {"kernel": jnp.ones((7, 5)), "bias": jnp.zeros(5)}}
-    >>> params = jpeft.diff_pruning()(jax.random.key(0), params)
-    >>> round(float(jpeft.expected_l0(params)), 2)  # of 40, sigmoid(5) each
-    39.73
-    """
-    return DiffPruning(
-        where=where,
-        exclude=exclude,
-        structured=structured,
-        alpha=alpha,
-        low=low,
-        high=high,
-        temperature=temperature,
-        dtype=dtype,
-    )
+diff_pruning = DiffPruning
 
 
 # --- the penalty and the projection --------------------------------------------------

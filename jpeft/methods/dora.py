@@ -25,7 +25,6 @@ feature.  A column of zeros has no direction: it stays zero.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
@@ -44,7 +43,6 @@ from jpeft.methods._scaled import ScaledOutput, spread
 from jpeft.methods.lora import LoRA
 from jpeft.transform import method
 from jpeft.tree.layout import LeafUse
-from jpeft.tree.where import Where
 
 # --- the leaf ------------------------------------------------------------------------
 
@@ -228,7 +226,21 @@ def norm_of(w: Float[Array, "..."], axes: str) -> Float[Array, "..."]:
 @method("dora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoRA(LoRA):
-    """See `dora`."""
+    """A transform that decomposes each selected weight into length and direction.
+
+        W' = m * V / |V|     V = W + s A B     s = alpha / rank
+
+    Liu et al. 2024, arXiv:2402.09353.  Arguments are those of `jpeft.lora`; `init` is
+    "gaussian" or "kaiming".
+
+    Raises ValueError as `jpeft.lora` does, and over a leaf that trains.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"dense": {"kernel": jnp.ones((4, 5))}}
+    >>> params = jpeft.dora(rank=2, alpha=4)(jax.random.key(0), params)
+    >>> params["dense"]["kernel"].m
+    Array([2., 2., 2., 2., 2.], dtype=float32)
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -266,43 +278,4 @@ class DoRA(LoRA):
         )
 
 
-def dora(
-    rank: int,
-    alpha: float | None = None,
-    *,
-    where: Where = "linear",
-    exclude: Where = (),
-    rank_stabilized: bool = False,
-    dropout: float = 0.0,
-    init: str = "gaussian",
-    dtype: Any = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-) -> DoRA:
-    """A transform that decomposes each selected weight into length and direction.
-
-        W' = m * V / |V|     V = W + s A B     s = alpha / rank
-
-    Liu et al. 2024, arXiv:2402.09353.  Arguments are those of `jpeft.lora`; `init` is
-    "gaussian" or "kaiming".
-
-    Raises ValueError as `jpeft.lora` does, and over a leaf that trains.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> params = {"dense": {"kernel": jnp.ones((4, 5))}}
-    >>> params = jpeft.dora(rank=2, alpha=4)(jax.random.key(0), params)
-    >>> params["dense"]["kernel"].m
-    Array([2., 2., 2., 2., 2.], dtype=float32)
-    """
-    return DoRA(
-        rank=rank,
-        alpha=alpha,
-        rank_stabilized=rank_stabilized,
-        dropout=dropout,
-        init=init,
-        dtype=dtype,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        where=where,
-        exclude=exclude,
-    )
+dora = DoRA

@@ -46,11 +46,22 @@ class Whole(AdaptedLeaf):
 
 
 @method("full")
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Full(LeafMethod):
-    """See `full`."""
+    """A transform that makes the selected leaves train whole.
+
+    where, exclude: which leaves, any floating-point array; see `jpeft.tree.where`.
+    dtype: of the trained value; None means float32, or float64 beside float64.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"classifier": {"kernel": jnp.ones((7, 2)), "bias": jnp.zeros(2)}}
+    >>> params = jpeft.full("classifier/.*")(jax.random.key(0), params)
+    >>> jpeft.count(params).trainable
+    16
+    """
 
     where: Where
+    _: dataclasses.KW_ONLY
     exclude: Where = ()
     dtype: Floating | None = None
 
@@ -75,16 +86,4 @@ class Full(LeafMethod):
         return Whole(base=base, value=value)
 
 
-def full(where: Where, *, exclude: Where = (), dtype: Any = None) -> Full:
-    """A transform that makes the selected leaves train whole.
-
-    where, exclude: which leaves, any floating-point array; see `jpeft.tree.where`.
-    dtype: of the trained value; None means float32, or float64 beside float64.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> params = {"classifier": {"kernel": jnp.ones((7, 2)), "bias": jnp.zeros(2)}}
-    >>> params = jpeft.full("classifier/.*")(jax.random.key(0), params)
-    >>> jpeft.count(params).trainable
-    16
-    """
-    return Full(where=where, exclude=exclude, dtype=dtype)
+full = Full

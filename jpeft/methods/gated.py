@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ import numpy as np
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import Label, Labelled, operand_labels
 from jpeft.boxes import unbox
+from jpeft.checks import shown
 from jpeft.leaf import (
     AdaptedLeaf,
     Path,
@@ -211,22 +212,43 @@ def _of_examples(
 # --- the method ----------------------------------------------------------------------
 
 
+def check_inner(method: str, name: str, value: Any) -> LoRA | PrefixTuning | Adapter:
+    """A transform that has gates, as it is or as a configuration has it."""
+    made = transform_from_config(value) if isinstance(value, Mapping) else value
+    if not isinstance(made, (LoRA, PrefixTuning, Adapter)):
+        raise ValueError(
+            f"{method}: expected jpeft.lora(...), jpeft.prefix(...) or "
+            f"jpeft.adapter(...) as the {name}, got {shown(made)}"
+        )
+    return made
+
+
 @method("gated")
 @dataclasses.dataclass(frozen=True)
 class Gated(Transform):
-    """See `gated`."""
+    """A transform as given, each of whose adapters an example gets by a gate.
 
-    transform: Transform
+    Mao et al. 2022, arXiv:2110.07577; see the module's docstring for the formulas.
+
+    transform: `jpeft.lora`, `jpeft.prefix` (mode "kv") or `jpeft.adapter`.
+    replace_scale: True drops LoRA's scale, whose place the gate takes.
+
+    A gate depends on the input, so there is no merged weight.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"dense": {"kernel": jnp.ones((7, 5))}}
+    >>> params = jpeft.gated(jpeft.lora(rank=2))(jax.random.key(0), params)
+    >>> params["dense"]["kernel"].gate.shape
+    (7,)
+    """
+
+    transform: Annotated[Transform, check_inner]
+    _: dataclasses.KW_ONLY
     replace_scale: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         inner = self.transform
-        if not isinstance(inner, (LoRA, PrefixTuning, Adapter)):
-            raise ValueError(
-                "gated: expected jpeft.lora(...), jpeft.prefix(...) or "
-                f"jpeft.adapter(...), got {inner!r}"
-            )
         if self.replace_scale and not isinstance(inner, LoRA):
             raise ValueError(
                 "gated: replace_scale=True is for jpeft.lora(...), whose scale it drops"
@@ -312,29 +334,5 @@ class Gated(Transform):
         placed: Any = boxed_like(box_of(leaf), place_beside(alone, base))
         return kind(**fields, gate=placed.gate, gate_bias=placed.gate_bias)
 
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Transform:
-        if "transform" not in fields:
-            raise ValueError("gated: the configuration lacks ['transform']")
-        inner = transform_from_config(fields["transform"])
-        rest = {k: v for k, v in fields.items() if k != "transform"}
-        return super().from_fields({**rest, "transform": inner})
 
-
-def gated(transform: Transform, *, replace_scale: bool = False) -> Gated:
-    """A transform as given, each of whose adapters an example gets by a gate.
-
-    Mao et al. 2022, arXiv:2110.07577; see the module's docstring for the formulas.
-
-    transform: `jpeft.lora`, `jpeft.prefix` (mode "kv") or `jpeft.adapter`.
-    replace_scale: True drops LoRA's scale, whose place the gate takes.
-
-    A gate depends on the input, so there is no merged weight.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> params = {"dense": {"kernel": jnp.ones((7, 5))}}
-    >>> params = jpeft.gated(jpeft.lora(rank=2))(jax.random.key(0), params)
-    >>> params["dense"]["kernel"].gate.shape
-    (7,)
-    """
-    return Gated(transform, replace_scale)
+gated = Gated

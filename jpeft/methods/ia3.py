@@ -84,7 +84,30 @@ class ScaledBias(AdaptedLeaf):
 @method("ia3")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IA3(Transform):
-    """See `ia3`."""
+    """A transform that rescales keys, values and what enters a feed-forward's last
+    weight.
+
+        k' = l_k * k     v' = l_v * v     y = (l_ff * h) W
+
+    Liu et al. 2022, arXiv:2205.05638.
+
+    where: weights whose output is rescaled, the bias beside them included; None means
+        the keys and values of every attention that the names show (a projection that
+        makes queries as well is rescaled whole), () means none.
+    feedforward: weights whose input is rescaled; None means the last weight of every
+        feed-forward that the names show, () means none.
+    exclude: weights that neither touches.
+    dtype: of the vectors; None means float32, or float64 beside float64.
+
+    Raises ValueError where the names do not show such weights, a selection matches
+    nothing or is in both.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"value": {"kernel": jnp.ones((7, 5)), "bias": jnp.zeros(5)}}
+    >>> ia3 = jpeft.ia3(where=".*value/kernel", feedforward=())
+    >>> jpeft.count(ia3(jax.random.key(0), params)).trainable
+    5
+    """
 
     where: WhereOrNothing | None = None
     feedforward: WhereOrNothing | None = None
@@ -152,6 +175,9 @@ class IA3(Transform):
             what = "last weight of a feed-forward"
             feedforward = _some(names, "feedforward", what, "down/kernel", flat, uses)
         return where, feedforward
+
+
+ia3 = IA3
 
 
 def _named(parts: list[SubLayer], of: Any) -> list[str]:
@@ -255,37 +281,3 @@ class _Rescale(LeafMethod):
         sizes = tuple(use.shape[k] for k in labels)  # type: ignore[index]
         scale = filled(sizes, 1, self.adapter_dtype(base))
         return kind(base=base, axes=use.axes, scale=scale, link=link)
-
-
-def ia3(
-    *,
-    where: Where | None = None,
-    feedforward: Where | None = None,
-    exclude: Where = (),
-    dtype: Any = None,
-) -> IA3:
-    """A transform that rescales keys, values and what enters a feed-forward's last
-    weight.
-
-        k' = l_k * k     v' = l_v * v     y = (l_ff * h) W
-
-    Liu et al. 2022, arXiv:2205.05638.
-
-    where: weights whose output is rescaled, the bias beside them included; None means
-        the keys and values of every attention that the names show (a projection that
-        makes queries as well is rescaled whole), () means none.
-    feedforward: weights whose input is rescaled; None means the last weight of every
-        feed-forward that the names show, () means none.
-    exclude: weights that neither touches.
-    dtype: of the vectors; None means float32, or float64 beside float64.
-
-    Raises ValueError where the names do not show such weights, a selection matches
-    nothing or is in both.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> params = {"value": {"kernel": jnp.ones((7, 5)), "bias": jnp.zeros(5)}}
-    >>> ia3 = jpeft.ia3(where=".*value/kernel", feedforward=())
-    >>> jpeft.count(ia3(jax.random.key(0), params)).trainable
-    5
-    """
-    return IA3(where=where, feedforward=feedforward, exclude=exclude, dtype=dtype)

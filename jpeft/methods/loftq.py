@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 from jpeft import compat
 from jpeft.boxes import unbox
 from jpeft.checks import Count
+from jpeft.formats.blocks import BLOCK_SIZE
 from jpeft.leaf import AdaptedLeaf, box_of, boxed_like
 from jpeft.methods._init import PISSA, draw_a, factors
 from jpeft.methods._low_rank import LowRank, low_rank_product
@@ -33,32 +33,46 @@ from jpeft.methods.quantize import (
     Quantize,
     check_plain,
 )
-from jpeft.quant.arrays import block_of, check_in_format, with_block
+from jpeft.quant.arrays import block_of, check_in_format
 from jpeft.quant.leaf import Quantized, arrangement, boxed
-from jpeft.transform import Transform, method, place_beside
+from jpeft.transform import method, place_beside, written
 from jpeft.tree.layout import EMBEDDING, LeafUse
 from jpeft.tree.paths import weight
-from jpeft.tree.where import Where
 
 
 @method("loftq")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoftQ(LowRankMethod):
-    """See `loftq`."""
+    """A transform that quantises the selected weights and starts LoRA from the error.
+
+    rank, alpha, rank_stabilized, dropout, dtype, rank_pattern, alpha_pattern: as in
+    `jpeft.lora`.  format, double, block_size, compute_dtype: as in `jpeft.quantize`.
+    where, exclude: see `jpeft.tree.where`.
+    steps: how often quantising and the decomposition alternate, from 1; each costs an
+    exact singular value decomposition of the weight in float32.  From 2 on the codes
+    are not those of the weight, and `jpeft.save` writes them beside the adapter.
+
+    Unlike LoRA the model does not start as its (quantised) base but nearer to the one
+    before it was quantised.  `unload` gives the quantised weights.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> w = jax.random.normal(jax.random.key(1), (64, 48))
+    >>> params = jpeft.loftq(rank=8)(jax.random.key(0), {"kernel": w})
+    >>> error = lambda x: float(jnp.linalg.norm(jpeft.merge(x)["kernel"] - w))
+    >>> error(params) < error(jpeft.unload(params))
+    True
+    """
 
     steps: Count = 1
     format: FormatName = "nf4"
     double: bool = True
-    block_size: BlockSize = 64
+    block_size: BlockSize = written(None, unless=BLOCK_SIZE)
     compute_dtype: ComputeDtype = "bfloat16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        block_of(self.name, self.format, self.block_size)
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Transform:
-        return super().from_fields(with_block(fields))
+        size = block_of(self.name, self.format, self.block_size)
+        object.__setattr__(self, "block_size", size)
 
     def quantizer(self) -> Quantize:
         return Quantize(
@@ -102,58 +116,7 @@ class LoftQ(LowRankMethod):
         return leaf.replace(base=boxed(box, q))  # type: ignore[arg-type]
 
 
-def loftq(
-    rank: int,
-    alpha: float | None = None,
-    *,
-    steps: int = 1,
-    format: str = "nf4",
-    double: bool = True,
-    block_size: int | str | None = None,
-    where: Where = "linear",
-    exclude: Where = (),
-    rank_stabilized: bool = False,
-    dropout: float = 0.0,
-    dtype: Any = None,
-    compute_dtype: Any = jnp.bfloat16,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-) -> LoftQ:
-    """A transform that quantises the selected weights and starts LoRA from the error.
-
-    rank, alpha, rank_stabilized, dropout, dtype, rank_pattern, alpha_pattern: as in
-    `jpeft.lora`.  format, double, block_size, compute_dtype: as in `jpeft.quantize`.
-    where, exclude: see `jpeft.tree.where`.
-    steps: how often quantising and the decomposition alternate, from 1; each costs an
-    exact singular value decomposition of the weight in float32.  From 2 on the codes
-    are not those of the weight, and `jpeft.save` writes them beside the adapter.
-
-    Unlike LoRA the model does not start as its (quantised) base but nearer to the one
-    before it was quantised.  `unload` gives the quantised weights.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> w = jax.random.normal(jax.random.key(1), (64, 48))
-    >>> params = jpeft.loftq(rank=8)(jax.random.key(0), {"kernel": w})
-    >>> error = lambda x: float(jnp.linalg.norm(jpeft.merge(x)["kernel"] - w))
-    >>> error(params) < error(jpeft.unload(params))
-    True
-    """
-    return LoftQ(
-        rank=rank,
-        alpha=alpha,
-        rank_stabilized=rank_stabilized,
-        steps=steps,
-        format=format,
-        double=double,
-        block_size=block_of("loftq", format, block_size),
-        dropout=dropout,
-        dtype=dtype,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        where=where,
-        exclude=exclude,
-        compute_dtype=compute_dtype,
-    )
+loftq = LoftQ
 
 
 def alternate(

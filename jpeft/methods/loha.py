@@ -45,7 +45,6 @@ from jpeft.methods._ranked import Ranked
 from jpeft.methods.lora import check_rank, factor_shapes
 from jpeft.transform import method
 from jpeft.tree.layout import CONV, LINEAR, MATRIX, LeafUse
-from jpeft.tree.where import Where
 
 FACTORS = ("a1", "b1", "a2", "b2")
 LYCORIS, PEFT = INITS = ("lycoris", "peft")
@@ -217,42 +216,6 @@ def draw(
 @method("loha")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoHa(Ranked):
-    """See `loha`."""
-
-    init: Annotated[str, one_of(INITS)] = LYCORIS
-
-    def accepts(self, use: LeafUse) -> bool:
-        return use.kind in (LINEAR, MATRIX, CONV)
-
-    def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Hadamard:
-        rank, alpha = self.rank_of(path), self.alpha_of(path)
-        check_rank(path, rank, use)
-        assert use.axes is not None
-        of = factor_shapes(use.shape, use.axes, rank)
-        drawn = draw(
-            key, {n: of[n[0]] for n in FACTORS}, math.prod(use.sizes("i")), self.init
-        )
-        dtype = self.adapter_dtype(base)
-        factors: dict[str, Any] = {n: x.astype(dtype) for n, x in drawn.items()}
-        return Hadamard(
-            base=base,
-            axes=use.axes,
-            scale=1.0 if alpha is None else float(alpha / rank),
-            **factors,
-        )
-
-
-def loha(
-    rank: int,
-    alpha: float | None = None,
-    *,
-    where: Where = "linear",
-    exclude: Where = (),
-    init: str = LYCORIS,
-    dtype: Any = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-) -> LoHa:
     """A transform that puts an elementwise product of two low-rank deltas beside each
     selected weight.
 
@@ -278,13 +241,28 @@ def loha(
     >>> jpeft.count(params).trainable
     48
     """
-    return LoHa(
-        rank=rank,
-        alpha=alpha,
-        init=init,
-        dtype=dtype,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        where=where,
-        exclude=exclude,
-    )
+
+    init: Annotated[str, one_of(INITS)] = LYCORIS
+
+    def accepts(self, use: LeafUse) -> bool:
+        return use.kind in (LINEAR, MATRIX, CONV)
+
+    def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Hadamard:
+        rank, alpha = self.rank_of(path), self.alpha_of(path)
+        check_rank(path, rank, use)
+        assert use.axes is not None
+        of = factor_shapes(use.shape, use.axes, rank)
+        drawn = draw(
+            key, {n: of[n[0]] for n in FACTORS}, math.prod(use.sizes("i")), self.init
+        )
+        dtype = self.adapter_dtype(base)
+        factors: dict[str, Any] = {n: x.astype(dtype) for n, x in drawn.items()}
+        return Hadamard(
+            base=base,
+            axes=use.axes,
+            scale=1.0 if alpha is None else float(alpha / rank),
+            **factors,
+        )
+
+
+loha = LoHa

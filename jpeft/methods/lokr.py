@@ -53,7 +53,6 @@ from jpeft.methods._ranked import Ranked
 from jpeft.methods._scaled import ScaledInput, ScaledOutput
 from jpeft.transform import method
 from jpeft.tree.layout import LINEAR, MATRIX, LeafUse
-from jpeft.tree.where import Where
 
 LYCORIS, PEFT = INITS = ("lycoris", "peft")
 # The axes of the two factors, and of what they are products of.
@@ -381,7 +380,33 @@ def check_factor(method: str, name: str, value: Any) -> int:
 @method("lokr")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoKr(Ranked):
-    """See `lokr`."""
+    """A transform that puts a Kronecker product beside each selected weight.
+
+        W' = W + s W1 x W2     s = alpha / rank
+
+    Yeh et al. 2023, arXiv:2309.14859; Edalati et al. 2022, arXiv:2212.10650.
+
+    rank: of the second factor; from half of that factor's larger side on, it is one
+        matrix.
+    alpha: numerator of the scale; None means `rank`, that is a scale of 1.
+    where, exclude: which weights, linear ones.
+    factor: the size of the first factor's sides where it divides those of the weight,
+        and the most they may be where not; -1 splits as evenly as can be.
+    decompose_both: the first factor is low-rank as well, by the same measure.
+    init: "lycoris": the second factor (its A2) starts at zero, the rest uniform, as
+        the authors of LyCORIS have it.  "peft": the first (its B1), as Hugging Face
+        PEFT has it.
+    dtype: of the factors; None means float32, or float64 beside float64.
+    rank_pattern, alpha_pattern: {regular expression for the whole path: value}.
+
+    Raises ValueError for a rank below 1, and as `jpeft.lora` does.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"dense": {"kernel": jnp.ones((12, 10))}}
+    >>> kernel = jpeft.lokr(rank=1)(jax.random.key(0), params)["dense"]["kernel"]
+    >>> kernel.w1.shape, kernel.w2_a.shape, kernel.w2_b.shape
+    ((3, 2), (4, 1), (1, 5))
+    """
 
     factor: Annotated[int, check_factor] = -1
     decompose_both: bool = False
@@ -418,55 +443,4 @@ class LoKr(Ranked):
         )
 
 
-def lokr(
-    rank: int,
-    alpha: float | None = None,
-    *,
-    where: Where = "linear",
-    exclude: Where = (),
-    factor: int = -1,
-    decompose_both: bool = False,
-    init: str = LYCORIS,
-    dtype: Any = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-) -> LoKr:
-    """A transform that puts a Kronecker product beside each selected weight.
-
-        W' = W + s W1 x W2     s = alpha / rank
-
-    Yeh et al. 2023, arXiv:2309.14859; Edalati et al. 2022, arXiv:2212.10650.
-
-    rank: of the second factor; from half of that factor's larger side on, it is one
-        matrix.
-    alpha: numerator of the scale; None means `rank`, that is a scale of 1.
-    where, exclude: which weights, linear ones.
-    factor: the size of the first factor's sides where it divides those of the weight,
-        and the most they may be where not; -1 splits as evenly as can be.
-    decompose_both: the first factor is low-rank as well, by the same measure.
-    init: "lycoris": the second factor (its A2) starts at zero, the rest uniform, as
-        the authors of LyCORIS have it.  "peft": the first (its B1), as Hugging Face
-        PEFT has it.
-    dtype: of the factors; None means float32, or float64 beside float64.
-    rank_pattern, alpha_pattern: {regular expression for the whole path: value}.
-
-    Raises ValueError for a rank below 1, and as `jpeft.lora` does.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> params = {"dense": {"kernel": jnp.ones((12, 10))}}
-    >>> kernel = jpeft.lokr(rank=1)(jax.random.key(0), params)["dense"]["kernel"]
-    >>> kernel.w1.shape, kernel.w2_a.shape, kernel.w2_b.shape
-    ((3, 2), (4, 1), (1, 5))
-    """
-    return LoKr(
-        rank=rank,
-        alpha=alpha,
-        factor=factor,
-        decompose_both=decompose_both,
-        init=init,
-        dtype=dtype,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        where=where,
-        exclude=exclude,
-    )
+lokr = LoKr

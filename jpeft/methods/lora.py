@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 import jax
@@ -42,7 +41,6 @@ from jpeft.methods._low_rank import ActsAsLowRank, LowRank
 from jpeft.methods._ranked import Ranked
 from jpeft.transform import method
 from jpeft.tree.layout import CONV, EMBEDDING, LeafUse
-from jpeft.tree.where import Where
 
 # --- the leaf of a delta that does not start at zero ---------------------------------
 
@@ -118,7 +116,35 @@ class LowRankMethod(Ranked):
 @method("lora")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA(LowRankMethod):
-    """See `lora`."""
+    """A transform that puts a low-rank delta beside each selected weight.
+
+        W' = W + s A B       s = alpha / rank, or alpha / sqrt(rank) if rank_stabilized
+
+    Hu et al. 2021, arXiv:2106.09685; rank-stabilised: arXiv:2312.03732.
+
+    rank: of the delta; from 1 to the smaller side of the matrix.
+    alpha: numerator of the scale; None means the weight's rank, that is a scale of 1
+        (rank_stabilized: of sqrt(rank)).
+    where, exclude: which weights; see `jpeft.tree.where`.
+    dropout: rate on the activations that enter A, drawn where `adapt` is given a key.
+    init: "gaussian": A ~ N(0, 1/in) (N(0, 1) for embeddings, whose input is one row),
+        B zero.  "kaiming": A uniform with variance 1/(3 in), B zero.  "pissa": the
+        leading singular vectors of the weight; "pissa_niter_4" finds them by 4 rounds
+        of a randomised method, much faster for large matrices.  "olora": the first
+        columns of its QR decomposition.  The last three need the plain weight, not a
+        quantised one.
+    dtype: of A and B; None means float32, or float64 beside float64.
+    rank_pattern, alpha_pattern: {regular expression for the whole path: value}.
+
+    Raises ValueError for a rank below 1 or above the matrix, a selection that matches
+    nothing, a weight whose axes are in doubt, that is not floating, or holds NaN.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"dense": {"kernel": jnp.ones((7, 5))}}
+    >>> params = jpeft.lora(rank=3, alpha=6)(jax.random.key(0), params)
+    >>> params["dense"]["kernel"].a.shape, params["dense"]["kernel"].b.shape
+    ((7, 3), (3, 5))
+    """
 
     init: Init = "gaussian"
 
@@ -168,60 +194,7 @@ class LoRA(LowRankMethod):
         return ShiftedLowRank(a=a, b=b, a0=jnp.copy(a), b0=jnp.copy(b), **common)
 
 
-def lora(
-    rank: int,
-    alpha: float | None = None,
-    *,
-    where: Where = "linear",
-    exclude: Where = (),
-    rank_stabilized: bool = False,
-    dropout: float = 0.0,
-    init: str = "gaussian",
-    dtype: Any = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-) -> LoRA:
-    """A transform that puts a low-rank delta beside each selected weight.
-
-        W' = W + s A B       s = alpha / rank, or alpha / sqrt(rank) if rank_stabilized
-
-    Hu et al. 2021, arXiv:2106.09685; rank-stabilised: arXiv:2312.03732.
-
-    rank: of the delta; from 1 to the smaller side of the matrix.
-    alpha: numerator of the scale; None means the weight's rank, that is a scale of 1
-        (rank_stabilized: of sqrt(rank)).
-    where, exclude: which weights; see `jpeft.tree.where`.
-    dropout: rate on the activations that enter A, drawn where `adapt` is given a key.
-    init: "gaussian": A ~ N(0, 1/in) (N(0, 1) for embeddings, whose input is one row),
-        B zero.  "kaiming": A uniform with variance 1/(3 in), B zero.  "pissa": the
-        leading singular vectors of the weight; "pissa_niter_4" finds them by 4 rounds
-        of a randomised method, much faster for large matrices.  "olora": the first
-        columns of its QR decomposition.  The last three need the plain weight, not a
-        quantised one.
-    dtype: of A and B; None means float32, or float64 beside float64.
-    rank_pattern, alpha_pattern: {regular expression for the whole path: value}.
-
-    Raises ValueError for a rank below 1 or above the matrix, a selection that matches
-    nothing, a weight whose axes are in doubt, that is not floating, or holds NaN.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> params = {"dense": {"kernel": jnp.ones((7, 5))}}
-    >>> params = jpeft.lora(rank=3, alpha=6)(jax.random.key(0), params)
-    >>> params["dense"]["kernel"].a.shape, params["dense"]["kernel"].b.shape
-    ((7, 3), (3, 5))
-    """
-    return LoRA(
-        rank=rank,
-        alpha=alpha,
-        rank_stabilized=rank_stabilized,
-        dropout=dropout,
-        init=init,
-        dtype=dtype,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        where=where,
-        exclude=exclude,
-    )
+lora = LoRA
 
 
 def check_rank(path: str, rank: int, use: LeafUse) -> None:

@@ -14,7 +14,6 @@ makes it with the network the paper used while training.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from jpeft.checks import Count, Floating, Positive
 from jpeft.methods._recipe import Recipe
@@ -25,13 +24,30 @@ from jpeft.tree.where import Where
 
 
 @method("mam")
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class MixAndMatch(Recipe):
-    """See `mam`."""
+    """A transform of both: prefixes in attention and parallel adapters.
+
+    He et al. 2021, arXiv:2110.04366.
+
+    prefix_length, reparametrization, width: see `jpeft.prefix`.
+    bottleneck, reduction, scale: of the adapters, see `jpeft.adapter`.
+    attention, mlp: which sub-layers get prefixes, which adapters.
+    dtype: of all that trains; None means float32, or float64 beside float64.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> w = lambda *shape: {"kernel": jnp.ones(shape)}
+    >>> attn = {n: w(8, 8) for n in ("query", "key", "value", "out")}
+    >>> params = {"attn": attn, "mlp": {"fc1": w(8, 16), "fc2": w(16, 8)}}
+    >>> params = jpeft.mam(5, bottleneck=4)(jax.random.key(0), params)
+    >>> params["attn"]["key"]["kernel"].keys.shape
+    (5, 8)
+    """
 
     prefix_length: Count = 30
     bottleneck: Count | None = None
     reduction: Positive | None = None
+    _: dataclasses.KW_ONLY
     scale: Scale = 4.0
     reparametrization: Network | None = None
     width: Count = 800
@@ -63,43 +79,4 @@ class MixAndMatch(Recipe):
         )
 
 
-def mam(
-    prefix_length: int = 30,
-    bottleneck: int | None = None,
-    reduction: float | None = None,
-    *,
-    scale: float | str = 4.0,
-    reparametrization: str | None = None,
-    width: int = 800,
-    attention: Where = "attention",
-    mlp: Where = "mlp",
-    dtype: Any = None,
-) -> MixAndMatch:
-    """A transform of both: prefixes in attention and parallel adapters.
-
-    He et al. 2021, arXiv:2110.04366.
-
-    prefix_length, reparametrization, width: see `jpeft.prefix`.
-    bottleneck, reduction, scale: of the adapters, see `jpeft.adapter`.
-    attention, mlp: which sub-layers get prefixes, which adapters.
-    dtype: of all that trains; None means float32, or float64 beside float64.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> w = lambda *shape: {"kernel": jnp.ones(shape)}
-    >>> attn = {n: w(8, 8) for n in ("query", "key", "value", "out")}
-    >>> params = {"attn": attn, "mlp": {"fc1": w(8, 16), "fc2": w(16, 8)}}
-    >>> params = jpeft.mam(5, bottleneck=4)(jax.random.key(0), params)
-    >>> params["attn"]["key"]["kernel"].keys.shape
-    (5, 8)
-    """
-    return MixAndMatch(
-        prefix_length=prefix_length,
-        bottleneck=bottleneck,
-        reduction=reduction,
-        scale=scale,
-        reparametrization=reparametrization,
-        width=width,
-        attention=attention,
-        mlp=mlp,
-        dtype=dtype,
-    )
+mam = MixAndMatch

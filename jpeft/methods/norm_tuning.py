@@ -26,7 +26,20 @@ from jpeft.tree.where import Where
 @method("norm_tuning")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormTuning(LeafMethod):
-    """See `norm_tuning`."""
+    """A transform that trains the scale and bias of normalisation layers.
+
+    Zhao et al. 2023, arXiv:2312.11420.
+
+    where, exclude: which of them; every norm by default.
+    dtype: of the deltas; None means float32, or float64 beside float64.
+
+    Raises ValueError where the tree has no norm, by name or by `uses`.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"norm": {"scale": jnp.ones(7)}, "dense": {"bias": jnp.zeros(5)}}
+    >>> jpeft.count(jpeft.norm_tuning()(jax.random.key(0), params))
+    Count(trainable=7, frozen=12)
+    """
 
     where: Where = "norm"
     exclude: Where = ()
@@ -44,21 +57,4 @@ class NormTuning(LeafMethod):
         return Delta(base=base, delta=filled(use.shape, 0, self.adapter_dtype(base)))
 
 
-def norm_tuning(
-    *, where: Where = "norm", exclude: Where = (), dtype: Any = None
-) -> NormTuning:
-    """A transform that trains the scale and bias of normalisation layers.
-
-    Zhao et al. 2023, arXiv:2312.11420.
-
-    where, exclude: which of them; every norm by default.
-    dtype: of the deltas; None means float32, or float64 beside float64.
-
-    Raises ValueError where the tree has no norm, by name or by `uses`.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> params = {"norm": {"scale": jnp.ones(7)}, "dense": {"bias": jnp.zeros(5)}}
-    >>> jpeft.count(jpeft.norm_tuning()(jax.random.key(0), params))
-    Count(trainable=7, frozen=12)
-    """
-    return NormTuning(where=where, exclude=exclude, dtype=dtype)
+norm_tuning = NormTuning

@@ -41,7 +41,6 @@ from jpeft.methods._virtual import Prompt
 from jpeft.methods.prompt import VirtualMethod
 from jpeft.transform import method
 from jpeft.tree.layout import LeafUse
-from jpeft.tree.where import Where
 
 LSTM, MLP = ENCODERS = ("lstm", "mlp")
 
@@ -145,11 +144,31 @@ class MlpPrompt(EncodedPrompt):
 
 
 @method("p_tuning")
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class PTuning(VirtualMethod):
-    """See `p_tuning`."""
+    """A transform that gives virtual tokens vectors made by a trained encoder.
+
+    Liu et al. 2021, arXiv:2103.10385.  The texts need the virtual tokens:
+    `jpeft.prepend_virtual_tokens`, or `jpeft.virtual_template` for a pattern with words
+    between them.
+
+    length: virtual tokens of one text, all of them together.
+    encoder: "lstm" (the paper's) or "mlp".
+    hidden: width of the encoder, of each direction of an LSTM; None means half the
+        features for "lstm", as in the paper's code, and all of them for "mlp".
+    where, exclude, one_hot, dtype: as for `jpeft.prompt`.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"embed": {"embedding": jnp.ones((11, 6))}}
+    >>> params = jpeft.p_tuning(4)(jax.random.key(0), params)
+    >>> jpeft.count(params).trainable
+    588
+    >>> jpeft.count(jpeft.finalize(params)).trainable
+    24
+    """
 
     length: Count
+    _: dataclasses.KW_ONLY
     encoder: Annotated[str, one_of(ENCODERS)] = LSTM
     hidden: Count | None = None
 
@@ -195,45 +214,7 @@ class PTuning(VirtualMethod):
         )
 
 
-def p_tuning(
-    length: int,
-    *,
-    encoder: str = LSTM,
-    hidden: int | None = None,
-    where: Where | None = None,
-    exclude: Where = (),
-    one_hot: bool = False,
-    dtype: Any = None,
-) -> PTuning:
-    """A transform that gives virtual tokens vectors made by a trained encoder.
-
-    Liu et al. 2021, arXiv:2103.10385.  The texts need the virtual tokens:
-    `jpeft.prepend_virtual_tokens`, or `jpeft.virtual_template` for a pattern with words
-    between them.
-
-    length: virtual tokens of one text, all of them together.
-    encoder: "lstm" (the paper's) or "mlp".
-    hidden: width of the encoder, of each direction of an LSTM; None means half the
-        features for "lstm", as in the paper's code, and all of them for "mlp".
-    where, exclude, one_hot, dtype: as for `jpeft.prompt`.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> params = {"embed": {"embedding": jnp.ones((11, 6))}}
-    >>> params = jpeft.p_tuning(4)(jax.random.key(0), params)
-    >>> jpeft.count(params).trainable
-    588
-    >>> jpeft.count(jpeft.finalize(params)).trainable
-    24
-    """
-    return PTuning(
-        length=length,
-        encoder=encoder,
-        hidden=hidden,
-        where=where,
-        exclude=exclude,
-        one_hot=one_hot,
-        dtype=dtype,
-    )
+p_tuning = PTuning
 
 
 # --- the mathematics -----------------------------------------------------------------

@@ -405,11 +405,42 @@ def check_layers(method: str, name: str, value: Any) -> tuple[int, ...]:
 
 
 @method("prefix")
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class PrefixTuning(Transform):
-    """See `prefix`."""
+    """A transform that puts learned keys and values before every attention.
+
+    Li & Liang 2021, arXiv:2101.00190.
+
+    length: number of virtual positions, some ten to a few hundred.
+    mode: "kv" (nothing of the input changes) or "tokens" (ids with virtual tokens, see
+        `jpeft.prepend_virtual_tokens`); see the module's docstring.
+    where, exclude: which attentions, by the path of the sub-layer; "attention" is all
+        of them, cross-attention included.
+    reparametrization: "mlp" makes the prefix with the paper's network, of hidden size
+        `width`, "lstm" with a recurrent one; drop it after the training with
+        `jpeft.finalize(params)`.  None trains the prefix itself.
+    init: without a network: "gaussian" N(0, 0.02^2), "unit" N(0, 1), "zeros".
+        `jpeft.prefix_from_text` takes the activations of a text instead.
+    layers: the numbers of the attentions among those chosen that get a prefix, from 0,
+        or from -1 backwards; None is all of them.
+    tasks: prefixes kept side by side; `jpeft.select(params, ids)` then says which one
+        each example of a batch has.
+    heads: number of heads, where a fused kernel does not show it.
+    dtype: of what is trained; None means float32, or float64 beside float64.
+
+    Raises ValueError where the names of the weights do not say which kernels make keys
+    and values, PromiseError from the model where its attention cannot be read.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> w = lambda *shape: {"kernel": jnp.ones(shape)}
+    >>> attn = {n: w(8, 2, 4) for n in ("query", "key", "value")} | {"out": w(2, 4, 8)}
+    >>> params = jpeft.prefix(length=5)(jax.random.key(0), {"attn": attn})
+    >>> params["attn"]["key"]["kernel"].keys.shape
+    (5, 8)
+    """
 
     length: Count
+    _: dataclasses.KW_ONLY
     mode: Annotated[str, one_of(("kv", "tokens"))] = "kv"
     where: Where = "attention"
     exclude: Where = ()
@@ -555,86 +586,12 @@ class PrefixTuning(Transform):
         }
 
 
-def prefix(
-    length: int,
-    *,
-    mode: str = "kv",
-    where: Where = "attention",
-    exclude: Where = (),
-    reparametrization: str | None = None,
-    width: int = 512,
-    init: str = "gaussian",
-    layers: Sequence[int] | None = None,
-    tasks: int = 1,
-    heads: int | None = None,
-    dtype: Any = None,
-) -> Transform:
-    """A transform that puts learned keys and values before every attention.
-
-    Li & Liang 2021, arXiv:2101.00190.
-
-    length: number of virtual positions, some ten to a few hundred.
-    mode: "kv" (nothing of the input changes) or "tokens" (ids with virtual tokens, see
-        `jpeft.prepend_virtual_tokens`); see the module's docstring.
-    where, exclude: which attentions, by the path of the sub-layer; "attention" is all
-        of them, cross-attention included.
-    reparametrization: "mlp" makes the prefix with the paper's network, of hidden size
-        `width`, "lstm" with a recurrent one; drop it after the training with
-        `jpeft.finalize(params)`.  None trains the prefix itself.
-    init: without a network: "gaussian" N(0, 0.02^2), "unit" N(0, 1), "zeros".
-        `jpeft.prefix_from_text` takes the activations of a text instead.
-    layers: the numbers of the attentions among those chosen that get a prefix, from 0,
-        or from -1 backwards; None is all of them.
-    tasks: prefixes kept side by side; `jpeft.select(params, ids)` then says which one
-        each example of a batch has.
-    heads: number of heads, where a fused kernel does not show it.
-    dtype: of what is trained; None means float32, or float64 beside float64.
-
-    Raises ValueError where the names of the weights do not say which kernels make keys
-    and values, PromiseError from the model where its attention cannot be read.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> w = lambda *shape: {"kernel": jnp.ones(shape)}
-    >>> attn = {n: w(8, 2, 4) for n in ("query", "key", "value")} | {"out": w(2, 4, 8)}
-    >>> params = jpeft.prefix(length=5)(jax.random.key(0), {"attn": attn})
-    >>> params["attn"]["key"]["kernel"].keys.shape
-    (5, 8)
-    """
-    return PrefixTuning(
-        length=length,
-        mode=mode,
-        where=where,
-        exclude=exclude,
-        reparametrization=reparametrization,
-        width=width,
-        init=init,
-        layers=layers,
-        tasks=tasks,
-        heads=heads,
-        dtype=dtype,
-    )
+prefix = PrefixTuning
 
 
 @method("p_tuning_v2")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PTuningV2(PrefixTuning):
-    """See `p_tuning_v2`."""
-
-
-def p_tuning_v2(
-    length: int,
-    *,
-    layers: Sequence[int] | None = None,
-    mode: str = "kv",
-    where: Where = "attention",
-    exclude: Where = (),
-    reparametrization: str | None = None,
-    width: int = 512,
-    init: str = "gaussian",
-    tasks: int = 1,
-    heads: int | None = None,
-    dtype: Any = None,
-) -> Transform:
     """A transform that puts deep prompts into chosen layers, for understanding tasks.
 
     Liu et al. 2022, arXiv:2110.07602.  Prompts of a layer are keys and values before
@@ -653,19 +610,9 @@ def p_tuning_v2(
     >>> jpeft.count(params).trainable
     80
     """
-    return PTuningV2(
-        length=length,
-        mode=mode,
-        where=where,
-        exclude=exclude,
-        reparametrization=reparametrization,
-        width=width,
-        init=init,
-        layers=layers,
-        tasks=tasks,
-        heads=heads,
-        dtype=dtype,
-    )
+
+
+p_tuning_v2 = PTuningV2
 
 
 # --- first values --------------------------------------------------------------------

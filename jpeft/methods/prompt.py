@@ -141,11 +141,39 @@ def _telling_once(chosen: dict[str, LeafUse]) -> dict[str, LeafUse]:
 
 
 @method("prompt")
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class PromptTuning(VirtualMethod):
-    """See `prompt`."""
+    """A transform that gives virtual tokens trained vectors.
+
+    Lester et al. 2021, arXiv:2104.08691.  The texts need the virtual tokens:
+    `jpeft.prepend_virtual_tokens(ids, length, vocab_size=V)`.
+
+    length: virtual tokens of one prompt, at least 1.
+    init: "random" (uniform in [-0.5, 0.5]), "normal" (N(0, 1)), "vocab" (rows of random
+        tokens), or the token ids of a text, at most `length`, whose rows are taken.
+    tasks: how many prompts; example b uses the one that
+        `prepend_virtual_tokens(..., task=...)` says.
+    where: the token embedding; None finds it by its use or name.  Of tables that the
+        same ids look up (per-layer embeddings), all.
+    exclude: tables that are not it.
+    one_hot: allow a model that looks up by one-hot rows times the table, in which the
+        k-th row of zeros of a text is then virtual token k.
+    dtype: of the prompt; None means float32, or float64 beside float64.
+
+    Raises ValueError where no token embedding can be told, where `uses` shows that the
+    model changes ids before it looks them up, for a text longer than the prompt.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"embed": {"embedding": jnp.ones((11, 3))}}
+    >>> params = jpeft.prompt(2)(jax.random.key(0), params)
+    >>> ids = jpeft.prepend_virtual_tokens(jnp.array([[4, 5]]), 2, vocab_size=11).ids
+    >>> embed = jpeft.adapt(lambda p, ids: p["embed"]["embedding"][ids])
+    >>> embed(params, ids).shape
+    (1, 4, 3)
+    """
 
     length: Count
+    _: dataclasses.KW_ONLY
     init: Annotated[str | Sequence[int], check_init] = RANDOM
     tasks: Count = 1
 
@@ -196,53 +224,7 @@ class PromptTuning(VirtualMethod):
         )
 
 
-def prompt(
-    length: int,
-    *,
-    init: str | Sequence[int] = RANDOM,
-    tasks: int = 1,
-    where: Where | None = None,
-    exclude: Where = (),
-    one_hot: bool = False,
-    dtype: Any = None,
-) -> PromptTuning:
-    """A transform that gives virtual tokens trained vectors.
-
-    Lester et al. 2021, arXiv:2104.08691.  The texts need the virtual tokens:
-    `jpeft.prepend_virtual_tokens(ids, length, vocab_size=V)`.
-
-    length: virtual tokens of one prompt, at least 1.
-    init: "random" (uniform in [-0.5, 0.5]), "normal" (N(0, 1)), "vocab" (rows of random
-        tokens), or the token ids of a text, at most `length`, whose rows are taken.
-    tasks: how many prompts; example b uses the one that
-        `prepend_virtual_tokens(..., task=...)` says.
-    where: the token embedding; None finds it by its use or name.  Of tables that the
-        same ids look up (per-layer embeddings), all.
-    exclude: tables that are not it.
-    one_hot: allow a model that looks up by one-hot rows times the table, in which the
-        k-th row of zeros of a text is then virtual token k.
-    dtype: of the prompt; None means float32, or float64 beside float64.
-
-    Raises ValueError where no token embedding can be told, where `uses` shows that the
-    model changes ids before it looks them up, for a text longer than the prompt.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> params = {"embed": {"embedding": jnp.ones((11, 3))}}
-    >>> params = jpeft.prompt(2)(jax.random.key(0), params)
-    >>> ids = jpeft.prepend_virtual_tokens(jnp.array([[4, 5]]), 2, vocab_size=11).ids
-    >>> embed = jpeft.adapt(lambda p, ids: p["embed"]["embedding"][ids])
-    >>> embed(params, ids).shape
-    (1, 4, 3)
-    """
-    return PromptTuning(
-        length=length,
-        init=init,
-        tasks=tasks,
-        where=where,
-        exclude=exclude,
-        one_hot=one_hot,
-        dtype=dtype,
-    )
+prompt = PromptTuning
 
 
 # --- the mathematics -----------------------------------------------------------------

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jpeft.boxes import unbox
 from jpeft.checks import check_floating
+from jpeft.formats.blocks import BLOCK_SIZE
 from jpeft.leaf import AdaptedLeaf, box_of, layers
 from jpeft.quant import rules as _rules  # noqa: F401  enters its rules
 from jpeft.quant.arrays import (
@@ -24,10 +25,9 @@ from jpeft.quant.arrays import (
     check_block_size,
     check_format,
     check_in_format,
-    with_block,
 )
 from jpeft.quant.leaf import Layout, Quantized, arrangement, boxed, quantize_array
-from jpeft.transform import LeafMethod, Transform, method, place_beside
+from jpeft.transform import LeafMethod, method, place_beside, written
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.paths import Slots, weight
 from jpeft.tree.where import Where
@@ -42,30 +42,72 @@ def check_compute_dtype(method: str, name: str, value: Any) -> str:
     return check_floating(method, name, value)
 
 
+def check_block(method: str, name: str, value: Any) -> int | str | None:
+    """None: the format's own, which `block_of` finds."""
+    return None if value is None else check_block_size(method, name, value)
+
+
 FormatName = Annotated[str, check_format]
-BlockSize = Annotated[int | str, check_block_size]
+BlockSize = Annotated[Any, check_block]
 ComputeDtype = Annotated[Any, check_compute_dtype]
 
 
 @method("quantize")
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Quantize(LeafMethod):
-    """See `quantize`."""
+    """A transform that stores the selected weights in few bits.
+
+    format: "nf4", "fp4" (code books; Dettmers et al. 2023, arXiv:2305.14314), "int4",
+        "int8" (linear, symmetric), "int4_asymmetric", "int8_asymmetric" (with a zero
+        point), "dynamic8" (the 8-bit dynamic map; Dettmers et al. 2022,
+        arXiv:2110.02861), "quantile4", "quantile8" (a code book learned from each
+        weight's own quantiles); "q4_0", "q4_1", "q8_0" (llama.cpp's, as GGUF files have
+        them: 4.5, 5 and 8.5 bits a parameter).
+    double: quantise the scales of blocks too: 4.127 bits a parameter for nf4 in blocks
+        of 64, 4.5 without.  A scale for a channel or tensor stays float32, those of
+        GGUF's formats float16.
+    block_size: elements that share a scale, along the input axes: 32, 64 (None), ...
+        4096; "channel" for one scale an output, "tensor" for one a matrix.  GGUF's
+        formats have 32 and no other.
+    where, exclude: which weights; see `jpeft.tree.where`.  Formats mix in one chain:
+        `chain(quantize("int8", where=".*/down/.*"), quantize("nf4", where=".*/up/.*"))`
+    compute_dtype: what matrix products with these weights are computed in, summed in
+        float32; None means the activation's own dtype, or the weight's if that is
+        wider.  Results keep the dtype the model asks.  Convolutions and ragged products
+        are computed in the dtype that the model gives them.
+
+    The leaf keeps the weight's shape and dtype and does not train.  4-bit codes are
+    stored in whole groups of 64 along the input axes, filled up with zeros: a weight
+    of up to 16 inputs takes more room than in bfloat16.  Gradients
+    flow through it in reverse mode (`jax.grad`, `jax.vjp`); JAX refuses `jax.jvp`.
+    Codes are no numbers: `jpeft.cast` casts a tree that holds them, and they are not
+    averaged or scaled.  A Linen model applied without `jpeft.adapt` says that it
+    received another shape, that of the codes.
+
+    Raises ValueError for an unknown format, a block size that is none of these, a
+    weight that is quantised or carries an adapter already, whose axes are in doubt,
+    that is not floating, has no elements, or holds NaN or infinity.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"dense": {"kernel": jnp.ones((64, 128))}}
+    >>> params = jpeft.quantize("nf4")(jax.random.key(0), params)
+    >>> leaf = params["dense"]["kernel"]
+    >>> leaf.shape, leaf.codes.shape, leaf.codes.dtype.name
+    ((64, 128), (32, 128), 'uint8')
+    """
 
     format: FormatName = "nf4"
     double: bool = True
-    block_size: BlockSize = 64
+    block_size: BlockSize = written(None, unless=BLOCK_SIZE)
     where: Where = "linear"
+    _: dataclasses.KW_ONLY
     exclude: Where = ()
     compute_dtype: ComputeDtype = "bfloat16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        block_of(self.name, self.format, self.block_size)
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Transform:
-        return super().from_fields(with_block(fields))
+        size = block_of(self.name, self.format, self.block_size)
+        object.__setattr__(self, "block_size", size)
 
     def selection(self) -> tuple[Where, Where]:
         return self.where, self.exclude
@@ -117,6 +159,9 @@ class Quantize(LeafMethod):
         return boxed(box_of(slot), leaf)  # type: ignore[arg-type]
 
 
+quantize = Quantize
+
+
 def check_plain(path: str, slot: Any) -> None:
     """Raises if a weight is quantised, carries an adapter or has no elements."""
     for leaf in layers(slot):
@@ -138,62 +183,3 @@ def check_plain(path: str, slot: Any) -> None:
             f"{path}: a weight of shape {shape} has nothing to quantise; "
             f"exclude={path!r}"
         )
-
-
-def quantize(
-    format: str = "nf4",
-    double: bool = True,
-    block_size: int | str | None = None,
-    where: Where = "linear",
-    *,
-    exclude: Where = (),
-    compute_dtype: Any = jnp.bfloat16,
-) -> Quantize:
-    """A transform that stores the selected weights in few bits.
-
-    format: "nf4", "fp4" (code books; Dettmers et al. 2023, arXiv:2305.14314), "int4",
-        "int8" (linear, symmetric), "int4_asymmetric", "int8_asymmetric" (with a zero
-        point), "dynamic8" (the 8-bit dynamic map; Dettmers et al. 2022,
-        arXiv:2110.02861), "quantile4", "quantile8" (a code book learned from each
-        weight's own quantiles); "q4_0", "q4_1", "q8_0" (llama.cpp's, as GGUF files have
-        them: 4.5, 5 and 8.5 bits a parameter).
-    double: quantise the scales of blocks too: 4.127 bits a parameter for nf4 in blocks
-        of 64, 4.5 without.  A scale for a channel or tensor stays float32, those of
-        GGUF's formats float16.
-    block_size: elements that share a scale, along the input axes: 32, 64 (None), ...
-        4096; "channel" for one scale an output, "tensor" for one a matrix.  GGUF's
-        formats have 32 and no other.
-    where, exclude: which weights; see `jpeft.tree.where`.  Formats mix in one chain:
-        `chain(quantize("int8", where=".*/down/.*"), quantize("nf4", where=".*/up/.*"))`
-    compute_dtype: what matrix products with these weights are computed in, summed in
-        float32; None means the activation's own dtype, or the weight's if that is
-        wider.  Results keep the dtype the model asks.  Convolutions and ragged products
-        are computed in the dtype that the model gives them.
-
-    The leaf keeps the weight's shape and dtype and does not train.  4-bit codes are
-    stored in whole groups of 64 along the input axes, filled up with zeros: a weight
-    of up to 16 inputs takes more room than in bfloat16.  Gradients
-    flow through it in reverse mode (`jax.grad`, `jax.vjp`); JAX refuses `jax.jvp`.
-    Codes are no numbers: `jpeft.cast` casts a tree that holds them, and they are not
-    averaged or scaled.  A Linen model applied without `jpeft.adapt` says that it
-    received another shape, that of the codes.
-
-    Raises ValueError for an unknown format, a block size that is none of these, a
-    weight that is quantised or carries an adapter already, whose axes are in doubt,
-    that is not floating, has no elements, or holds NaN or infinity.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> params = {"dense": {"kernel": jnp.ones((64, 128))}}
-    >>> params = jpeft.quantize("nf4")(jax.random.key(0), params)
-    >>> leaf = params["dense"]["kernel"]
-    >>> leaf.shape, leaf.codes.shape, leaf.codes.dtype.name
-    ((64, 128), (32, 128), 'uint8')
-    """
-    return Quantize(
-        format=format,
-        double=double,
-        block_size=block_of("quantize", format, block_size),
-        where=where,
-        exclude=exclude,
-        compute_dtype=compute_dtype,
-    )

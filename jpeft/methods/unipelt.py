@@ -13,7 +13,6 @@ a bottleneck 16 times narrower than the model.  rank=0 is the paper's UniPELT (A
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from jpeft.checks import Count, CountOrZero, Floating, Positive
 from jpeft.methods._recipe import Recipe
@@ -28,16 +27,35 @@ QUERY_VALUE = r"(.*/)?(query|value|q_proj|v_proj|q|v|wq|wv)/(kernel|w|weight)"
 
 
 @method("unipelt")
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class UniPELT(Recipe):
-    """See `unipelt`."""
+    """A transform of all three: gated LoRA, prefixes and adapters.
+
+    Mao et al. 2022, arXiv:2110.07577.
+
+    rank, alpha: of LoRA; rank=0 leaves LoRA out.  replace_scale: see `jpeft.gated`.
+    prefix_length: see `jpeft.prefix`; 0 leaves prefixes out.
+    bottleneck, reduction: of the adapters after feed-forward, see `jpeft.adapter`.
+    projections: the weights that get LoRA, by name those of queries and values.
+    attention, mlp: which sub-layers get prefixes, which adapters.
+    dtype: of all that trains; None means float32, or float64 beside float64.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> w = lambda *shape: {"kernel": jnp.ones(shape)}
+    >>> attn = {n: w(8, 8) for n in ("query", "key", "value", "out")}
+    >>> params = {"attn": attn, "mlp": {"fc1": w(8, 16), "fc2": w(16, 8)}}
+    >>> params = jpeft.unipelt(2, 5, bottleneck=4)(jax.random.key(0), params)
+    >>> params["attn"]["key"]["kernel"].gate.shape
+    (8,)
+    """
 
     rank: CountOrZero = 8
-    alpha: Positive = 16
-    replace_scale: bool = False
     prefix_length: CountOrZero = 10
     bottleneck: Count | None = None
     reduction: Positive | None = None
+    _: dataclasses.KW_ONLY
+    alpha: Positive = 16
+    replace_scale: bool = False
     projections: Where = QUERY_VALUE
     attention: Where = "attention"
     mlp: Where = "mlp"
@@ -67,47 +85,4 @@ class UniPELT(Recipe):
         return chain(*parts, gated(bottleneck))
 
 
-def unipelt(
-    rank: int = 8,
-    prefix_length: int = 10,
-    bottleneck: int | None = None,
-    reduction: float | None = None,
-    *,
-    alpha: float = 16,
-    replace_scale: bool = False,
-    projections: Where = QUERY_VALUE,
-    attention: Where = "attention",
-    mlp: Where = "mlp",
-    dtype: Any = None,
-) -> UniPELT:
-    """A transform of all three: gated LoRA, prefixes and adapters.
-
-    Mao et al. 2022, arXiv:2110.07577.
-
-    rank, alpha: of LoRA; rank=0 leaves LoRA out.  replace_scale: see `jpeft.gated`.
-    prefix_length: see `jpeft.prefix`; 0 leaves prefixes out.
-    bottleneck, reduction: of the adapters after feed-forward, see `jpeft.adapter`.
-    projections: the weights that get LoRA, by name those of queries and values.
-    attention, mlp: which sub-layers get prefixes, which adapters.
-    dtype: of all that trains; None means float32, or float64 beside float64.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> w = lambda *shape: {"kernel": jnp.ones(shape)}
-    >>> attn = {n: w(8, 8) for n in ("query", "key", "value", "out")}
-    >>> params = {"attn": attn, "mlp": {"fc1": w(8, 16), "fc2": w(16, 8)}}
-    >>> params = jpeft.unipelt(2, 5, bottleneck=4)(jax.random.key(0), params)
-    >>> params["attn"]["key"]["kernel"].gate.shape
-    (8,)
-    """
-    return UniPELT(
-        rank=rank,
-        alpha=alpha,
-        replace_scale=replace_scale,
-        prefix_length=prefix_length,
-        bottleneck=bottleneck,
-        reduction=reduction,
-        projections=projections,
-        attention=attention,
-        mlp=mlp,
-        dtype=dtype,
-    )
+unipelt = UniPELT

@@ -49,6 +49,7 @@ from jpeft.transform import (
     Transform,
     method,
     path_key,
+    written,
 )
 from jpeft.tree.layout import LINEAR, MATRIX, LeafUse
 from jpeft.tree.paths import slots
@@ -235,11 +236,31 @@ def draw(
 
 
 @method("vera")
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class VeRA(Transform):
-    """See `vera`."""
+    """A transform that trains two vectors a weight, over random matrices that all of
+    them share.
 
-    rank: Count
+        W' = W + (A * d) (B * b)
+
+    Kopiczko et al. 2023, arXiv:2310.11454.
+
+    rank: of A and B; it may be large, since a weight trains rank + out numbers.
+    where, exclude: which weights, linear ones.
+    d_initial: the first value of d; b starts at zero.
+    dropout: rate on the activations that enter A, drawn where `adapt` is given a key.
+    dtype: of the vectors and of A and B; None means float32.
+
+    Raises ValueError as `jpeft.lora` does.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = {"query": jnp.ones((7, 5)), "value": jnp.ones((7, 5))}
+    >>> jpeft.count(jpeft.vera(4, where=".*")(jax.random.key(0), params))
+    Count(trainable=18, frozen=118)
+    """
+
+    rank: Count = written(256)
+    _: dataclasses.KW_ONLY
     d_initial: Positive = 0.1
     dropout: Rate = 0.0
     dtype: Floating | None = None
@@ -258,6 +279,9 @@ class VeRA(Transform):
         shared = draw(key, largest("i"), self.rank, largest("o"))
         attach = _Vectors(whole=self, holder=next(iter(found)), shared=shared)
         return attach(key, params, uses=uses)
+
+
+vera = VeRA
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -302,42 +326,3 @@ class _Vectors(LeafMethod):
             lent_b=None,
             dropout=float(self.whole.dropout),
         )
-
-
-def vera(
-    rank: int = 256,
-    *,
-    where: Where = "linear",
-    exclude: Where = (),
-    d_initial: float = 0.1,
-    dropout: float = 0.0,
-    dtype: Any = None,
-) -> VeRA:
-    """A transform that trains two vectors a weight, over random matrices that all of
-    them share.
-
-        W' = W + (A * d) (B * b)
-
-    Kopiczko et al. 2023, arXiv:2310.11454.
-
-    rank: of A and B; it may be large, since a weight trains rank + out numbers.
-    where, exclude: which weights, linear ones.
-    d_initial: the first value of d; b starts at zero.
-    dropout: rate on the activations that enter A, drawn where `adapt` is given a key.
-    dtype: of the vectors and of A and B; None means float32.
-
-    Raises ValueError as `jpeft.lora` does.
-
-    >>> import jax, jax.numpy as jnp, jpeft
-    >>> params = {"query": jnp.ones((7, 5)), "value": jnp.ones((7, 5))}
-    >>> jpeft.count(jpeft.vera(4, where=".*")(jax.random.key(0), params))
-    Count(trainable=18, frozen=118)
-    """
-    return VeRA(
-        rank=rank,
-        d_initial=d_initial,
-        dropout=dropout,
-        dtype=dtype,
-        where=where,
-        exclude=exclude,
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -194,13 +194,6 @@ def block_of(method: str, format: str, block_size: Any) -> int | str:
             f"GGUF's formats have {GGUF_BLOCK} elements; leave block_size out"
         )
     return size
-
-
-def with_block(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Fields of a configuration with the block size of a format that has its own."""
-    kind = FORMATS.get(str(fields.get("format")))
-    own = kind is not None and kind.of_gguf and "block_size" not in fields
-    return {**fields, "block_size": GGUF_BLOCK} if own else fields
 
 
 def check_block_size(method: str, name: str, block_size: Any) -> int | str:
