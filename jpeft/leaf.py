@@ -8,10 +8,18 @@ and the arrays of its method.  Each field declares its role once, in the class:
     static      part of the tree's structure, not an array
     transient   put there by `adapt` for one call, absent from stored trees
 
+and each array its axes, and what it is where the leaf does nothing:
+
+    a: Any = trainable("sir")           (*stack, *in, rank)
+    b: Any = trainable("sro", off=0)    (*stack, rank, *out), zero for the base's value
+
+From this table follow the labels of axes (`jpeft.adapt.labels`), first shapes, names of
+boxes, shardings and what is checked when an adapter is loaded.
+
 Laws, checked by the tests for every kind of leaf:
 
     shape(leaf) == shape(base)   dtype(leaf) == dtype(base)
-    leaf.disable() has the leaf's structure and acts as its base
+    disabled(leaf) has the leaf's structure and acts as its base
     materialize(leaf) is the weight that acts as the leaf does, where there is one
 """
 
@@ -22,7 +30,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import jax
@@ -36,14 +44,32 @@ from jpeft.serialization import let_serialize
 
 TRAINABLE, FROZEN, STATIC, TRANSIENT = "trainable", "frozen", "static", "transient"
 T = TypeVar("T")
+L = TypeVar("L", bound="AdaptedLeaf")
 
 
-def trainable(**kwargs: Any) -> Any:
-    return dataclasses.field(metadata={"role": TRAINABLE}, **kwargs)
+def trainable(
+    axes: Sequence[str] | None = None, *, off: float | str | None = None, **kwargs: Any
+) -> Any:
+    """An array that trains.
+
+    axes: where its axes come from, a name each: "s", "i", "o" are the stack, input and
+        output axes of the weight, "*" all of its axes; anything else is one axis of the
+        leaf's own ("r", the rank; a letter, or a word in a tuple).  None: all are its
+        own, and nothing moves them.
+    off: what stands there in `disabled`: a number, or the field that has it.
+    """
+    return dataclasses.field(
+        metadata={"role": TRAINABLE, "axes": axes, "off": off}, **kwargs
+    )
 
 
-def frozen(**kwargs: Any) -> Any:
-    return dataclasses.field(metadata={"role": FROZEN}, **kwargs)
+def frozen(
+    axes: Sequence[str] | None = None, *, off: float | str | None = None, **kwargs: Any
+) -> Any:
+    """An array that does not train; see `trainable`."""
+    return dataclasses.field(
+        metadata={"role": FROZEN, "axes": axes, "off": off}, **kwargs
+    )
 
 
 def static(**kwargs: Any) -> Any:
@@ -84,13 +110,7 @@ KINDS: dict[str, type[AdaptedLeaf]] = {}
     field_specifiers=(trainable, frozen, static, transient),
 )
 def adapted_leaf(cls: type[T]) -> type[T]:
-    """Makes `cls` a frozen dataclass and a pytree node, and enters it in `KINDS`.
-
-    Its `materialize` need not know of boxes (`nnx.Param`, `nn.Partitioned`): it is
-    called without them.
-    """
-    if "materialize" in vars(cls):
-        cls.materialize = _out_of_boxes(cls.materialize)  # type: ignore[attr-defined]
+    """Makes `cls` a frozen dataclass and a pytree node, and enters it in `KINDS`."""
     cls = dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)(cls)
     roles = {f.name: f.metadata["role"] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     statics = [n for n, r in roles.items() if r == STATIC]
@@ -140,14 +160,6 @@ def _let_export(cls: type, statics: list[str]) -> None:
     )
 
 
-def _out_of_boxes(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    @functools.wraps(f)
-    def materialize(self: AdaptedLeaf, dtype: Any = None) -> jax.Array:
-        return f(unboxed(self), dtype)
-
-    return materialize
-
-
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class AdaptedLeaf:
     """A weight with a method attached.  See the module's docstring for the laws."""
@@ -166,8 +178,6 @@ class AdaptedLeaf:
     replaces_base: ClassVar[bool] = False
     # True: the leaf is the stored weight itself (a quantised one), with no base below.
     holds_weight: ClassVar[bool] = False
-    # False: the leaf is no change of the weight, so it has no merged value.
-    merges: ClassVar[bool] = True
     # True: the leaf asks which rows of a text are virtual tokens, or tells it.
     knows_rows: ClassVar[bool] = False
 
@@ -205,15 +215,36 @@ class AdaptedLeaf:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    def effective(self, w: jax.Array) -> jax.Array:
+        """The method's formula: the weight that acts as the leaf does over a base `w`.
+
+        w: in float32 (or wider), the dtype of the result.  The leaf is out of its boxes
+        (`nnx.Param`, `nn.Partitioned`).  Not defined for a leaf that is no change of
+        the weight.
+        """
+        raise NotImplementedError
+
+    @property
+    def merges(self) -> bool:
+        """Whether there is such a weight."""
+        return type(self).effective is not AdaptedLeaf.effective
+
     def materialize(self, dtype: Any = None) -> jax.Array:
         """The effective weight, computed in float32 (or wider) and cast once.
 
         `dtype`: of the result; default the base's.
         """
-        raise TypeError(
-            f"{self.where()}a {type(self).__name__} is not a change of the weight, so "
-            "it has no merged value; keep it attached, or jpeft.unload(params)"
-        )
+        if not self.merges:
+            raise TypeError(
+                f"{self.where()}a {type(self).__name__} is not a change of the weight, "
+                "so it has no merged value; keep it attached, or jpeft.unload(params)"
+            )
+        leaf, wide = unboxed(self), wide_dtype(self.dtype)
+        if is_leaf(leaf.base):
+            w = leaf.base.materialize(wide)
+        else:
+            w = jnp.asarray(leaf.base).astype(wide)
+        return leaf.effective(w).astype(self.dtype if dtype is None else dtype)
 
     def finalize(self) -> AdaptedLeaf:
         """The leaf that acts as this one, without what only makes its arrays: an
@@ -230,16 +261,25 @@ class AdaptedLeaf:
         acts."""
         return self.finalize()
 
-    def disable(self) -> Self:
-        """The same structure with arrays that make it act as its base."""
-        raise NotImplementedError
+    @classmethod
+    def labels_of(cls, axes: str) -> dict[str, list[Hashable]]:
+        """For each array declared: what each of its axes is, beside a weight with these
+        axes (one of "s", "i", "o" for each): an axis of the weight, or a name."""
+        groups = {g: [k for k, c in enumerate(axes) if c == g] for g in "sio"}
+        groups["*"] = list(range(len(axes)))
+        return {
+            n: [k for g in names for k in groups.get(g, [g])]
+            for n, names in _declared_axes(cls).items()
+        }
 
-    def field_axes(self) -> Mapping[str, tuple[int | None, ...]]:
-        """For each array of the method: which axis of the weight each axis comes from.
-
-        `None` marks an axis of the method's own (the rank).
-        """
-        raise NotImplementedError
+    def labels(self) -> dict[str, list[Hashable]]:
+        """The same for each array that the leaf has; None for an undeclared axis."""
+        axes = getattr(self, "axes", None)
+        declared = self.labels_of("?" * self.ndim if axes is None else axes)
+        return {
+            n: declared[n] if n in declared else [None] * unbox(x).ndim
+            for n, x in array_fields(self).items()
+        }
 
     def unstack(self) -> tuple[Any, Any, Callable[[Any, Any], Any]] | None:
         """For a scan over axis 0: (what is scanned, what is constant, how to join a row
@@ -257,7 +297,7 @@ class AdaptedLeaf:
     def grown(self, axis: int) -> Self | None:
         """The leaf, whose base has more rows along an axis than its arrays know of:
         what it was on the old ones, nothing on the new.  None: there is none."""
-        own, axes = array_fields(self), self.field_axes()
+        own, axes = array_fields(self), field_axes(self)
         at = {n: axes[n].index(axis) for n in own if axis in axes.get(n, ())}
         if not at:
             return None
@@ -269,7 +309,7 @@ class AdaptedLeaf:
             return np.pad(x, [(0, n * (j == k)) for j in range(x.ndim)])
 
         longer = self.replace(**{n: padded(own[n], k, more[n]) for n, k in at.items()})
-        idle = array_fields(longer.disable())
+        idle = array_fields(disabled(longer))
 
         def joined(n: str, k: int) -> jax.Array:
             new = np.split(np.asarray(idle[n]), [own[n].shape[k]], k)[1]
@@ -504,6 +544,56 @@ def stored(leaf: AdaptedLeaf) -> dict[str, Any]:
     return {**base, **array_fields(leaf)}
 
 
+@functools.cache
+def _declared_axes(kind: type[AdaptedLeaf]) -> dict[str, Sequence[str]]:
+    found = {f.name: f.metadata.get("axes") for f in dataclasses.fields(kind)}
+    return {n: axes for n, axes in found.items() if axes is not None}
+
+
+def field_axes(leaf: AdaptedLeaf) -> dict[str, tuple[int | None, ...]]:
+    """For each array of the method the axis of the weight that each of its axes comes
+    from; None for one of its own."""
+    return {
+        n: tuple(k if isinstance(k, int) else None for k in labels)
+        for n, labels in leaf.labels().items()
+    }
+
+
+def shapes_beside(
+    kind: type[AdaptedLeaf], shape: tuple[int, ...], axes: str, **own: int
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of a leaf's arrays beside a weight.
+
+    own: the sizes of its own axes, r=8 the rank; arrays with others are left out.
+    """
+    sizes = {**own, **dict(enumerate(shape))}
+    return {
+        n: tuple(sizes[k] for k in labels)  # type: ignore[index]
+        for n, labels in kind.labels_of(axes).items()
+        if all(k in sizes for k in labels)
+    }
+
+
+def disabled(x: Any) -> Any:
+    """The leaf with arrays that make it act as its base, the structure the same."""
+    if not is_leaf(x) or x.holds_weight:
+        return x
+    changes: dict[str, Any] = {"base": disabled(x.base)}
+    x = x.replace(**changes)
+    for f in dataclasses.fields(x):
+        off, old = f.metadata.get("off"), getattr(x, f.name)
+        if off is None or old is None:
+            continue
+        if isinstance(off, str):
+            given = getattr(x, off)
+            given = given.materialize() if is_leaf(given) else unbox(given)
+            one = lambda y, given=given: jnp.asarray(given).astype(y.dtype)
+        else:
+            one = lambda y, off=off: jnp.full_like(y, off)
+        changes[f.name] = jax.tree.map(one, old)
+    return x.replace(**changes)
+
+
 def transients(leaf: AdaptedLeaf) -> dict[str, Any]:
     """What `adapt` put into the leaf for this call."""
     fields = {n: getattr(leaf, n) for n, r in roles(leaf).items() if r == TRANSIENT}
@@ -532,7 +622,7 @@ def cast_array(x: Any, dtype: Any) -> Any:
     return x.astype(dtype) if jnp.issubdtype(found, jnp.floating) else x
 
 
-def map_fields(f: Callable[[Any], Any], leaf: AdaptedLeaf) -> AdaptedLeaf:
+def map_fields(f: Callable[[Any], Any], leaf: L) -> L:
     """`f` on every array of the leaf and of the leaves below it."""
     below = leaf.base
     changes = {n: f(x) for n, x in array_fields(leaf).items()}
@@ -541,7 +631,7 @@ def map_fields(f: Callable[[Any], Any], leaf: AdaptedLeaf) -> AdaptedLeaf:
     return leaf.replace(**changes)
 
 
-def unboxed(leaf: AdaptedLeaf) -> AdaptedLeaf:
+def unboxed(leaf: L) -> L:
     """The leaf with every box around its arrays taken off."""
     return map_fields(unbox, leaf)
 
@@ -569,7 +659,7 @@ def boxed_like(box: Any, leaf: AdaptedLeaf) -> AdaptedLeaf:
     """The leaf with boxes on its own arrays, named after the axes of `box`."""
     if not is_box(box):
         return leaf
-    axes = leaf.field_axes()
+    axes = field_axes(leaf)
     return leaf.replace(
         **{n: rebox(box, x, axes[n]) for n, x in array_fields(leaf).items()}
     )
@@ -601,7 +691,7 @@ def leaf_specs(leaf: AdaptedLeaf, spec: PartitionSpec) -> Any:
     names = tuple(spec) + (None,) * (leaf.ndim - len(spec))
     changes: dict[str, Any] = {
         n: PartitionSpec(*(None if k is None else names[k] for k in axes))
-        for n, axes in leaf.field_axes().items()
+        for n, axes in field_axes(leaf).items()
     }
     if not leaf.holds_weight:
         changes["base"] = leaf_specs(leaf.base, spec) if is_leaf(leaf.base) else spec

@@ -11,7 +11,7 @@ parametrisation and cost, never correctness.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -40,20 +40,6 @@ class Labelled(AdaptedLeaf):
 
     # The label of an axis that a movement makes of nothing.
     spare: ClassVar[str] = "o"
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        """For each array: its labels, where a label is an axis of the weight or `R`."""
-        raise NotImplementedError
-
-    def labels(self) -> dict[str, list[Label]]:
-        return type(self).labels_of(self.axes)
-
-    def field_axes(self) -> Mapping[str, tuple[int | None, ...]]:
-        return {
-            n: tuple(k if isinstance(k, int) else None for k in labels)
-            for n, labels in self.labels().items()
-        }
 
     def move(self, base: Any, f: Move, axes: str | None = None) -> Self:
         """The leaf over `base` with `f` done to every array."""

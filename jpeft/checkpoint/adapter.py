@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from jpeft.adapt.labels import Labelled, R
+from jpeft.adapt.labels import R
 from jpeft.boxes import same_box, unbox
 from jpeft.checkpoint import _orbax
 from jpeft.checkpoint.base import (
@@ -59,6 +59,7 @@ from jpeft.leaf import (
     box_of,
     boxed_like,
     check_whole,
+    field_axes,
     innermost,
     is_leaf,
     layers,
@@ -430,9 +431,9 @@ def _not_grown(saved: Saved, path: str, title: str, axis: int) -> str:
 
 def check_shapes(path: str, leaf: AdaptedLeaf, shape: tuple[int, ...]) -> None:
     """Raises if an array does not fit the weight it stands beside."""
-    labels = leaf.labels() if isinstance(leaf, Labelled) else {}
+    labels = leaf.labels()
     own: dict[Any, set[int]] = {}
-    for field, axes in leaf.field_axes().items():
+    for field, axes in field_axes(leaf).items():
         x = getattr(leaf, field)
         want = tuple(
             n if k is None else shape[k] for k, n in zip(axes, x.shape, strict=False)
@@ -442,8 +443,8 @@ def check_shapes(path: str, leaf: AdaptedLeaf, shape: tuple[int, ...]) -> None:
                 f"{path}/{field}: shape {tuple(x.shape)} does not fit a weight of "
                 f"shape {shape}"
             )
-        for label, n in zip(labels.get(field, ()), x.shape, strict=False):
-            if not isinstance(label, int):
+        for label, n in zip(labels[field], x.shape, strict=False):
+            if label is not None and not isinstance(label, int):
                 own.setdefault("rank" if label == R else label, set()).add(n)
     for label, sizes in own.items():
         if len(sizes) > 1:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ from jpeft.leaf import (
     static,
     trainable,
 )
-from jpeft.methods._gate import gate_labels, open_gate, spread
+from jpeft.methods._gate import open_gate, spread
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -69,11 +69,6 @@ class Part(Labelled):
     """
 
     spare: ClassVar[str] = "-"
-    merges: ClassVar[bool] = False
-
-    def labels(self) -> dict[str, list[Label]]:
-        every = type(self).labels_of(self.axes)
-        return {n: k for n, k in every.items() if getattr(self, n) is not None}
 
 
 @adapted_leaf
@@ -84,16 +79,11 @@ class AtEnd(Part):
     is added.
     """
 
-    up: Any = trainable()
-    up_bias: Any = trainable()
-    gain: Any = trainable(default=None)
+    up: Any = trainable("sro", off=0)
+    up_bias: Any = trainable("so", off=0)
+    gain: Any = trainable("s", default=None)
     scale: float = static(default=1.0)
     late: bool = static(default=True)
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        zero = {n: jax.tree.map(jnp.zeros_like, getattr(self, n)) for n in _UP}
-        return self.replace(base=base, **zero)
 
     def finish(
         self, it: Interpreter, eqn: Any, y: jax.Array, labels: list[Label]
@@ -132,23 +122,11 @@ class Bottleneck(AtEnd):
     up_bias: (*stack, *out); gain: (*stack,); gate: (*stack, *out); gate_bias: (*stack,)
     """
 
-    down: Any = trainable()
-    down_bias: Any = trainable()
-    gate: Any = trainable(default=None)
-    gate_bias: Any = trainable(default=None)
+    down: Any = trainable("sor")
+    down_bias: Any = trainable("sr")
+    gate: Any = trainable("so", default=None)
+    gate_bias: Any = trainable("s", default=None)
     activation: str = static(default="relu")
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        s, o = ([k for k, c in enumerate(axes) if c == g] for g in "so")
-        return {
-            "down": [*s, *o, R],
-            "down_bias": [*s, R],
-            "up": [*s, R, *o],
-            "up_bias": [*s, *o],
-            "gain": [*s],
-            **gate_labels(s, o),
-        }
 
     def finish(
         self, it: Interpreter, eqn: Any, y: jax.Array, labels: list[Label]
@@ -180,31 +158,18 @@ class BranchStart(Part):
     gate_bias: (*stack,).  link: the sub-layer's path.
     """
 
-    down: Any = trainable()
-    down_bias: Any = trainable()
-    gate: Any = trainable(default=None)
-    gate_bias: Any = trainable(default=None)
+    down: Any = trainable("sir")
+    down_bias: Any = trainable("sr")
+    gate: Any = trainable("si", default=None)
+    gate_bias: Any = trainable("s", default=None)
     activation: str = static(default="relu")
     link: Path = static()
 
     def __post_init__(self) -> None:
         _as_path(self)
 
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        s, i = ([k for k, c in enumerate(axes) if c == g] for g in "si")
-        return {
-            "down": [*s, *i, R],
-            "down_bias": [*s, R],
-            **gate_labels(s, i),
-        }
-
     def opens(self) -> frozenset[str]:
         return frozenset({_link(self)})
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        return self.replace(base=base)
 
 
 @adapted_leaf
@@ -219,11 +184,6 @@ class BranchEnd(AtEnd):
 
     def __post_init__(self) -> None:
         _as_path(self)
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        s, o = ([k for k, c in enumerate(axes) if c == g] for g in "so")
-        return {"up": [*s, R, *o], "up_bias": [*s, *o], "gain": [*s]}
 
     def closes(self) -> frozenset[str]:
         return frozenset({_link(self)})

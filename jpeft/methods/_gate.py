@@ -14,12 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jpeft.adapt.labels import Label, Labels, align, contract
-
-
-def gate_labels(stack: Labels, inputs: Labels) -> dict[str, list[Label]]:
-    """Labels of a leaf's gate over a value with these axes."""
-    return {"gate": [*stack, *inputs], "gate_bias": [*stack]}
+from jpeft.adapt.labels import Labels, align, contract
 
 
 def open_gate(

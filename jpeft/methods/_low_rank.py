@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,6 @@ from jpeft.leaf import (
     is_leaf,
     static,
     trainable,
-    wide_dtype,
 )
 
 # --- the leaf ------------------------------------------------------------------------
@@ -55,30 +54,17 @@ class LowRank(Labelled):
     dropout: rate on the activation that enters A; active only where `adapt` has a key.
     """
 
-    a: Any = trainable()
-    b: Any = trainable()
+    a: Any = trainable("sir")
+    b: Any = trainable("sro", off=0)
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        s, i, o = ([k for k, c in enumerate(axes) if c == g] for g in "sio")
-        return {"a": [*s, *i, R], "b": [*s, R, *o]}
 
     @property
     def rank(self) -> int:
         return self.b.shape[self.labels()["b"].index(R)]
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        wide = wide_dtype(self.dtype)
-        base = self.base.materialize(wide) if is_leaf(self.base) else self.base
-        delta = low_rank_product(self.a, self.b, self.axes, wide)
-        out = jnp.asarray(base).astype(wide) + self.scale * delta
-        return out.astype(self.dtype if dtype is None else dtype)
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        return self.replace(base=base, b=jax.tree.map(jnp.zeros_like, self.b))
+    def effective(self, w: jax.Array) -> jax.Array:
+        return w + self.scale * low_rank_product(self.a, self.b, self.axes, w.dtype)
 
 
 @adapted_leaf
@@ -91,8 +77,8 @@ class ActsAsLowRank(Labelled):
     def as_low_rank(self) -> LowRank:
         raise NotImplementedError
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        return self.as_low_rank().materialize(dtype)
+    def effective(self, w: jax.Array) -> jax.Array:
+        return self.as_low_rank().effective(w)
 
 
 @rule(

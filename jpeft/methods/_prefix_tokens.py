@@ -12,8 +12,8 @@ overwrites the features of keys and values alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -75,18 +75,17 @@ class TokenRows(AdaptedLeaf):
     """
 
     axes: str = static()
-    rows: Any = trainable()
+    rows: Any = trainable(off=0)
     columns: Columns = static(default=())
     stream: str = static(default="")
 
     knows_rows: ClassVar[bool] = True
-    merges: ClassVar[bool] = False
 
-    def field_axes(self) -> Mapping[str, tuple[int | None, ...]]:
+    def labels(self) -> dict[str, list[Hashable]]:
         stack = [k for k, c in enumerate(self.axes) if c == "s"]
         features = [k for k, c in enumerate(self.axes) if c == "o"]
         whole = len(features) == 1 and not self.columns
-        return {"rows": (*stack, None, features[0] if whole else None)}
+        return {"rows": [*stack, TOKENS, features[0] if whole else None]}
 
     def begin(self) -> AdaptedLeaf:
         """With rows of every feature, which move as the weight's own axes do."""
@@ -107,17 +106,6 @@ class TokenRows(AdaptedLeaf):
             path=self.path,
         )
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        raise TypeError(
-            f"{self.where()}a prefix is not a change of the weight, so it has no "
-            "merged value; keep it attached, or jpeft.unload(params)"
-        )
-
-    def disable(self) -> Self:
-        """Without virtual tokens in the text it does nothing, with them it is zero."""
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        return self.replace(base=base, rows=jax.tree.map(jnp.zeros_like, self.rows))
-
 
 @adapted_leaf
 class ActingRows(Labelled):
@@ -126,21 +114,11 @@ class ActingRows(Labelled):
     rows: (*stack, tokens, *out).  cut: (*out), 1 for features overwritten; None: all.
     """
 
-    rows: Any = trainable()
-    cut: Any = trainable(default=None)
+    rows: Any = trainable(("s", "tokens", "o"))
+    cut: Any = trainable("o", default=None)
     stream: str = static(default="")
 
     knows_rows: ClassVar[bool] = True
-    merges: ClassVar[bool] = False
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        stack, out = ([k for k, c in enumerate(axes) if c == g] for g in "so")
-        return {"rows": [*stack, TOKENS, *out], "cut": [*out]}
-
-    def labels(self) -> dict[str, list[Label]]:
-        found = self.labels_of(self.axes)
-        return found if self.cut is not None else {"rows": found["rows"]}
 
 
 # --- rules ---------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -37,26 +37,12 @@ class Scaled(Labelled):
     link: the name under which a bias beside the weight borrows the vector, or "".
     """
 
-    scale: Any = trainable()
+    scale: Any = trainable(off=1)
     link: str = static(default="")
 
-    kept: ClassVar[str] = "so"  # the groups of axes that the vector has
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        return {"scale": [k for g in cls.kept for k, c in enumerate(axes) if c == g]}
-
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        wide = wide_dtype(self.dtype)
-        base = self.base.materialize(wide) if is_leaf(self.base) else self.base
+    def effective(self, w: jax.Array) -> jax.Array:
         every = list(range(self.ndim))
-        scale = spread(self.scale, self.labels()["scale"], every).astype(wide)
-        out = jnp.asarray(base).astype(wide) * scale
-        return out.astype(self.dtype if dtype is None else dtype)
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        return self.replace(base=base, scale=jax.tree.map(jnp.ones_like, self.scale))
+        return w * spread(self.scale, self.labels()["scale"], every).astype(w.dtype)
 
     def lends(self) -> Mapping[str, Any] | None:
         return {self.link: self.scale} if self.link else None
@@ -74,14 +60,14 @@ class Scaled(Labelled):
 class ScaledOutput(Scaled):
     """scale: (*stack, *out)."""
 
-    kept: ClassVar[str] = "so"
+    scale: Any = trainable("so", off=1)
 
 
 @adapted_leaf
 class ScaledInput(Scaled):
     """scale: (*stack, *in)."""
 
-    kept: ClassVar[str] = "si"
+    scale: Any = trainable("si", off=1)
 
 
 # --- rules: where a model consumes the weight ----------------------------------------

@@ -54,11 +54,6 @@ class VirtualEmbedding(Labelled):
     silent: bool = static(default=False)
 
     knows_rows: ClassVar[bool] = True
-    merges: ClassVar[bool] = False
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        return {}
 
     def instead(self, name: str) -> str:
         return (
@@ -101,23 +96,9 @@ class VirtualEmbedding(Labelled):
     def _axes_and_sizes(self) -> list[tuple[str, int]]:
         return list(zip(self.axes, self.shape, strict=True))
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        raise TypeError(
-            f"{self.where()}a {type(self).__name__} adds virtual tokens to the "
-            "vocabulary, so it has no merged value of the weight's shape; keep it "
-            "attached, or jpeft.unload(params)"
-        )
-
     def grown(self, axis: int) -> Self | None:
         """Virtual ids begin behind the new rows."""
         return self.replace(vocab=self.shape[axis]) if axis == self.axis else None
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        zeros = {
-            n: jax.tree.map(jnp.zeros_like, getattr(self, n)) for n in self.labels()
-        }
-        return self.replace(base=base, **zeros)
 
 
 @adapted_leaf
@@ -127,11 +108,7 @@ class Prompt(VirtualEmbedding):
     prompt: (tokens, *features).
     """
 
-    prompt: Any = trainable()
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        return {"prompt": [TOKENS, *(k for k, c in enumerate(axes) if c == "o")]}
+    prompt: Any = trainable(("tokens", "o"), off=0)
 
     def table(self, dtype: Any) -> jax.Array:
         labels = self.labels()["prompt"]

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +33,20 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jpeft import compat
-from jpeft.adapt.labels import Label, R
 from jpeft.boxes import same_box, unbox
 from jpeft.checks import Positive, Rate
-from jpeft.leaf import adapted_leaf, is_leaf, layers, static, trainable
+from jpeft.leaf import (
+    adapted_leaf,
+    is_leaf,
+    layers,
+    shapes_beside,
+    static,
+    trainable,
+)
 from jpeft.methods._draw import drawn, filled
 from jpeft.methods._low_rank import ActsAsLowRank, LowRank
 from jpeft.methods._ranked import Ranked
-from jpeft.methods.lora import check_rank, factor_shapes
+from jpeft.methods.lora import check_rank
 from jpeft.transform import method
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.paths import slots
@@ -60,17 +66,11 @@ class Triplets(ActsAsLowRank):
     dropout: rate on the activation that enters P; active only where `adapt` has a key.
     """
 
-    p: Any = trainable()
-    lam: Any = trainable()
-    q: Any = trainable()
+    p: Any = trainable("sir")
+    lam: Any = trainable("sr", off=0)
+    q: Any = trainable("sro")
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        of = LowRank.labels_of(axes)
-        stack: list[Label] = [k for k, c in enumerate(axes) if c == "s"]
-        return {"p": of["a"], "lam": [*stack, R], "q": of["b"]}
 
     @property
     def rank(self) -> int:
@@ -93,10 +93,6 @@ class Triplets(ActsAsLowRank):
             path=self.path,
             key=self.key,
         )
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        return self.replace(base=base, lam=jax.tree.map(jnp.zeros_like, self.lam))
 
 
 def along_rank(lam: Float[Array, "..."], ndim: int) -> Float[Array, "..."]:
@@ -156,16 +152,16 @@ class AdaLoRA(Ranked):
         check_rank(path, rank, use)
         dtype = self.adapter_dtype(base)
         assert use.axes is not None
-        shapes = factor_shapes(use.shape, use.axes, rank)
+        shapes = shapes_beside(Triplets, use.shape, use.axes, r=rank)
         of_p, of_q = jax.random.split(key)
         normal = lambda k, s: self.std * jax.random.normal(k, s, jnp.float32)
         draw = lambda k, n: drawn(normal, k, shapes[n]).astype(dtype)
         return Triplets(
             base=base,
             axes=use.axes,
-            p=draw(of_p, "a"),
-            lam=filled((*use.sizes("s"), rank), 0, dtype),
-            q=draw(of_q, "b"),
+            p=draw(of_p, "p"),
+            lam=filled(shapes["lam"], 0, dtype),
+            q=draw(of_q, "q"),
             scale=float((rank if alpha is None else alpha) / rank),
             dropout=float(self.dropout),
         )

@@ -32,7 +32,6 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from jpeft.adapt.labels import R
 from jpeft.checks import (
     Count,
     Counts,
@@ -42,7 +41,7 @@ from jpeft.checks import (
     one_of,
     refusal,
 )
-from jpeft.leaf import AdaptedLeaf, Path
+from jpeft.leaf import AdaptedLeaf, Path, shapes_beside
 from jpeft.methods._bottleneck import ACTIVATIONS, Bottleneck, BranchEnd, BranchStart
 from jpeft.methods._draw import drawn, filled
 from jpeft.transform import (
@@ -219,9 +218,8 @@ class Adapter(LeafMethod):
         assert isinstance(use, _Target) and use.axes is not None
         kind = {_AFTER: Bottleneck, _START: BranchStart, _END: BranchEnd}[use.role]
         init = self.of_paper.init if self.init is None else self.init
-        dtype, labels = self.adapter_dtype(base), kind.labels_of(use.axes)
-        size = lambda k: use.rank if k == R else use.shape[k]
-        shape = {n: tuple(map(size, k)) for n, k in labels.items()}
+        dtype = self.adapter_dtype(base)
+        shape = shapes_beside(kind, use.shape, use.axes, r=use.rank)
         keys = dict(zip(("down", "up"), jax.random.split(key), strict=True))
         scale = self.of_paper.scale if self.scale is None else self.scale
         fields: dict[str, Any] = {"base": base, "axes": use.axes}

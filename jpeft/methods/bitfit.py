@@ -14,15 +14,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jpeft.adapt.interpreter import Interpreter, rule
-from jpeft.adapt.labels import Label, Labelled, align, operand_labels
+from jpeft.adapt.labels import Labelled, align, operand_labels
 from jpeft.checks import Floating
-from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, trainable, wide_dtype
+from jpeft.leaf import (
+    AdaptedLeaf,
+    adapted_leaf,
+    is_leaf,
+    shapes_beside,
+    trainable,
+)
 from jpeft.methods._draw import filled
 from jpeft.transform import LeafMethod, method
 from jpeft.tree.layout import BIAS, LINEAR, MATRIX, LeafUse
@@ -34,40 +40,19 @@ from jpeft.tree.where import Where, check_where_or_nothing
 class Delta(AdaptedLeaf):
     """base + delta.  delta: of the base's shape."""
 
-    delta: Any = trainable()
+    delta: Any = trainable("*", off=0)
 
     is_value: ClassVar[bool] = True
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        wide = wide_dtype(self.dtype)
-        base = self.base.materialize(wide) if is_leaf(self.base) else self.base
-        out = jnp.asarray(base).astype(wide) + jnp.asarray(self.delta).astype(wide)
-        return out.astype(self.dtype if dtype is None else dtype)
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        return self.replace(base=base, delta=jax.tree.map(jnp.zeros_like, self.delta))
-
-    def field_axes(self) -> dict[str, tuple[int | None, ...]]:
-        return {"delta": tuple(range(self.ndim))}
+    def effective(self, w: jax.Array) -> jax.Array:
+        return w + jnp.asarray(self.delta).astype(w.dtype)
 
 
 @adapted_leaf
 class AddedBias(Labelled):
     """A bias on the output of a weight that has none.  bias: (*stack, *out)."""
 
-    bias: Any = trainable()
-
-    merges: ClassVar[bool] = False
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        s, o = ([k for k, c in enumerate(axes) if c == g] for g in "so")
-        return {"bias": [*s, *o]}
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        return self.replace(base=base, bias=jax.tree.map(jnp.zeros_like, self.bias))
+    bias: Any = trainable("so", off=0)
 
 
 @rule("dot_general", kind=AddedBias)
@@ -195,7 +180,6 @@ class _AddBias(LeafMethod):
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> AddedBias:
         assert use.axes is not None
-        labels = AddedBias.labels_of(use.axes)["bias"]
-        shape = tuple(use.shape[k] for k in labels)  # type: ignore[index]
+        shape = shapes_beside(AddedBias, use.shape, use.axes)["bias"]
         bias = filled(shape, 0, self.adapter_dtype(base))
         return AddedBias(base=base, axes=use.axes, bias=bias)

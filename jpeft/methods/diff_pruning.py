@@ -34,7 +34,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Self
+from collections.abc import Hashable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,6 @@ from jpeft.leaf import (
     static,
     trainable,
     unboxed,
-    wide_dtype,
 )
 from jpeft.methods._draw import filled
 from jpeft.transform import (
@@ -79,8 +79,8 @@ _ELEMENT, _GROUP = 0, 1  # what a key folds in
 class GatedDelta(AdaptedLeaf):
     """base + gate * delta.  delta, alpha: of the base's shape."""
 
-    delta: Any = trainable()
-    alpha: Any = trainable()
+    delta: Any = trainable("*", off=0)
+    alpha: Any = trainable("*")
     low: float = static(default=LOW)
     high: float = static(default=HIGH)
     temperature: float = static(default=1.0)
@@ -98,16 +98,8 @@ class GatedDelta(AdaptedLeaf):
     def change(self) -> Float[Array, "..."]:
         return self.gate() * self.delta
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        return added(self.base, self.change(), self.dtype if dtype is None else dtype)
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        return self.replace(base=base, delta=jax.tree.map(jnp.zeros_like, self.delta))
-
-    def field_axes(self) -> dict[str, tuple[int | None, ...]]:
-        every = tuple(range(self.ndim))
-        return {"delta": every, "alpha": every}
+    def effective(self, w: jax.Array) -> jax.Array:
+        return w + self.change().astype(w.dtype)
 
     def draws(self) -> bool:
         return True
@@ -135,10 +127,10 @@ class GroupedDelta(GatedDelta):
     def open(self) -> Float[Array, "..."]:
         return super().open() * self._open(self.group)
 
-    def field_axes(self) -> dict[str, tuple[int | None, ...]]:
-        kept = [n > 1 for n in unbox(self.group).shape]
-        group = tuple(k if is_kept else None for k, is_kept in enumerate(kept))
-        return {**super().field_axes(), "group": group}
+    def labels(self) -> dict[str, list[Hashable]]:
+        sizes = unbox(self.group).shape
+        group: list[Hashable] = [k if n > 1 else None for k, n in enumerate(sizes)]
+        return {**super().labels(), "group": group}
 
 
 @adapted_leaf
@@ -148,32 +140,17 @@ class SparseDelta(AdaptedLeaf):
     values (count,); indices (count,): of the flattened weight, ascending, int32.
     """
 
-    values: Any = trainable()
+    values: Any = trainable(off=0)
     indices: Any = frozen()
 
     is_value: ClassVar[bool] = True
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
+    def effective(self, w: jax.Array) -> jax.Array:
         flat = jnp.zeros(math.prod(self.shape), self.values.dtype)
         flat = flat.at[self.indices].set(
             self.values, indices_are_sorted=True, unique_indices=True
         )
-        dtype = self.dtype if dtype is None else dtype
-        return added(self.base, flat.reshape(self.shape), dtype)
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        return self.replace(base=base, values=jax.tree.map(jnp.zeros_like, self.values))
-
-    def field_axes(self) -> dict[str, tuple[int | None, ...]]:
-        return {"values": (None,), "indices": (None,)}
-
-
-def added(base: Any, change: Float[Array, "..."], dtype: Any) -> jax.Array:
-    """base + change, in float32 or wider."""
-    wide = wide_dtype(base.dtype)
-    base = base.materialize(wide) if is_leaf(base) else jnp.asarray(base).astype(wide)
-    return (base + change.astype(wide)).astype(dtype)
+        return w + flat.reshape(self.shape).astype(w.dtype)
 
 
 # --- the method ----------------------------------------------------------------------

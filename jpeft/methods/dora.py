@@ -25,7 +25,7 @@ feature.  A column of zeros has no direction: it stays zero.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,17 +54,12 @@ class DoRALeaf(Labelled):
     a, b, scale, dropout: as `LowRank`'s; m, norm: (*stack, *out), norm is |W|.
     """
 
-    a: Any = trainable()
-    b: Any = trainable()
-    m: Any = trainable()
-    norm: Any = frozen()
+    a: Any = trainable("sir")
+    b: Any = trainable("sro", off=0)
+    m: Any = trainable("so", off="norm")
+    norm: Any = frozen("so")
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        of_columns = ScaledOutput.labels_of(axes)["scale"]
-        return {**LowRank.labels_of(axes), "m": of_columns, "norm": of_columns}
 
     def direction(self) -> LowRank:
         """V, which is not of length one."""
@@ -91,19 +86,10 @@ class DoRALeaf(Labelled):
             path=self.path,
         )
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        wide = wide_dtype(self.dtype)
-        v, labels = self.direction().materialize(wide), self.labels()["m"]
-        g = quotient(jnp.asarray(self.m).astype(wide), norm_of(v, self.axes))
-        w = v * spread(g, labels, list(range(self.ndim)))
-        return w.astype(self.dtype if dtype is None else dtype)
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        b = jax.tree.map(jnp.zeros_like, self.b)
-        old = jax.tree.leaves(self.norm)[0]
-        m = jax.tree.map(lambda x: jnp.asarray(old).astype(x.dtype), self.m)
-        return self.replace(base=base, b=b, m=m)
+    def effective(self, w: jax.Array) -> jax.Array:
+        v, labels = self.direction().effective(w), self.labels()["m"]
+        g = quotient(jnp.asarray(self.m).astype(w.dtype), norm_of(v, self.axes))
+        return v * spread(g, labels, list(range(self.ndim)))
 
     def grown(self, axis: int) -> None:
         """A norm is of all rows; that of a new column is in no array yet."""

@@ -10,7 +10,7 @@ vanish in bfloat16.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,23 +26,13 @@ from jpeft.tree.where import Where
 class Whole(AdaptedLeaf):
     """value: the weight that is used, of the base's shape."""
 
-    value: Any = trainable()
+    value: Any = trainable("*", off="base")
 
     is_value: ClassVar[bool] = True
     replaces_base: ClassVar[bool] = True
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        return jnp.asarray(self.value).astype(self.dtype if dtype is None else dtype)
-
-    def disable(self) -> Self:
-        base = self.base.disable().materialize() if is_leaf(self.base) else self.base
-        old = jax.tree.leaves(base)[0]
-        return self.replace(
-            value=jax.tree.map(lambda v: jnp.asarray(old).astype(v.dtype), self.value)
-        )
-
-    def field_axes(self) -> dict[str, tuple[int | None, ...]]:
-        return {"value": tuple(range(self.ndim))}
+    def effective(self, w: jax.Array) -> jax.Array:
+        return jnp.asarray(self.value)
 
 
 @method("full")

@@ -21,14 +21,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jpeft.adapt.interpreter import Interpreter, rule
-from jpeft.adapt.labels import Label, Labelled, operand_labels
+from jpeft.adapt.labels import Labelled, operand_labels
 from jpeft.boxes import unbox
 from jpeft.checks import shown
 from jpeft.leaf import (
@@ -41,12 +41,13 @@ from jpeft.leaf import (
     innermost,
     is_leaf,
     roles,
+    shapes_beside,
     static,
     trainable,
     wide_dtype,
 )
 from jpeft.methods._draw import drawn, filled
-from jpeft.methods._gate import gate_labels, open_gate
+from jpeft.methods._gate import open_gate
 from jpeft.methods._low_rank import LowRank, dropped, through
 from jpeft.methods.adapter import Adapter
 from jpeft.methods.lora import LoRA
@@ -72,23 +73,12 @@ class GatedLowRank(Labelled):
     a, b, scale, dropout: as `LowRank`'s.  gate: (*stack, *in); gate_bias: (*stack,)
     """
 
-    a: Any = trainable()
-    b: Any = trainable()
-    gate: Any = trainable()
-    gate_bias: Any = trainable()
+    a: Any = trainable("sir")
+    b: Any = trainable("sro", off=0)
+    gate: Any = trainable("si")
+    gate_bias: Any = trainable("s")
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
-
-    merges: ClassVar[bool] = False
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        s, i = ([k for k, c in enumerate(axes) if c == g] for g in "si")
-        return {**LowRank.labels_of(axes), **gate_labels(s, i)}
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        return self.replace(base=base, b=jax.tree.map(jnp.zeros_like, self.b))
 
     def ungated(self) -> LowRank:
         names = roles(LowRank)
@@ -130,19 +120,13 @@ class GatedPrefix(Prefix):
     that of values; None there.  link: the sub-layer's path, "" for one kernel of both.
     """
 
-    gate: Any = trainable(default=None)
-    gate_bias: Any = trainable(default=None)
+    gate: Any = trainable("si", default=None)
+    gate_bias: Any = trainable("s", default=None)
     link: Path = static(default=Path(""))
 
     def __post_init__(self) -> None:
         # A link's name is no part of a leaf's structure: equal layers stay one program.
         object.__setattr__(self, "link", Path(self.link))
-
-    def labels(self) -> dict[str, list[Label]]:
-        if self.gate is None:
-            return super().labels()
-        s, i = ([k for k, c in enumerate(self.axes) if c == g] for g in "si")
-        return {**super().labels(), **gate_labels(s, i)}
 
     def _links(self) -> frozenset[str]:
         name = str.__str__(self.link)
@@ -315,11 +299,7 @@ class Gated(Transform):
             fields["link"] = Path(link)
         if not own:
             return kind(**fields)
-        s, i = ([k for k, c in enumerate(leaf.axes) if c == g] for g in "si")
-        shape = {
-            n: tuple(leaf.shape[k] for k in x)  # type: ignore[index]
-            for n, x in gate_labels(s, i).items()
-        }
+        shape = shapes_beside(kind, leaf.shape, leaf.axes)
         of = jax.tree.leaves(next(iter(array_fields(leaf).values())))[0].dtype
         dtype = wide_dtype(of) if of == jnp.float64 else of
         normal = lambda k, s: 0.02 * jax.random.normal(k, s, wide_dtype(dtype))

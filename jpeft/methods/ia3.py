@@ -29,7 +29,14 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.checks import Floating
-from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, static, transient, wide_dtype
+from jpeft.leaf import (
+    AdaptedLeaf,
+    adapted_leaf,
+    shapes_beside,
+    static,
+    transient,
+    wide_dtype,
+)
 from jpeft.methods._draw import filled
 from jpeft.methods._scaled import ScaledInput, ScaledOutput
 from jpeft.transform import LeafMethod, Transform, method
@@ -54,28 +61,18 @@ class ScaledBias(AdaptedLeaf):
     def borrow(self, lent: Mapping[str, Any]) -> Self:
         return self.replace(scale=lent.get(self.link), link="")
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
+    def effective(self, w: jax.Array) -> jax.Array:
         if self.scale is None:
             raise ValueError(
                 f"{self.where()}this bias is rescaled by the vector that trains at "
                 f"{self.link!r}, and that weight is not in the tree; pass both"
             )
-        wide = wide_dtype(self.dtype)
-        base = self.base.materialize(wide) if is_leaf(self.base) else self.base
         if jnp.shape(self.scale) != self.shape:
             raise ValueError(
                 f"{self.where()}this bias has shape {self.shape} and the outputs it is "
                 f"added to {jnp.shape(self.scale)}: ia3 cannot rescale it"
             )
-        out = jnp.asarray(base).astype(wide) * jnp.asarray(self.scale).astype(wide)
-        return out.astype(self.dtype if dtype is None else dtype)
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        return self.replace(base=base)  # the vector is one where it trains
-
-    def field_axes(self) -> dict[str, tuple[int | None, ...]]:
-        return {}
+        return w * jnp.asarray(self.scale).astype(w.dtype)
 
 
 # --- the method ----------------------------------------------------------------------
@@ -277,7 +274,6 @@ class _Rescale(LeafMethod):
             return ScaledBias(base=base, link=link, scale=None)
         assert use.axes is not None
         kind = ScaledOutput if self.part == OUTPUT else ScaledInput
-        labels = kind.labels_of(use.axes)["scale"]
-        sizes = tuple(use.shape[k] for k in labels)  # type: ignore[index]
-        scale = filled(sizes, 1, self.adapter_dtype(base))
+        shape = shapes_beside(kind, use.shape, use.axes)["scale"]
+        scale = filled(shape, 1, self.adapter_dtype(base))
         return kind(base=base, axes=use.axes, scale=scale, link=link)

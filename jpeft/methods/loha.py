@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +37,19 @@ from jaxtyping import Array, Float
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import Label, R, align, contract, operand_labels
 from jpeft.checks import one_of
-from jpeft.leaf import adapted_leaf, is_leaf, static, trainable, wide_dtype
+from jpeft.leaf import (
+    adapted_leaf,
+    is_leaf,
+    shapes_beside,
+    static,
+    trainable,
+    wide_dtype,
+)
 from jpeft.methods import _init
 from jpeft.methods._draw import drawn, filled
 from jpeft.methods._low_rank import ActsAsLowRank, LowRank, low_rank_product, through
 from jpeft.methods._ranked import Ranked
-from jpeft.methods.lora import check_rank, factor_shapes
+from jpeft.methods.lora import check_rank
 from jpeft.transform import method
 from jpeft.tree.layout import CONV, LINEAR, MATRIX, LeafUse
 
@@ -59,16 +66,11 @@ class Hadamard(ActsAsLowRank):
     a: (*stack, *in, rank); b: (*stack, rank, *out).
     """
 
-    a1: Any = trainable()
-    b1: Any = trainable()
-    a2: Any = trainable()
-    b2: Any = trainable()
+    a1: Any = trainable("sir")
+    b1: Any = trainable("sro")
+    a2: Any = trainable("sir")
+    b2: Any = trainable("sro", off=0)
     scale: float = static(default=1.0)
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        of = LowRank.labels_of(axes)
-        return {n: of[n[0]] for n in FACTORS}
 
     @property
     def rank(self) -> int:
@@ -93,15 +95,8 @@ class Hadamard(ActsAsLowRank):
         )
         return self.scale * one * two
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        wide = wide_dtype(self.dtype)
-        base = self.base.materialize(wide) if is_leaf(self.base) else self.base
-        out = jnp.asarray(base).astype(wide) + self.delta(wide)
-        return out.astype(self.dtype if dtype is None else dtype)
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        return self.replace(base=base, b2=jax.tree.map(jnp.zeros_like, self.b2))
+    def effective(self, w: jax.Array) -> jax.Array:
+        return w + self.delta(w.dtype)
 
 
 @rule("dot_general", kind=Hadamard)
@@ -251,10 +246,8 @@ class LoHa(Ranked):
         rank, alpha = self.rank_of(path), self.alpha_of(path)
         check_rank(path, rank, use)
         assert use.axes is not None
-        of = factor_shapes(use.shape, use.axes, rank)
-        drawn = draw(
-            key, {n: of[n[0]] for n in FACTORS}, math.prod(use.sizes("i")), self.init
-        )
+        shapes = shapes_beside(Hadamard, use.shape, use.axes, r=rank)
+        drawn = draw(key, shapes, math.prod(use.sizes("i")), self.init)
         dtype = self.adapter_dtype(base)
         factors: dict[str, Any] = {n: x.astype(dtype) for n, x in drawn.items()}
         return Hadamard(

@@ -46,7 +46,7 @@ from jpeft.adapt.labels import (
     reshaped,
 )
 from jpeft.checks import check_count, one_of, plain
-from jpeft.leaf import adapted_leaf, is_leaf, static, trainable, wide_dtype
+from jpeft.leaf import adapted_leaf, is_leaf, static, trainable
 from jpeft.methods import _init
 from jpeft.methods._draw import filled
 from jpeft.methods._ranked import Ranked
@@ -55,8 +55,8 @@ from jpeft.transform import method
 from jpeft.tree.layout import LINEAR, MATRIX, LeafUse
 
 LYCORIS, PEFT = INITS = ("lycoris", "peft")
-# The axes of the two factors, and of what they are products of.
-I1, O1, R1, I2, O2, R2 = "i1", "o1", "r1", "i2", "o2", "r2"
+# The axes of the two factors.
+I1, O1, I2, O2 = "i1", "o1", "i2", "o2"
 
 # --- the leaf ------------------------------------------------------------------------
 
@@ -69,25 +69,13 @@ class Kronecker(Labelled):
     i1, rank) and w1_b (*stack, rank, o1); the others are None.
     """
 
-    w1: Any = trainable(default=None)
-    w1_a: Any = trainable(default=None)
-    w1_b: Any = trainable(default=None)
-    w2: Any = trainable(default=None)
-    w2_a: Any = trainable(default=None)
-    w2_b: Any = trainable(default=None)
+    w1: Any = trainable(("s", "i1", "o1"), off=0, default=None)
+    w1_a: Any = trainable(("s", "i1", "r1"), default=None)
+    w1_b: Any = trainable(("s", "r1", "o1"), off=0, default=None)
+    w2: Any = trainable(("s", "i2", "o2"), default=None)
+    w2_a: Any = trainable(("s", "i2", "r2"), default=None)
+    w2_b: Any = trainable(("s", "r2", "o2"), default=None)
     scale: float = static(default=1.0)
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        s = [k for k, c in enumerate(axes) if c == "s"]
-        out: dict[str, list[Label]] = {}
-        for n, i, r, o in (("w1", I1, R1, O1), ("w2", I2, R2, O2)):
-            out |= {n: [*s, i, o], f"{n}_a": [*s, i, r], f"{n}_b": [*s, r, o]}
-        return out
-
-    def labels(self) -> dict[str, list[Label]]:
-        of = type(self).labels_of(self.axes)
-        return {n: k for n, k in of.items() if getattr(self, n) is not None}
 
     def move(self, base: Any, f: Move, axes: str | None = None) -> Any:
         """None where inputs or outputs are no longer whole."""
@@ -108,24 +96,12 @@ class Kronecker(Labelled):
         a, b = (jnp.asarray(getattr(self, f"{name}_{n}")).astype(dtype) for n in "ab")
         return jnp.matmul(a, b, **kwargs)
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        wide = wide_dtype(self.dtype)
-        base = self.base.materialize(wide) if is_leaf(self.base) else self.base
-        one, two = (
-            self.factor(n, wide, precision=lax.Precision.HIGHEST) for n in ("w1", "w2")
-        )
+    def effective(self, w: jax.Array) -> jax.Array:
+        highest = lax.Precision.HIGHEST
+        one, two = (self.factor(n, w.dtype, precision=highest) for n in ("w1", "w2"))
         order = [k for g in "sio" for k, c in enumerate(self.axes) if c == g]
         delta = kronecker(one, two).reshape([self.shape[k] for k in order])
-        delta = align(delta, order, range(self.ndim))
-        out = jnp.asarray(base).astype(wide) + self.scale * delta
-        return out.astype(self.dtype if dtype is None else dtype)
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        name = "w1" if self.w1 is not None else "w1_b"
-        return self.replace(
-            base=base, **{name: jax.tree.map(jnp.zeros_like, getattr(self, name))}
-        )
+        return w + self.scale * align(delta, order, range(self.ndim))
 
     def unstack(self) -> Any:
         return super().unstack() if self.axes[0] == "s" else None

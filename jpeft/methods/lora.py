@@ -27,14 +27,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
-from jpeft.adapt.labels import Label, R
+from jpeft.adapt.labels import R
 from jpeft.checks import Rate
-from jpeft.leaf import adapted_leaf, frozen, is_leaf, static, trainable
+from jpeft.leaf import (
+    adapted_leaf,
+    frozen,
+    is_leaf,
+    shapes_beside,
+    static,
+    trainable,
+)
 from jpeft.methods import _init
 from jpeft.methods._draw import filled
 from jpeft.methods._low_rank import ActsAsLowRank, LowRank
@@ -52,17 +59,12 @@ class ShiftedLowRank(ActsAsLowRank):
     a, b, scale, dropout: as `LowRank`'s; a0, b0 have the shapes of a and b.
     """
 
-    a: Any = trainable()
-    b: Any = trainable()
-    a0: Any = frozen()
-    b0: Any = frozen()
+    a: Any = trainable("sir")
+    b: Any = trainable("sro", off=0)
+    a0: Any = frozen("sir")
+    b0: Any = frozen("sro", off=0)
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        of = LowRank.labels_of(axes)
-        return {**of, "a0": of["a"], "b0": of["b"]}
 
     @property
     def rank(self) -> int:
@@ -87,11 +89,6 @@ class ShiftedLowRank(ActsAsLowRank):
             path=self.path,
             key=self.key,
         )
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        b, b0 = (jax.tree.map(jnp.zeros_like, x) for x in (self.b, self.b0))
-        return self.replace(base=base, b=b, b0=b0)
 
 
 # --- the method ----------------------------------------------------------------------
@@ -170,7 +167,7 @@ class LoRA(LowRankMethod):
             "dropout": float(self.dropout),
         }
         if self.init in _init.DRAWN:
-            shapes = factor_shapes(use.shape, use.axes, rank)
+            shapes = shapes_beside(LowRank, use.shape, use.axes, r=rank)
             fan_in = 1 if use.kind == EMBEDDING else math.prod(use.sizes("i"))
             a = _init.draw_a(key, shapes["a"], fan_in, self.init, dtype)
             return LowRank(a=a, b=filled(shapes["b"], 0, dtype), **common)
@@ -207,11 +204,3 @@ def check_rank(path: str, rank: int, use: LeafUse) -> None:
             f"shape {use.shape}; use rank <= {min(n_in, n_out)} "
             f"(rank_pattern={{{path!r}: {min(n_in, n_out)}}}) or exclude={path!r}"
         )
-
-
-def factor_shapes(
-    shape: tuple[int, ...], axes: str, rank: int
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of A and B beside a weight."""
-    size = lambda k: rank if k == R else shape[k]  # type: ignore[index]
-    return {n: tuple(map(size, k)) for n, k in LowRank.labels_of(axes).items()}

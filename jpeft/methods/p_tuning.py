@@ -32,7 +32,6 @@ from jpeft.leaf import (
     AdaptedLeaf,
     adapted_leaf,
     array_fields,
-    is_leaf,
     static,
     trainable,
 )
@@ -64,6 +63,7 @@ class EncodedPrompt(AdaptedLeaf):
     b1: Any = trainable()
     w2: Any = trainable()
     b2: Any = trainable()
+    # Without the last layer's arrays P is zero: a kind declares them off=0.
 
     @property
     def tokens(self) -> int:
@@ -86,22 +86,10 @@ class EncodedPrompt(AdaptedLeaf):
             path=self.path,
         )
 
-    def field_axes(self) -> dict[str, tuple[int | None, ...]]:
-        return {n: (None,) * unbox(x).ndim for n, x in array_fields(self).items()}
-
     def grown(self, axis: int) -> Self | None:
         """Virtual ids begin behind the new rows."""
         is_rows = self.axes[axis] == "i"
         return self.replace(vocab=self.shape[axis]) if is_rows else None
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        zeros = {n: jax.tree.map(jnp.zeros_like, getattr(self, n)) for n in self.last()}
-        return self.replace(base=base, **zeros)
-
-    def last(self) -> tuple[str, str]:
-        """Names of the last layer's arrays: without them P is zero."""
-        return "w2", "b2"
 
 
 @adapted_leaf
@@ -113,6 +101,8 @@ class LstmPrompt(EncodedPrompt):
     recurrent (2, 2, hidden, 4 hidden), gates (2, 2, 4 hidden): layer, direction.
     """
 
+    w2: Any = trainable(off=0)
+    b2: Any = trainable(off=0)
     first: Any = trainable()
     second: Any = trainable()
     recurrent: Any = trainable()
@@ -128,16 +118,13 @@ class LstmPrompt(EncodedPrompt):
 class MlpPrompt(EncodedPrompt):
     """A prompt with an MLP of three layers.  w3, b3: the third."""
 
-    w3: Any = trainable()
-    b3: Any = trainable()
+    w3: Any = trainable(off=0)
+    b3: Any = trainable(off=0)
 
     def encoded(self) -> jax.Array:
         h = jax.nn.relu(linear(self.start, self.w1, self.b1))
         h = jax.nn.relu(linear(h, self.w2, self.b2))
         return linear(h, self.w3, self.b3)
-
-    def last(self) -> tuple[str, str]:
-        return "w3", "b3"
 
 
 # --- the method ----------------------------------------------------------------------

@@ -32,7 +32,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -100,12 +100,10 @@ class _OfKernel(Labelled):
     kernel was moved about.
     """
 
-    on: Any = frozen()
+    on: Any = frozen("s", off=0)
     role: str = static(default=KEY)
     runs: Runs = static(default=())
     features: Index | None = static(default=None)
-
-    merges: ClassVar[bool] = False
 
     def columns(self) -> np.ndarray:
         """For each output feature the column of the payload, -1 for none."""
@@ -153,16 +151,6 @@ class _OfKernel(Labelled):
     def switched(self, on: float) -> Self:
         return self.replace(on=jax.tree.map(lambda x: jnp.full_like(x, on), self.on))
 
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        return self.replace(base=base).switched(0.0)
-
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        raise TypeError(
-            f"{self.where()}a prefix is not a change of the weight, so it has no "
-            "merged value; keep it attached, or jpeft.unload(params)"
-        )
-
 
 @adapted_leaf
 class Prefix(_OfKernel):
@@ -172,8 +160,8 @@ class Prefix(_OfKernel):
     task: with several tasks, that of each example; put there by `jpeft.select`.
     """
 
-    keys: Any = trainable(default=None)
-    values: Any = trainable(default=None)
+    keys: Any = trainable(("s", "length", "feature"), default=None)
+    values: Any = trainable(("s", "length", "feature"), default=None)
     tasks: int = static(default=1)
     task: Any = transient()
 
@@ -185,16 +173,11 @@ class Prefix(_OfKernel):
         return below.replace(task=ids) if self.tasks > 1 else below
 
     def labels(self) -> dict[str, list[Label]]:
-        stack: list[Label] = [k for k, c in enumerate(self.axes) if c == "s"]
-        rows = [*stack, *(["task"] if self.tasks > 1 else []), "length", "feature"]
-        held = [n for n in (KEY, VALUE) if getattr(self, n) is not None]
-        return {**dict.fromkeys(held, rows), "on": stack}
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        stack: list[Label] = [k for k, c in enumerate(axes) if c == "s"]
-        rows: list[Label] = [*stack, "length", "feature"]
-        return {KEY: rows, VALUE: rows, "on": stack}
+        found = super().labels()
+        for n in (KEY, VALUE):
+            if n in found and self.tasks > 1:
+                found[n].insert(-2, "task")
+        return found
 
 
 @adapted_leaf
@@ -208,36 +191,20 @@ class MadePrefix(_OfKernel):
     b1 (2, 2 width).
     """
 
-    w: Any = trainable()
-    c: Any = trainable()
-    embedding: Any = trainable(default=None)
-    w1: Any = trainable(default=None)
-    r1: Any = trainable(default=None)
-    b1: Any = trainable(default=None)
-    start: Any = frozen(default=None)
+    w: Any = trainable(("s", "width", "feature"))
+    c: Any = trainable(("s", "feature"))
+    embedding: Any = trainable(("length", "d"), default=None)
+    w1: Any = trainable(("d", "width"), default=None)
+    r1: Any = trainable(("way", "half", "gates"), default=None)
+    b1: Any = trainable(("width",), default=None)
+    start: Any = frozen(("s", "length", "feature"), default=None)
     hidden: Any = transient()
 
     def labels(self) -> dict[str, list[Label]]:
-        lstm = self.r1 is not None
-        wide: list[Label] = ["way", "gates"] if lstm else ["width"]
-        shared: dict[str, list[Label]] = {
-            "embedding": ["length", "d"],
-            "w1": [*wide[:-1], "d", wide[-1]],
-            "r1": ["way", "half", "gates"],
-            "b1": wide,
-            "start": [*self.labels_of(self.axes)["c"][:-1], "length", "feature"],
-        }
-        held = {n: k for n, k in shared.items() if getattr(self, n) is not None}
-        return {**self.labels_of(self.axes), **held}
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        stack: list[Label] = [k for k, c in enumerate(axes) if c == "s"]
-        return {
-            "w": [*stack, "width", "feature"],
-            "c": [*stack, "feature"],
-            "on": stack,
-        }
+        found = super().labels()
+        if self.r1 is not None:
+            found |= {"w1": ["way", "d", "gates"], "b1": ["way", "gates"]}
+        return found
 
     def lends(self) -> Mapping[str, Any] | None:
         if self.embedding is None:

@@ -30,20 +30,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jpeft.adapt.interpreter import Interpreter, rule
-from jpeft.adapt.labels import Label, R, align, contract, operand_labels
+from jpeft.adapt.labels import Label, align, contract, operand_labels
 from jpeft.checks import Count, Floating, Positive, Rate
 from jpeft.leaf import (
     AdaptedLeaf,
     adapted_leaf,
     frozen,
     is_leaf,
+    shapes_beside,
     static,
     trainable,
     transient,
 )
 from jpeft.methods._draw import drawn
 from jpeft.methods._low_rank import ActsAsLowRank, LowRank, dropped
-from jpeft.methods._scaled import ScaledOutput, spread, times
+from jpeft.methods._scaled import spread, times
 from jpeft.transform import (
     LeafMethod,
     Transform,
@@ -55,8 +56,6 @@ from jpeft.tree.layout import LINEAR, MATRIX, LeafUse
 from jpeft.tree.paths import slots
 from jpeft.tree.where import Where
 from jpeft.types import PyTree
-
-_HELD = ("shared_a", "shared_b")
 
 # --- the leaf as it is stored --------------------------------------------------------
 
@@ -70,19 +69,13 @@ class VeRALeaf(AdaptedLeaf):
     """
 
     axes: str = static()
-    d: Any = trainable()
-    b: Any = trainable()
+    d: Any = trainable("sr")
+    b: Any = trainable("so", off=0)
     shared_a: Any = frozen(default=None)
     shared_b: Any = frozen(default=None)
     lent_a: Any = transient()
     lent_b: Any = transient()
     dropout: float = static(default=0.0)
-
-    def field_axes(self) -> Mapping[str, tuple[int | None, ...]]:
-        vectors = SharedLowRank.labels_of(self.axes)
-        of = lambda n: tuple(k if isinstance(k, int) else None for k in vectors[n])
-        held = {} if self.shared_a is None else dict.fromkeys(_HELD, (None, None))
-        return {"d": of("d"), "b": of("e"), **held}
 
     def lends(self) -> Mapping[str, Any] | None:
         """Functions that give a weight its rows or columns: the same array to weights
@@ -122,15 +115,11 @@ class VeRALeaf(AdaptedLeaf):
             key=self.key,
         )
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        return self.begin().materialize(dtype)
+    def effective(self, w: jax.Array) -> jax.Array:
+        return self.begin().effective(w)
 
     def grown(self, axis: int) -> None:
         """Rows of the matrices that all share are counted by the largest weight."""
-
-    def disable(self) -> Self:
-        base = self.base.disable() if is_leaf(self.base) else self.base
-        return self.replace(base=base, b=jax.tree.map(jnp.zeros_like, self.b))
 
 
 # --- the leaf as it acts -------------------------------------------------------------
@@ -143,17 +132,11 @@ class SharedLowRank(ActsAsLowRank):
     a: (*in, rank); d: (*stack, rank); b: (rank, *out); e: (*stack, *out).
     """
 
-    a: Any = frozen()
-    d: Any = trainable()
-    b: Any = frozen()
-    e: Any = trainable()
+    a: Any = frozen("ir")
+    d: Any = trainable("sr")
+    b: Any = frozen("ro")
+    e: Any = trainable("so")
     dropout: float = static(default=0.0)
-
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Label]]:
-        s, i, o = ([k for k, c in enumerate(axes) if c == g] for g in "sio")
-        of_columns = ScaledOutput.labels_of(axes)["scale"]
-        return {"a": [*i, R], "d": [*s, R], "b": [R, *o], "e": of_columns}
 
     def as_low_rank(self) -> LowRank:
         own, of = self.labels(), LowRank.labels_of(self.axes)
@@ -312,14 +295,14 @@ class _Vectors(LeafMethod):
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> VeRALeaf:
         assert use.axes is not None
-        dtype, labels = self.adapter_dtype(base), SharedLowRank.labels_of(use.axes)
-        size = lambda k: use.shape[k] if isinstance(k, int) else self.whole.rank
+        dtype = self.adapter_dtype(base)
+        shapes = shapes_beside(VeRALeaf, use.shape, use.axes, r=self.whole.rank)
         a, b = self.shared if path == self.holder else (None, None)
         return VeRALeaf(
             base=base,
             axes=use.axes,
-            d=jnp.full([size(k) for k in labels["d"]], self.whole.d_initial, dtype),
-            b=jnp.zeros([size(k) for k in labels["e"]], dtype),
+            d=jnp.full(shapes["d"], self.whole.d_initial, dtype),
+            b=jnp.zeros(shapes["b"], dtype),
             shared_a=None if a is None else a.astype(dtype),
             shared_b=None if b is None else b.astype(dtype),
             lent_a=None,

@@ -97,12 +97,6 @@ class Deferred(QuantizedValue):
 
         return tuple(data for data, *_ in below), real, put_back
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        return self.value(self.dtype if dtype is None else dtype)
-
-    def disable(self) -> Self:
-        return self
-
     def unstack(self) -> tuple[Any, Any, Callable[[Any, Any], Any]] | None:
         if self.primitive.name not in _BY_ELEMENT:
             return None

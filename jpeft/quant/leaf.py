@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
@@ -32,6 +32,7 @@ from jpeft.leaf import (
     AdaptedLeaf,
     adapted_leaf,
     array_fields,
+    field_axes,
     frozen,
     leaf_specs,
     static,
@@ -50,6 +51,13 @@ class QuantizedValue(AdaptedLeaf):
     def value(self, dtype: Any) -> jax.Array:
         """The whole weight in `dtype`."""
         raise NotImplementedError
+
+    @property
+    def merges(self) -> bool:
+        return True
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        return unboxed(self).value(self.dtype if dtype is None else dtype)
 
     def parts(self) -> tuple[Any, list[jax.Array], Callable[[Any, Any], Self]]:
         """(arrays that are constants, real arrays that may have gradients, how to put
@@ -159,20 +167,18 @@ class Quantized(QuantizedValue):
         """The weight's axis behind each axis of the codes; K stands for its first."""
         return (*self.order[: self.lead + 1], *self.order[self.after :])
 
-    def field_axes(self) -> Mapping[str, tuple[int | None, ...]]:
+    def labels(self) -> dict[str, list[Hashable]]:
         axes, stack = self._axes_of_codes(), self.order[: self.stack]
-        found: dict[str, tuple[int | None, ...]] = {}
+        found: dict[str, list[Hashable]] = {}
         for name, x in array_fields(self).items():
             of_matrix = name in ("nested", "offset", "book")
-            own = (None,) * (unbox(x).ndim - self.stack)
+            own = [None] * (unbox(x).ndim - self.stack)
             sizes = unbox(x).shape
             found[name] = (
-                (*stack, *own)
+                [*stack, *own]
                 if of_matrix
                 # An axis of one scale is shared: it has nothing to shard.
-                else tuple(
-                    k if n > 1 else None for k, n in zip(axes, sizes, strict=True)
-                )
+                else [k if n > 1 else None for k, n in zip(axes, sizes, strict=True)]
             )
         return found
 
@@ -237,9 +243,6 @@ class Quantized(QuantizedValue):
         x = x.reshape(*x.shape[: self.lead], *self.inner, *x.shape[self.lead + 1 :])
         return jnp.transpose(x, tuple(map(int, np.argsort(self.order))))
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        return self.value(self.dtype if dtype is None else dtype)
-
     def with_value(self, x: jax.Array) -> Self:
         """x, (float32) of the weight's shape, in this leaf's format and boxes.
 
@@ -262,9 +265,6 @@ class Quantized(QuantizedValue):
             leaf = _nearer(make(book=own.book), leaf, x)
         leaf = boxed(self.weight_box(), _own_where_same(own, leaf, x))
         return self.replace(**array_fields(leaf))
-
-    def disable(self) -> Self:
-        return self
 
     def cast(self, dtype: Any) -> Self:
         """The same codes and scales, of a weight in `dtype`."""
@@ -531,6 +531,6 @@ def boxed(box: Any, leaf: Quantized) -> Quantized:
     """The leaf with boxes on its arrays, and the names of the weight's own."""
     if not is_box(box):
         return leaf
-    axes = leaf.field_axes()
+    axes = field_axes(leaf)
     arrays = {n: rebox(box, x, axes[n]) for n, x in array_fields(leaf).items()}
     return leaf.replace(**arrays, names=names_of(box))

@@ -21,6 +21,7 @@ from jpeft.leaf import (
     boxed_like,
     cast_array,
     check_whole,
+    disabled,
     innermost,
     is_leaf,
     layers,
@@ -369,4 +370,4 @@ def disable(params: PyTree) -> PyTree:
     """
     flat = slots(params)
     _adapted(flat, "disable")
-    return flat.rebuild(x.disable() if is_leaf(x) else x for x in flat.values)
+    return flat.rebuild(map(disabled, flat.values))
