@@ -176,10 +176,6 @@ class AdaptedLeaf:
     is_value: ClassVar[bool] = False
     # True: the base plays no part in the value, only in `unload`.
     replaces_base: ClassVar[bool] = False
-    # True: the leaf is the stored weight itself (a quantised one), with no base below.
-    holds_weight: ClassVar[bool] = False
-    # True: the leaf asks which rows of a text are virtual tokens, or tells it.
-    knows_rows: ClassVar[bool] = False
 
     __array_priority__ = 100
 
@@ -252,10 +248,6 @@ class AdaptedLeaf:
         """
         return self
 
-    def enters(self, program: Any, k: int) -> None:
-        """Told before anything acts of the traced program (`adapt.entry.Program`) whose
-        k-th input it is.  Raises where the model cannot be adapted so."""
-
     def begin(self) -> AdaptedLeaf:
         """The leaf that acts in its place.  `adapt` asks once a call, before anything
         acts."""
@@ -317,84 +309,9 @@ class AdaptedLeaf:
 
         return longer.replace(**{n: joined(n, k) for n, k in at.items()})
 
-    def weight_box(self) -> Any:
-        """Of a leaf that holds the weight: a box with the weight's axis names."""
-        return None
-
-    def check_stored(self, path: str) -> None:
-        """Raises for arrays that can no longer mean what they stand for."""
-
-    def cast(self, dtype: Any) -> Self:
-        """The leaf whose floating-point numbers, and so its weight, are `dtype`."""
-
-        def one(x: Any) -> Any:
-            if is_leaf(x):
-                return x.cast(dtype)
-            return jax.tree.map(lambda y: cast_array(y, dtype), x)
-
-        return self.replace(
-            base=one(self.base), **{n: one(x) for n, x in array_fields(self).items()}
-        )
-
-    @property
-    def keeps_arrays(self) -> bool:
-        """Of a leaf that holds the weight: whether the plain weight does not give its
-        arrays, so that a checkpoint must."""
-        return False
-
-    @property
-    def typed_sharding(self) -> Any:
-        """Of a leaf that holds the weight: where the weight would be, if that is part
-        of its arrays' types (on an explicit mesh); else None."""
-        return None
-
-    def with_value(self, x: jax.Array) -> Self:
-        """Of a leaf that holds the weight: the same leaf holding another value."""
-        raise NotImplementedError
-
-    def opens(self) -> frozenset[str]:
-        """Names of the links this leaf leaves for a later weight of its sub-layer."""
-        return frozenset()
-
-    def closes(self) -> frozenset[str]:
-        """Names of the links this leaf takes up."""
-        return frozenset()
-
-    def lends(self) -> Mapping[str, Any] | None:
-        """Arrays that every leaf of one transform shares and this one holds."""
-        return None
-
-    def borrow(self, lent: Mapping[str, Any]) -> Self:
-        """The leaf with what the leaves of its transform share, in transient fields."""
-        return self
-
-    def holds(self) -> int:
-        """How many adapters stand side by side in this leaf; see `select`."""
-        return 1
-
-    def select(self, ids: jax.Array) -> Self:
-        """Of a leaf that holds several adapters: the same leaf acting with the one
-        that `ids` (examples,) names for each example."""
-        return self.replace(base=self.base.select(ids)) if is_leaf(self.base) else self
-
     def draws(self) -> bool:
         """Whether the leaf acts at random where `adapt` has a key."""
         return getattr(self, "dropout", 0.0) > 0.0
-
-    def fold_key(self, of: int, n: Any) -> Self:
-        """The leaf with the n-th of a kind folded into its dropout key, and its base's.
-
-        of: what is counted, so that the second use and the second step differ.
-        """
-        changes: dict[str, Any] = {}
-        if is_leaf(self.base):
-            changes["base"] = self.base.fold_key(of, n)
-        if self.key is not None:
-            changes["key"] = jax.random.fold_in(jax.random.fold_in(self.key, of), n)
-        return self.replace(**changes) if changes else self
-
-    def has_key(self) -> bool:
-        return self.key is not None or (is_leaf(self.base) and self.base.has_key())
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
@@ -426,6 +343,84 @@ class AdaptedLeaf:
     __array__ = __getitem__ = __matmul__ = __rmatmul__ = _no_array
     __add__ = __radd__ = __mul__ = __rmul__ = _no_array
     __sub__ = __rsub__ = __truediv__ = __neg__ = _no_array
+
+
+# --- what some leaves are besides ----------------------------------------------------
+
+
+class StoredWeight(AdaptedLeaf):
+    """A leaf that is the weight itself, stored in another way: there is no base."""
+
+    @property
+    def keeps_arrays(self) -> bool:
+        """Whether the plain weight does not give its arrays, so that a checkpoint
+        must."""
+        return False
+
+    @property
+    def typed_sharding(self) -> Any:
+        """Where the weight would be, if that is part of its arrays' types (on an
+        explicit mesh); else None."""
+        return None
+
+    def weight_box(self) -> Any:
+        """A box with the weight's axis names, or None."""
+        return None
+
+    def check_stored(self, path: str) -> None:
+        """Raises for arrays that can no longer mean what they stand for."""
+
+    def cast(self, dtype: Any) -> Self:
+        """The same weight, of this floating-point dtype."""
+        raise NotImplementedError
+
+    def with_value(self, x: jax.Array) -> Self:
+        """Another weight, stored in the same way."""
+        raise NotImplementedError
+
+
+class Linked:
+    """A leaf that hands something to another one of its sub-layer, or takes it."""
+
+    def opens(self) -> frozenset[str]:
+        """Names of the links this leaf leaves for a later weight of its sub-layer."""
+        return frozenset()
+
+    def closes(self) -> frozenset[str]:
+        """Names of the links this leaf takes up."""
+        return frozenset()
+
+
+class Sharing:
+    """A leaf of a transform whose leaves have arrays in common."""
+
+    def lends(self) -> Mapping[str, Any] | None:
+        """Arrays that every leaf of one transform shares and this one holds."""
+        return None
+
+    def borrow(self, lent: Mapping[str, Any]) -> Self:
+        """The leaf with what the leaves of its transform share, in transient fields."""
+        return self
+
+
+class Several:
+    """A leaf in which several adapters may stand side by side; see `jpeft.select`."""
+
+    def holds(self) -> int:
+        """How many they are."""
+        raise NotImplementedError
+
+    def select(self, ids: jax.Array) -> Self:
+        """The leaf acting with the one that `ids` (examples,) names for each."""
+        raise NotImplementedError
+
+
+class OfText:
+    """A leaf that asks which rows of a text are virtual tokens, or tells it."""
+
+    def enters(self, program: Any, k: int) -> None:
+        """Told before anything acts of the traced program (`adapt.entry.Program`) whose
+        k-th input it is.  Raises where the model cannot be adapted so."""
 
 
 # --- values with something owed ------------------------------------------------------
@@ -524,6 +519,10 @@ def is_leaf(x: Any) -> bool:
     return isinstance(x, AdaptedLeaf)
 
 
+def is_stored(x: Any) -> bool:
+    return isinstance(x, StoredWeight)
+
+
 def roles(leaf: AdaptedLeaf | type[AdaptedLeaf]) -> dict[str, str]:
     """Field name -> role."""
     return {f.name: f.metadata["role"] for f in dataclasses.fields(leaf)}  # type: ignore[arg-type]
@@ -576,7 +575,7 @@ def shapes_beside(
 
 def disabled(x: Any) -> Any:
     """The leaf with arrays that make it act as its base, the structure the same."""
-    if not is_leaf(x) or x.holds_weight:
+    if not is_leaf(x) or is_stored(x):
         return x
     changes: dict[str, Any] = {"base": disabled(x.base)}
     x = x.replace(**changes)
@@ -613,7 +612,26 @@ def check_whole(x: Any, path: str, caller: str) -> None:
                     f"{type(leaf).__name__} has no {f.name!r}: this is one half of "
                     "jpeft.partition(params); pass jpeft.combine(trainable, frozen)"
                 )
-        leaf.check_stored(path)
+        if isinstance(leaf, StoredWeight):
+            leaf.check_stored(path)
+
+
+def fold_key(x: Any, of: int, n: Any) -> Any:
+    """The value with the n-th of a kind folded into the dropout key of each leaf in it.
+
+    of: what is counted, so that the second use and the second step differ.
+    """
+    if not is_leaf(x):
+        return x
+    base = fold_key(x.base, of, n)
+    if x.key is None:
+        return x if base is x.base else x.replace(base=base)
+    key = jax.random.fold_in(jax.random.fold_in(x.key, of), n)
+    return x.replace(base=base, key=key)
+
+
+def has_key(x: Any) -> bool:
+    return any(leaf.key is not None for leaf in layers(x))
 
 
 def cast_array(x: Any, dtype: Any) -> Any:
@@ -626,7 +644,7 @@ def map_fields(f: Callable[[Any], Any], leaf: L) -> L:
     """`f` on every array of the leaf and of the leaves below it."""
     below = leaf.base
     changes = {n: f(x) for n, x in array_fields(leaf).items()}
-    if not leaf.holds_weight:
+    if not is_stored(leaf):
         changes["base"] = map_fields(f, below) if is_leaf(below) else f(below)
     return leaf.replace(**changes)
 
@@ -644,7 +662,7 @@ def wide_dtype(dtype: Any) -> Any:
 def innermost(x: Any) -> Any:
     """The weight under all adapters: an array, boxed if it was boxed, or a quantised
     leaf."""
-    while is_leaf(x) and not x.holds_weight:
+    while is_leaf(x) and not is_stored(x):
         x = x.base
     return x
 
@@ -693,7 +711,7 @@ def leaf_specs(leaf: AdaptedLeaf, spec: PartitionSpec) -> Any:
         n: PartitionSpec(*(None if k is None else names[k] for k in axes))
         for n, axes in field_axes(leaf).items()
     }
-    if not leaf.holds_weight:
+    if not is_stored(leaf):
         changes["base"] = leaf_specs(leaf.base, spec) if is_leaf(leaf.base) else spec
     for n, x in transients(leaf).items():
         changes[n] = jax.tree.map(lambda _: PartitionSpec(), x)

@@ -33,6 +33,7 @@ from jpeft.leaf import (
     boxed_like,
     innermost,
     is_leaf,
+    is_stored,
     layers,
     wide_dtype,
 )
@@ -537,4 +538,4 @@ def transform_from_config(config: Mapping[str, Any]) -> Transform:
 
 def is_adapted(params: PyTree) -> bool:
     """Whether a method has changed a weight.  A quantised weight alone is a base."""
-    return any(is_leaf(x) and not x.holds_weight for x in slots(params).values)
+    return any(is_leaf(x) and not is_stored(x) for x in slots(params).values)

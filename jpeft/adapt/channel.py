@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jpeft.leaf import is_leaf, layers
+from jpeft.leaf import Linked, OfText, layers
 from jpeft.types import PromiseError
 
 Links = dict[str, Any]
@@ -93,10 +93,11 @@ def crossing(values: Sequence[Any]) -> tuple[frozenset[str], frozenset[str]]:
     closed: set[str] = set()
     for x in values:
         for leaf in layers(x):
-            opened |= leaf.opens()
-            closed |= leaf.closes()
+            if isinstance(leaf, Linked):
+                opened |= leaf.opens()
+                closed |= leaf.closes()
     return frozenset(closed - opened), frozenset(opened - closed)
 
 
 def knows_rows(values: Sequence[Any]) -> bool:
-    return any(leaf.knows_rows for x in values if is_leaf(x) for leaf in layers(x))
+    return any(isinstance(leaf, OfText) for x in values for leaf in layers(x))

@@ -21,7 +21,7 @@ from jpeft import compat
 from jpeft.adapt.channel import Channel, Links, Rows, crossing, knows_rows
 from jpeft.adapt.handed import handed_on, handed_through
 from jpeft.adapt.interpreter import Interpreter, control_rule, has_tracer, settled
-from jpeft.leaf import is_leaf, is_node, leaf_specs
+from jpeft.leaf import fold_key, has_key, is_leaf, is_node, leaf_specs
 
 _STEP = 2
 _OUT_OF_LOOP = "and an adapted weight cannot leave a loop, a branch or a shard_map"
@@ -209,11 +209,11 @@ def _whole(carry: Sequence[Any], fixed: Sequence[Any], same: Sequence[bool]) -> 
 
 def _folded(values: Sequence[Any], step: Any) -> list[Any]:
     """Each step of a loop draws dropout masks of its own."""
-    return [x.fold_key(_STEP, step) if is_leaf(x) else x for x in values]
+    return [fold_key(x, _STEP, step) for x in values]
 
 
 def _any_key(values: Sequence[Any]) -> bool:
-    return any(is_leaf(x) and x.has_key() for x in values)
+    return any(map(has_key, values))
 
 
 @control_rule("scan")

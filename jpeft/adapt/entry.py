@@ -19,6 +19,7 @@ from jpeft.adapt.interpreter import Interpreter, settled
 from jpeft.boxes import is_box, same_box, unbox
 from jpeft.leaf import (
     AdaptedLeaf,
+    OfText,
     Path,
     box_of,
     check_whole,
@@ -94,7 +95,8 @@ def evaluate(
     values = [prepare(x, key) for x in resolve(program.inputs)]
     for k, x in enumerate(values):
         for leaf in layers(x):
-            leaf.enters(program, k)
+            if isinstance(leaf, OfText):
+                leaf.enters(program, k)
     outs = it.run(program.closed.jaxpr, program.closed.consts, values)
     it.channel.end("this call")
     it.ledger.settle()

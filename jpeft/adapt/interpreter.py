@@ -20,7 +20,16 @@ from jax import lax
 
 from jpeft import compat
 from jpeft.adapt.channel import Channel, Ledger, Rows
-from jpeft.leaf import AdaptedLeaf, Path, is_carried, is_leaf, is_node, layers
+from jpeft.leaf import (
+    AdaptedLeaf,
+    Path,
+    fold_key,
+    has_key,
+    is_carried,
+    is_leaf,
+    is_node,
+    layers,
+)
 from jpeft.types import DensifyError, DerivativeError
 
 # A rule returns the equation's output (a list for several), or None: no cheap form.
@@ -390,7 +399,7 @@ class Interpreter:
             if is_literal(v):
                 return v.val
             x = env[v]
-            if v in ours and is_leaf(x) and x.has_key():
+            if v in ours and has_key(x):
                 # Two uses of one weight draw two dropout masks.
                 return _keyed(x, e, v, reads)
             return x
@@ -477,8 +486,8 @@ def _keyed(leaf: AdaptedLeaf, eqn: Any, var: Any, reads: dict[Any, int]) -> Adap
         }
         uses = sum(any(v in inside for v in _vars(e)) for e in jaxpr.eqns)
         reads[var] += max(0, uses - 1)
-        return leaf.fold_key(_CALL, n) if n else leaf
-    return leaf.fold_key(_CALL if name in _CONTROL else _USE, n)
+        return fold_key(leaf, _CALL, n) if n else leaf
+    return fold_key(leaf, _CALL if name in _CONTROL else _USE, n)
 
 
 def _vars(eqn: Any) -> list[Any]:

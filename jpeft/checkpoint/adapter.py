@@ -55,6 +55,7 @@ from jpeft.leaf import (
     STATIC,
     TRAINABLE,
     AdaptedLeaf,
+    StoredWeight,
     array_fields,
     box_of,
     boxed_like,
@@ -62,6 +63,7 @@ from jpeft.leaf import (
     field_axes,
     innermost,
     is_leaf,
+    is_stored,
     layers,
     roles,
 )
@@ -261,10 +263,10 @@ def describe(
                 },
                 "arrays": {},
             }
-            if layer.holds_weight:
+            if is_stored(layer):
                 about["holds"] = sorted(fields)
             # Of a base how it is stored, not what is stored, if its weight gives that.
-            if not layer.holds_weight or layer.keeps_arrays:
+            if not isinstance(layer, StoredWeight) or layer.keeps_arrays:
                 about["arrays"] = {n: _about(x) for n, x in fields.items()}
                 arrays |= {array_name(path, k, n): x for n, x in fields.items()}
             leaves[path].append(about)
@@ -307,7 +309,7 @@ def _check_origin(adapted: Mapping[str, AdaptedLeaf], transform: Transform) -> N
     known = transform.origins()
     for path, leaf in adapted.items():
         for layer in layers(leaf):
-            if layer.origin not in known and not layer.holds_weight:
+            if layer.origin not in known and not is_stored(layer):
                 raise ValueError(
                     f"save: {path} was adapted by {layer.origin or 'hand'}, not by the "
                     f"transform given ({', '.join(sorted(known))}); pass the transform "
@@ -388,7 +390,7 @@ def _made(
             f"{path}: the saved {layer['kind']} lacks {', '.join(missing)}"
         )
     static = {n: freeze_value(x) for n, x in layer["static"].items()}
-    base = None if kind.holds_weight else base
+    base = None if issubclass(kind, StoredWeight) else base
     try:
         return kind(base=base, **static, **fields)
     except Exception as error:  # whatever a class says of what it cannot be

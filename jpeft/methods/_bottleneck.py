@@ -36,6 +36,7 @@ from jpeft.adapt.labels import (
 )
 from jpeft.leaf import (
     Carried,
+    Linked,
     Path,
     adapted_leaf,
     carried,
@@ -151,7 +152,7 @@ class Bottleneck(AtEnd):
 
 
 @adapted_leaf
-class BranchStart(Part):
+class BranchStart(Part, Linked):
     """On the first weight of a sub-layer: hands act(x D + d), and a gate, to the last.
 
     down: (*stack, *in, rank); down_bias: (*stack, rank); gate: (*stack, *in);
@@ -173,7 +174,7 @@ class BranchStart(Part):
 
 
 @adapted_leaf
-class BranchEnd(AtEnd):
+class BranchEnd(AtEnd, Linked):
     """On the last bias or weight: y -> y + s (h U + u), where h is what `BranchStart`
     handed on.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from jpeft.adapt.labels import (
 from jpeft.boxes import unbox
 from jpeft.leaf import (
     AdaptedLeaf,
+    OfText,
     adapted_leaf,
     box_of,
     boxed_like,
@@ -66,7 +67,7 @@ _OTHER = "n"
 
 
 @adapted_leaf
-class TokenRows(AdaptedLeaf):
+class TokenRows(AdaptedLeaf, OfText):
     """A bias or kernel whose output is overwritten where a token is virtual.
 
     rows: (*stack, tokens, features), of the features overwritten.
@@ -78,8 +79,6 @@ class TokenRows(AdaptedLeaf):
     rows: Any = trainable(off=0)
     columns: Columns = static(default=())
     stream: str = static(default="")
-
-    knows_rows: ClassVar[bool] = True
 
     def labels(self) -> dict[str, list[Hashable]]:
         stack = [k for k, c in enumerate(self.axes) if c == "s"]
@@ -108,7 +107,7 @@ class TokenRows(AdaptedLeaf):
 
 
 @adapted_leaf
-class ActingRows(Labelled):
+class ActingRows(Labelled, OfText):
     """`TokenRows` in a call.
 
     rows: (*stack, tokens, *out).  cut: (*out), 1 for features overwritten; None: all.
@@ -117,8 +116,6 @@ class ActingRows(Labelled):
     rows: Any = trainable(("s", "tokens", "o"))
     cut: Any = trainable("o", default=None)
     stream: str = static(default="")
-
-    knows_rows: ClassVar[bool] = True
 
 
 # --- rules ---------------------------------------------------------------------------

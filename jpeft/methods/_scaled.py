@@ -24,14 +24,22 @@ from jaxtyping import Array, Float
 from jpeft import compat
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import Label, Labelled, align, operand_labels
-from jpeft.leaf import adapted_leaf, is_carried, is_leaf, static, trainable, wide_dtype
+from jpeft.leaf import (
+    Sharing,
+    adapted_leaf,
+    is_carried,
+    is_leaf,
+    static,
+    trainable,
+    wide_dtype,
+)
 from jpeft.methods._low_rank import gather_factor
 
 # --- the leaves ----------------------------------------------------------------------
 
 
 @adapted_leaf
-class Scaled(Labelled):
+class Scaled(Labelled, Sharing):
     """W * scale, where scale has some of W's axes.
 
     link: the name under which a bias beside the weight borrows the vector, or "".

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from jpeft.adapt.labels import (
 )
 from jpeft.adapt.lookups import DIRECT, tables_looked_up
 from jpeft.compat import Tracer
-from jpeft.leaf import adapted_leaf, is_leaf, layers, static, trainable
+from jpeft.leaf import OfText, adapted_leaf, is_leaf, layers, static, trainable
 from jpeft.tree.layout import EMBEDDING, MATRIX, LeafUse, traced
 from jpeft.tree.paths import suggest
 
@@ -40,7 +40,7 @@ TOKENS = "tokens"  # the label of the virtual tokens
 
 
 @adapted_leaf
-class VirtualEmbedding(Labelled):
+class VirtualEmbedding(Labelled, OfText):
     """A token embedding in which virtual tokens have zeros.
 
     vocab: rows of the table; virtual ids begin there.  tokens: how many there are.
@@ -52,8 +52,6 @@ class VirtualEmbedding(Labelled):
     tokens: int = static()
     one_hot: bool = static(default=False)
     silent: bool = static(default=False)
-
-    knows_rows: ClassVar[bool] = True
 
     def instead(self, name: str) -> str:
         return (

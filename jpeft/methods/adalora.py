@@ -38,6 +38,7 @@ from jpeft.checks import Positive, Rate
 from jpeft.leaf import (
     adapted_leaf,
     is_leaf,
+    is_stored,
     layers,
     shapes_beside,
     static,
@@ -259,7 +260,7 @@ def compact(params: PyTree) -> PyTree:
 
 
 def _compacted(slot: Any) -> Any:
-    if not is_leaf(slot) or slot.holds_weight:
+    if not is_leaf(slot) or is_stored(slot):
         return slot
     leaf = slot.replace(base=_compacted(slot.base))
     if not isinstance(leaf, Triplets):

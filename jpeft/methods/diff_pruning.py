@@ -53,6 +53,7 @@ from jpeft.leaf import (
     frozen,
     innermost,
     is_leaf,
+    is_stored,
     layers,
     static,
     trainable,
@@ -304,7 +305,7 @@ def sparsify(params: PyTree, density: float) -> PyTree:
 
 def _sparse(path: str, slot: Any, kept: Any) -> Any:
     """In the order of `layers`: the outermost leaf of a slot first."""
-    if not is_leaf(slot) or slot.holds_weight:
+    if not is_leaf(slot) or is_stored(slot):
         return slot
     if not isinstance(slot, GatedDelta):
         return slot.replace(base=_sparse(path, slot.base, kept))

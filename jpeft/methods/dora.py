@@ -36,7 +36,15 @@ from jaxtyping import Array, Float
 from jpeft.adapt.entry import stand_in
 from jpeft.adapt.interpreter import Interpreter, rule
 from jpeft.adapt.labels import Label, Labelled, R, align, contract
-from jpeft.leaf import adapted_leaf, frozen, is_leaf, static, trainable, wide_dtype
+from jpeft.leaf import (
+    adapted_leaf,
+    frozen,
+    is_leaf,
+    is_stored,
+    static,
+    trainable,
+    wide_dtype,
+)
 from jpeft.methods import _init
 from jpeft.methods._low_rank import LowRank
 from jpeft.methods._scaled import ScaledOutput, spread
@@ -237,7 +245,7 @@ class DoRA(LoRA):
             )
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Any:
-        if is_leaf(base) and not base.holds_weight:
+        if is_leaf(base) and not is_stored(base):
             raise ValueError(
                 f"{path}: dora needs the norm of a weight that stays as it is, and "
                 f"here a {type(base).__name__} trains; apply dora first and the other "

@@ -33,6 +33,7 @@ from jpeft.boxes import unbox
 from jpeft.checks import shown
 from jpeft.leaf import (
     AdaptedLeaf,
+    Linked,
     Path,
     adapted_leaf,
     array_fields,
@@ -113,7 +114,7 @@ def _low_rank(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
 
 
 @adapted_leaf
-class GatedPrefix(Prefix):
+class GatedPrefix(Prefix, Linked):
     """A prefix times a gate.
 
     gate: (*stack, *in), gate_bias: (*stack,) on the kernel of keys, which hands g on to

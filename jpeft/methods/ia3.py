@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jpeft.checks import Floating
 from jpeft.leaf import (
     AdaptedLeaf,
+    Sharing,
     adapted_leaf,
     shapes_beside,
     static,
@@ -50,7 +51,7 @@ from jpeft.types import PyTree
 
 
 @adapted_leaf
-class ScaledBias(AdaptedLeaf):
+class ScaledBias(AdaptedLeaf, Sharing):
     """bias * l, with the vector of the weight beside it."""
 
     link: str = static()

@@ -38,6 +38,7 @@ from jpeft.leaf import (
     adapted_leaf,
     frozen,
     is_leaf,
+    is_stored,
     shapes_beside,
     static,
     trainable,
@@ -146,7 +147,7 @@ class LoRA(LowRankMethod):
     init: Init = "gaussian"
 
     def _instead(self, base: Any) -> str:
-        if is_leaf(base) and base.holds_weight:
+        if is_stored(base):
             return (
                 "over a quantised weight init='gaussian', or jpeft.loftq, which "
                 "quantises and starts A and B from the error"

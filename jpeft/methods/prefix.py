@@ -45,6 +45,8 @@ from jpeft.boxes import unbox
 from jpeft.checks import Count, Floating, one_of, plain, refusal
 from jpeft.leaf import (
     AdaptedLeaf,
+    Several,
+    Sharing,
     adapted_leaf,
     array_fields,
     box_of,
@@ -153,7 +155,7 @@ class _OfKernel(Labelled):
 
 
 @adapted_leaf
-class Prefix(_OfKernel):
+class Prefix(_OfKernel, Several):
     """Learned keys, values, or both, beside what a kernel makes.
 
     keys, values: (*stack, length, features), or (*stack, tasks, length, features).
@@ -169,8 +171,7 @@ class Prefix(_OfKernel):
         return self.tasks
 
     def select(self, ids: jax.Array) -> Self:
-        below = super().select(ids)
-        return below.replace(task=ids) if self.tasks > 1 else below
+        return self.replace(task=ids) if self.tasks > 1 else self
 
     def labels(self) -> dict[str, list[Label]]:
         found = super().labels()
@@ -181,7 +182,7 @@ class Prefix(_OfKernel):
 
 
 @adapted_leaf
-class MadePrefix(_OfKernel):
+class MadePrefix(_OfKernel, Sharing):
     """A prefix made by a network; `lends` the part that all layers share.
 
     w (*stack, width, features) and c (*stack, features): the last layer, its own.

@@ -16,7 +16,7 @@ import numpy as np
 
 from jpeft.adapt.entry import evaluate
 from jpeft.boxes import unbox
-from jpeft.leaf import is_leaf, layers
+from jpeft.leaf import is_leaf, is_stored, layers
 from jpeft.methods._attention import KEY, VALUE, Tagged, rows_of
 from jpeft.methods.prefix import NETWORK_ELSEWHERE, MadePrefix, Prefix
 from jpeft.tree.paths import slots
@@ -126,7 +126,7 @@ def _numbered(
         shape = *jnp.shape(unbox(slot.on)), lengths[slot.origin], features
         slot = slot.holding(jnp.zeros(shape))
     if not isinstance(slot, Prefix) or slot.tasks > 1:
-        if slot.holds_weight:
+        if is_stored(slot):
             return slot
         return slot.replace(base=_numbered(slot.base, k, at, lengths))
     stack = jnp.shape(unbox(slot.on))

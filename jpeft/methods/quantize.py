@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jpeft.boxes import unbox
 from jpeft.checks import check_floating
 from jpeft.formats.blocks import BLOCK_SIZE
-from jpeft.leaf import AdaptedLeaf, box_of, layers
+from jpeft.leaf import AdaptedLeaf, box_of, is_stored, layers
 from jpeft.quant import rules as _rules  # noqa: F401  enters its rules
 from jpeft.quant.arrays import (
     block_of,
@@ -165,7 +165,7 @@ quantize = Quantize
 def check_plain(path: str, slot: Any) -> None:
     """Raises if a weight is quantised, carries an adapter or has no elements."""
     for leaf in layers(slot):
-        if leaf.holds_weight:
+        if is_stored(leaf):
             raise ValueError(
                 f"{path}: already quantised ({getattr(leaf, 'format', '?')}); "
                 f"exclude={path!r} in one of the two, or dequantise it first with "

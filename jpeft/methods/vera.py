@@ -34,6 +34,7 @@ from jpeft.adapt.labels import Label, align, contract, operand_labels
 from jpeft.checks import Count, Floating, Positive, Rate
 from jpeft.leaf import (
     AdaptedLeaf,
+    Sharing,
     adapted_leaf,
     frozen,
     is_leaf,
@@ -61,7 +62,7 @@ from jpeft.types import PyTree
 
 
 @adapted_leaf
-class VeRALeaf(AdaptedLeaf):
+class VeRALeaf(AdaptedLeaf, Sharing):
     """The two vectors of a weight; in one leaf also what all of them share.
 
     d: (*stack, rank); b: (*stack, *out); shared_a: (largest in, rank), shared_b: (rank,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Hashable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from jpeft.formats.blocks import FORMATS, Blocks, Format
 from jpeft.formats.packing import GROUP
 from jpeft.leaf import (
     AdaptedLeaf,
+    StoredWeight,
     adapted_leaf,
     array_fields,
     field_axes,
@@ -66,7 +67,7 @@ class QuantizedValue(AdaptedLeaf):
 
 
 @adapted_leaf
-class Quantized(QuantizedValue):
+class Quantized(QuantizedValue, StoredWeight):
     """value = book[codes] * scales, block by block; see `jpeft.formats.blocks`.
 
     codes: uint8 (int8 for signed ones), (*stack, *rows, K', *columns); 4-bit ones two a
@@ -100,8 +101,6 @@ class Quantized(QuantizedValue):
     compute_dtype: str | None = static(default=None)
     names: tuple[Any, ...] | None = static(default=None)
     searched: bool = static(default=False)
-
-    holds_weight: ClassVar[bool] = True
 
     # -- the weight it stands for -----------------------------------------------------
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jpeft.leaf import check_whole, innermost, is_leaf
+from jpeft.leaf import check_whole, innermost, is_leaf, is_stored
 from jpeft.tree.lend import acting
 from jpeft.tree.paths import slots
 from jpeft.tree.split import check_merge
@@ -44,7 +44,7 @@ def rounding(
     for path, x in flat.items():
         check_whole(x, path, "quant.rounding")
     for path, leaf in zip(flat.paths, acting(flat), strict=True):
-        if not is_leaf(leaf) or leaf.holds_weight:
+        if not is_leaf(leaf) or is_stored(leaf):
             continue
         base = innermost(leaf)
         exact = leaf.materialize(jnp.float32)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jpeft.leaf import AdaptedLeaf, is_leaf, layers, named, unboxed
+from jpeft.leaf import AdaptedLeaf, Sharing, is_leaf, layers, named, unboxed
 from jpeft.tree.paths import Slots
 
 
@@ -19,7 +19,7 @@ def resolve(values: Sequence[Any]) -> list[Any]:
     lent: dict[str, dict[str, Any]] = {}
     for x in values:
         for leaf in layers(x):
-            given = unboxed(leaf).lends()
+            given = unboxed(leaf).lends() if isinstance(leaf, Sharing) else None
             if given is not None:
                 lent.setdefault(leaf.origin, {}).update(given)
     if not lent:
@@ -30,7 +30,9 @@ def resolve(values: Sequence[Any]) -> list[Any]:
 def _borrowed(leaf: AdaptedLeaf, lent: Mapping[str, Mapping[str, Any]]) -> AdaptedLeaf:
     if is_leaf(leaf.base):
         leaf = leaf.replace(base=_borrowed(leaf.base, lent))
-    return leaf.borrow(lent[leaf.origin]) if leaf.origin in lent else leaf
+    if not isinstance(leaf, Sharing) or leaf.origin not in lent:
+        return leaf
+    return leaf.borrow(lent[leaf.origin])
 
 
 def acting(flat: Slots) -> list[Any]:

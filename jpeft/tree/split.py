@@ -16,6 +16,8 @@ from jpeft.leaf import (
     FROZEN,
     STATIC,
     TRAINABLE,
+    Several,
+    StoredWeight,
     array_fields,
     box_of,
     boxed_like,
@@ -24,6 +26,7 @@ from jpeft.leaf import (
     disabled,
     innermost,
     is_leaf,
+    is_stored,
     layers,
     roles,
     transients,
@@ -164,7 +167,7 @@ def _arrays(slot: Any) -> list[tuple[str, int, int]]:
     """(role, parameters, bytes) of every array of a slot that the model uses."""
     out = []
     for leaf in layers(slot):
-        if leaf.holds_weight:  # counted as the weight it stands for
+        if is_stored(leaf):  # counted as the weight it stands for
             size = sum(_bytes(unbox(x)) for x in array_fields(leaf).values())
             return [*out, (FROZEN, leaf.size, size)]
         for name, role in roles(leaf).items():
@@ -235,9 +238,15 @@ def cast(params: PyTree, dtype: Any) -> PyTree:
     check_float("cast", dtype)
     if dtype is None:
         raise ValueError('cast: dtype=None: expected a dtype, such as "bfloat16"')
-    one = lambda x: (
-        x.cast(dtype) if is_leaf(x) else jax.tree.map(lambda y: cast_array(y, dtype), x)
-    )
+
+    def one(x: Any) -> Any:
+        if isinstance(x, StoredWeight):
+            return x.cast(dtype)
+        if is_leaf(x):
+            arrays = {n: one(y) for n, y in array_fields(x).items()}
+            return x.replace(base=one(x.base), **arrays)
+        return jax.tree.map(lambda y: cast_array(y, dtype), x)
+
     flat = slots(params)
     for path, x in flat.items():
         check_whole(x, path, "cast")
@@ -318,7 +327,7 @@ def finalize(params: PyTree) -> PyTree:
 
 def _finalized(slot: Any, leaf: Any) -> Any:
     """slot: as it is stored; leaf: the same one, ready to act."""
-    if not is_leaf(slot) or slot.holds_weight:
+    if not is_leaf(slot) or is_stored(slot):
         return slot
     base = _finalized(slot.base, leaf.base)
     done = leaf.finalize()  # borrowing may have made another kind of leaf already
@@ -344,8 +353,8 @@ def select(params: PyTree, ids: Any) -> PyTree:
         )
     flat = slots(params)
     _adapted(flat, "select")
-    held = [leaf.holds() for x in flat.values for leaf in layers(x)]
-    held = [n for n in held if n > 1]
+    every = [x for slot in flat.values for x in layers(slot)]
+    held = [n for x in every if isinstance(x, Several) and (n := x.holds()) > 1]
     if not held:
         raise ValueError(
             "select: no leaf of this tree holds several adapters; make them with "
@@ -359,7 +368,14 @@ def select(params: PyTree, ids: Any) -> PyTree:
                 f"select: ids from {low} to {high}, but there are {min(held)} "
                 f"adapters, numbered 0 to {min(held) - 1}"
             )
-    return flat.rebuild(x.select(ids) if is_leaf(x) else x for x in flat.values)
+
+    def one(x: Any) -> Any:
+        if not is_leaf(x):
+            return x
+        x = x.replace(base=one(x.base))
+        return x.select(ids) if isinstance(x, Several) else x
+
+    return flat.rebuild(map(one, flat.values))
 
 
 def disable(params: PyTree) -> PyTree:
