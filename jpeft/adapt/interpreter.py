@@ -468,7 +468,7 @@ def _keyed(leaf: AdaptedLeaf, eqn: Any, var: Any, reads: dict[Any, int]) -> Adap
     """
     n = reads[var] = reads.get(var, -1) + 1
     name = eqn.primitive.name
-    if name in compat.CHECKPOINTS:
+    if name == compat.CHECKPOINT:
         jaxpr, _ = compat.open_jaxpr(eqn.params[compat.CALLS[name]])
         inside = {
             inner

@@ -325,25 +325,6 @@ def _squeeze(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     )
 
 
-@rule("expand_dims", kind=Labelled)
-def _expand_dims(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    leaf, new_axes = ins[0], set(eqn.params["dimensions"])
-    dst = eqn.outvars[0].aval.shape
-    kept = [k for k in range(len(dst)) if k not in new_axes]
-    axes = [leaf.spare] * len(dst)
-    for k, c in zip(kept, leaf.axes, strict=True):
-        axes[k] = c
-
-    def f(x: jax.Array, old: list[Label], new: list[Label]) -> jax.Array:
-        return x.reshape([1 if k in new_axes else _size(x, old, kept, k) for k in new])
-
-    return leaf.move(it.base(eqn, ins), f, "".join(axes))
-
-
-def _size(x: jax.Array, old: list[Label], kept: list[int], k: Label) -> int:
-    return x.shape[old.index(kept.index(k) if isinstance(k, int) else k)]
-
-
 @rule("slice", kind=Labelled)
 def _slice(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     leaf, p = ins[0], eqn.params
@@ -464,7 +445,7 @@ def _convert(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     return ins[0].move(it.base(eqn, ins), lambda x, *_: x.astype(dtype))
 
 
-@rule("copy", "copy_p", "stop_gradient", "reduce_precision", kind=Labelled)
+@rule("copy", "stop_gradient", "reduce_precision", kind=Labelled)
 def _each(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     return ins[0].move(it.base(eqn, ins), lambda x, *_: it.like(eqn, x))
 
@@ -472,7 +453,6 @@ def _each(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
 @rule(
     "sharding_constraint",
     "name",
-    "mesh_cast",
     "reshard",
     "layout_constraint",
     kind=Labelled,
@@ -482,7 +462,7 @@ def _annotate(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     return ins[0].replace(base=it.base(eqn, ins))
 
 
-@rule("pvary", "pcast", kind=Labelled)
+@rule("pvary", kind=Labelled)
 def _vary(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     return ins[0].move(it.base(eqn, ins), lambda x, *_: it.like(eqn, x))
 

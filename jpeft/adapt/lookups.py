@@ -142,7 +142,7 @@ class Lookups:
 
 # What happens to ids on the way that leaves them the text's own.
 _TO_AN_INDEX = frozenset(
-    "lt add select_n clamp min max broadcast_in_dim reshape expand_dims squeeze "
+    "lt add select_n clamp min max broadcast_in_dim reshape squeeze "
     "transpose convert_element_type concatenate copy".split()
 )
 _MOVES = frozenset(
@@ -152,7 +152,7 @@ _MOVES = frozenset(
 
 def _makes_an_index(eqn: Any) -> bool:
     name = eqn.primitive.name
-    if name in compat.JITS:  # jnp.where
+    if name == compat.JIT:  # jnp.where
         inner, _ = compat.open_jaxpr(eqn.params["jaxpr"])
         return all(map(_makes_an_index, inner.eqns))
     return name in _TO_AN_INDEX

@@ -182,7 +182,7 @@ class _Finder:
             skip = len(ins) - len(jaxpr.invars)
             self.lookups.enter(jaxpr, consts, eqn.invars[skip:])
             self.values.enter(jaxpr.invars, eqn.invars[skip:])
-            label = f"jit:{params.get('name')}" if name in compat.JITS else name
+            label = f"jit:{params.get('name')}" if name == compat.JIT else name
             outs = self.walk(jaxpr, ins[skip:], fed[skip:], (*context, label))
             self.values.enter(eqn.outvars, jaxpr.outvars)
             return outs

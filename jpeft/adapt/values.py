@@ -42,8 +42,8 @@ _NOTHING: frozenset[int] = frozenset()
 _OWN = frozenset({0})
 
 SAME_SHAPE = frozenset(
-    "convert_element_type copy copy_p stop_gradient reduce_precision neg "
-    "sharding_constraint layout_constraint name mesh_cast reshard pvary pcast rev "
+    "convert_element_type copy stop_gradient reduce_precision neg "
+    "sharding_constraint layout_constraint name reshard pvary rev "
     "optimization_barrier".split()
 )
 _SUMS = frozenset({"psum", "psum2", "psum_invariant", "pmean"})
@@ -109,9 +109,6 @@ def moved_axes(eqn: Any, axes: Axes) -> list[Axes] | None:
         return [tuple(axes[k] for k in p["permutation"])]
     if name == "broadcast_in_dim":
         return [tuple(at(k, p["broadcast_dimensions"]) for k in range(len(dst)))]
-    if name == "expand_dims":
-        kept = [k for k in range(len(dst)) if k not in p["dimensions"]]
-        return [tuple(at(k, kept) for k in range(len(dst)))]
     if name == "squeeze":
         return [tuple(x for k, x in enumerate(axes) if k not in p["dimensions"])]
     if name == "reshape":

@@ -42,10 +42,10 @@ ELSEWHERE = (
 )
 
 _UNARY = frozenset(
-    "abs cbrt convert_element_type copy copy_p cos erf exp exp2 expm1 floor "
+    "abs cbrt convert_element_type copy cos erf exp exp2 expm1 floor "
     "integer_pow is_finite log log1p logistic neg not optimization_barrier "
     "reduce_precision reshard rsqrt sharding_constraint sign sin sqrt square "
-    "stop_gradient tanh name pvary pcast mesh_cast layout_constraint".split()
+    "stop_gradient tanh name pvary layout_constraint".split()
 )
 _BINARY = frozenset(
     "add add_any sub mul div max min pow and or xor ne eq lt le gt ge rem atan2".split()
@@ -331,8 +331,6 @@ def _movement(
         return lambda a: a.transpose(p["permutation"])
     if name == "squeeze":
         return lambda a: a.squeeze(tuple(p["dimensions"]))
-    if name == "expand_dims":
-        return lambda a: np.expand_dims(a, tuple(p["dimensions"]))
     if name in ("reduce_sum", "reduce_max"):  # einsum sums an axis of size 1
         if any(src[k] != 1 for k in p["axes"]):
             return None
@@ -452,7 +450,7 @@ class Extended(Carried):
                 return self._refuse(it, eqn, "drops the axis of the keys")
             axis = self.axis - sum(k < self.axis for k in gone)
             return self._both(lambda x: lax.squeeze(x, gone), axis)
-        if name in ("broadcast_in_dim", "reshape", "expand_dims"):
+        if name in ("broadcast_in_dim", "reshape"):
             return self._reshape(it, eqn)
         if name in ("concatenate", "pad"):
             return self._beside(it, eqn, ins)

@@ -302,7 +302,7 @@ def _own_output(it: Interpreter, eqn: Any, leaf: Bottleneck) -> jax.Array | None
     made = it.producer(eqn.invars[1 - side])
     if made is None or not _is_sum(made):
         return None
-    at_hand = made.primitive.name not in compat.JITS  # what it was made of
+    at_hand = made.primitive.name != compat.JIT  # what it was made of
     products = [v for v in made.invars if at_hand and _is_product(it, v)]
     if len(products) > 1:
         products = [v for v in products if it.readers(v) == 1]
@@ -320,7 +320,7 @@ def _own_output(it: Interpreter, eqn: Any, leaf: Bottleneck) -> jax.Array | None
 
 
 def _is_sum(eqn: Any) -> bool:
-    if eqn.primitive.name in compat.JITS:
+    if eqn.primitive.name == compat.JIT:
         inner, _ = compat.open_jaxpr(eqn.params["jaxpr"])
         return any(_is_sum(e) for e in inner.eqns if e.outvars == inner.outvars)
     return eqn.primitive.name in ("add", "add_any")
@@ -332,7 +332,7 @@ def _is_product(it: Interpreter, var: Any) -> bool:
     if made is None:
         return False
     name = made.primitive.name
-    if name in compat.JITS:
+    if name == compat.JIT:
         inner, _ = compat.open_jaxpr(made.params["jaxpr"])
         last = [e for e in inner.eqns if e.outvars == inner.outvars]
         return any(e.primitive.name in _PRODUCTS for e in last)
@@ -343,7 +343,7 @@ def _is_product(it: Interpreter, var: Any) -> bool:
 
 _PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 _MOVES = frozenset(
-    "reshape transpose squeeze expand_dims convert_element_type copy name psum "
+    "reshape transpose squeeze convert_element_type copy name psum "
     "psum_invariant sharding_constraint reduce_precision".split()
 )
 
@@ -449,7 +449,7 @@ def _only_drops(it: Interpreter, eqn: Any, ins: list[Any], own: Any) -> bool:
     name, at = eqn.primitive.name, next(k for k, x in enumerate(ins) if x is own)
     if name == "convert_element_type":
         return jnp.issubdtype(eqn.params["new_dtype"], jnp.floating)
-    if name in ("sharding_constraint", "copy", "copy_p", "name"):
+    if name in ("sharding_constraint", "copy", "name"):
         return True
     if name == "div":
         return at == 0 and _is_number(it, eqn.invars[1])

@@ -261,13 +261,11 @@ def _reshape(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     return leaf.move(it.base(eqn, ins), _reshaped(dst), "".join(axes))
 
 
-@rule("broadcast_in_dim", "expand_dims", kind=ActingRows)
+@rule("broadcast_in_dim", kind=ActingRows)
 def _broadcast(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     """The rows are not spread: what is new belongs to the activation."""
     leaf, dst = ins[0], eqn.outvars[0].aval.shape
-    to = eqn.params.get("broadcast_dimensions")
-    if to is None:
-        to = [k for k in range(len(dst)) if k not in eqn.params["dimensions"]]
+    to = eqn.params["broadcast_dimensions"]
     axes = [_OTHER] * len(dst)
     for source, k in enumerate(to):
         if leaf.shape[source] == dst[k]:

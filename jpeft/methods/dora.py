@@ -131,9 +131,9 @@ class DoRALeaf(Labelled):
         "convert_element_type",
     ),
     *("reshape", "broadcast_in_dim", "slice", "dynamic_slice", "split", "tile", "rev"),
-    *("all_gather", "pad", "transpose", "squeeze", "expand_dims", "copy", "copy_p"),
-    *("stop_gradient", "reduce_precision", "pvary", "pcast", "optimization_barrier"),
-    *("sharding_constraint", "name", "mesh_cast", "reshard", "layout_constraint"),
+    *("all_gather", "pad", "transpose", "squeeze", "copy"),
+    *("stop_gradient", "reduce_precision", "pvary", "optimization_barrier"),
+    *("sharding_constraint", "name", "reshard", "layout_constraint"),
     kind=DoRALeaf,
     joins=True,
 )

@@ -365,11 +365,9 @@ def _for_examples(
 @rule(
     "convert_element_type",
     "copy",
-    "copy_p",
     "stop_gradient",
     "reduce_precision",
     "pvary",
-    "pcast",
     "neg",
     kind=_OfKernel,
 )

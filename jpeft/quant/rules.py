@@ -331,13 +331,10 @@ def _convert(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
 @rule(
     "sharding_constraint",
     "name",
-    "mesh_cast",
     "reshard",
     "pvary",
-    "pcast",
     "layout_constraint",
     "copy",
-    "copy_p",
     "stop_gradient",
     kind=QuantizedValue,
 )
@@ -425,7 +422,7 @@ def _joined(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     return new.replace(**made)
 
 
-@rule("squeeze", "reshape", "expand_dims", kind=Quantized)
+@rule("squeeze", "reshape", kind=Quantized)
 def _reshape(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
         return deferred(eqn, ins)
@@ -542,7 +539,6 @@ _MOVES = (
     "concatenate",
     "convert_element_type",
     "dynamic_slice",
-    "expand_dims",
     "pad",
     "reduce_precision",
     "reshape",
