@@ -28,7 +28,6 @@ Rule = Callable[["Interpreter", Any, list[Any]], Any]
 
 _RULES: dict[tuple[str, type], Rule] = {}
 _CONTROL: dict[str, Rule] = {}
-_ADDS: set[Any] = set()
 _CARRIES: set[Any] = set()
 _JOINS: set[Any] = set()
 # Linear in what meets the weight, which may be of another dtype.
@@ -43,20 +42,16 @@ _USE, _CALL = 1, 3
 def rule(
     *primitives: str,
     kind: type[AdaptedLeaf],
-    adds: bool = False,
     carries: bool = False,
     joins: bool = False,
 ) -> Callable[[Any], Any]:
     """Enters a function in the table for leaves of `kind` and its subclasses.
 
-    adds: it takes a fourth argument, what to add to its output (`Interpreter.bind`).
     carries: it takes carried values as they are; other rules get them settled.
     joins: it is asked too where a leaf of another kind comes first, and has no answer.
     """
 
     def enter(f: Any) -> Any:
-        if adds:
-            _ADDS.add(f)
         if carries:
             _CARRIES.add(f)
         if joins:
@@ -237,16 +232,10 @@ class Interpreter:
 
     # -- one equation -----------------------------------------------------------------
 
-    def bind(self, eqn: Any, ins: Sequence[Any], plus: Any = None) -> Any:
+    def bind(self, eqn: Any, ins: Sequence[Any]) -> Any:
         """The equation on these values, leaves included.  A list if it has several
-        outputs.
-
-        plus: added to the one output, in its dtype.  A rule that takes `plus` does so
-        without room for the two summands.
-        """
+        outputs."""
         ins = list(ins)
-        if plus is not None:
-            return self._bind_plus(eqn, ins, plus)
         if not any(map(is_node, ins)):
             return self.native(eqn)(*ins)
         name = eqn.primitive.name
@@ -295,28 +284,20 @@ class Interpreter:
                 return out
         return None
 
-    def _bind_plus(self, eqn: Any, ins: list[Any], plus: Any) -> Any:
-        ins = list(map(settled, ins))
-        leaf = next(filter(is_leaf, ins), None)
-        found: Any = None if leaf is None else find_rule(eqn.primitive.name, leaf)
-        if found in _ADDS:
-            out = found(self, eqn, ins, plus)
-            if out is not None:
-                return out
-        out = self.bind(eqn, ins)
-        return out + plus.astype(out.dtype)
-
     def base(
         self,
         eqn: Any,
         ins: Sequence[Any],
-        plus: Any = None,
         *,
         kind: type[AdaptedLeaf] = AdaptedLeaf,
     ) -> Any:
-        """The equation with every leaf of `kind` replaced by its base; `plus` as in
-        `bind`."""
-        return self.bind(eqn, [x.base if isinstance(x, kind) else x for x in ins], plus)
+        """The equation with every leaf of `kind` replaced by its base."""
+        return self.bind(eqn, [x.base if isinstance(x, kind) else x for x in ins])
+
+    def with_delta(self, eqn: Any, ins: Sequence[Any], delta: jax.Array) -> Any:
+        """The base's own output and what is added to it, in the output's dtype."""
+        y = self.base(eqn, ins)
+        return y + delta.astype(y.dtype)
 
     def native(self, eqn: Any) -> Callable[..., Any]:
         """The equation as JAX evaluates it (custom rules and effects included)."""

@@ -140,7 +140,7 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         preferred_element_type=eqn.params["preferred_element_type"],
         out_sharding=eqn.params.get("out_sharding"),
     )
-    return it.base(eqn, ins, plus=delta)
+    return it.with_delta(eqn, ins, delta)
 
 
 @rule("conv_general_dilated", kind=LowRank)

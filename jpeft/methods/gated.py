@@ -115,7 +115,7 @@ def _low_rank(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         out_sharding=eqn.params.get("out_sharding"),
     )
     g = open_gate(x, xl, leaf, out, precision=precision)
-    return it.base(eqn, ins, plus=g.astype(delta.dtype) * delta)
+    return it.with_delta(eqn, ins, g.astype(delta.dtype) * delta)
 
 
 # --- prefix --------------------------------------------------------------------------

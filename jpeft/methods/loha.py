@@ -149,7 +149,7 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     # backward pass; the activation inside is kept.
     policy = jax.checkpoint_policies.dots_saveable if as_product else None
     f = jax.checkpoint(f, policy=policy, prevent_cse=False)
-    return it.base(eqn, ins, plus=f(x, factors))
+    return it.with_delta(eqn, ins, f(x, factors))
 
 
 def _densely(

@@ -159,7 +159,7 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     for g, other in ("io", "oi"):
         if set(wide[g]) <= set(xl) - set(out) and not set(wide[other]) & set(xl):
             delta = _product(leaf, x, xl, out, g, eqn.params)
-            return it.base(eqn, ins, plus=delta)
+            return it.with_delta(eqn, ins, delta)
     return None
 
 
@@ -266,7 +266,7 @@ def _ragged_dot(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     h = jnp.swapaxes(h.reshape(n, i1, o2), 1, 2).reshape(n * o2, i1)
     d = lax.ragged_dot(h.astype(leaf.dtype), one, sizes * o2, **options)
     d = jnp.swapaxes(d.reshape(n, o2, o1), 1, 2).reshape(n, o1 * o2)
-    return it.base(eqn, ins, plus=leaf.scale * d)
+    return it.with_delta(eqn, ins, leaf.scale * d)
 
 
 # --- rules: what happens to the weight before it is consumed -------------------------

@@ -203,7 +203,7 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         y = y.astype(dtype)
     gone = [n for n, k in enumerate(xl) if k not in out]
     y, xl = jnp.sum(y, gone), [k for k in xl if k in out]
-    return it.base(eqn, ins, plus=align(y, xl, out))
+    return it.with_delta(eqn, ins, align(y, xl, out))
 
 
 def _times(

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -36,25 +35,23 @@ from jpeft.quant.product import How, linear, product
 # --- consumed ------------------------------------------------------------------------
 
 
-@rule("dot_general", kind=QuantizedValue, adds=True)
-def _dot_general(it: Interpreter, eqn: Any, ins: list[Any], plus: Any = None) -> Any:
+@rule("dot_general", kind=QuantizedValue)
+def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     if all(map(is_leaf, ins)):
         # Two weights meet: the smaller one is this equation's activation.
         k = 0 if ins[0].size <= ins[1].size else 1
         ins = [x.materialize() if j == k else x for j, x in enumerate(ins)]
-        return it.bind(eqn, ins, plus)
+        return it.bind(eqn, ins)
     side = 0 if is_leaf(ins[0]) else 1
     leaf, x = ins[side], ins[1 - side]
     if not jnp.issubdtype(x.dtype, jnp.floating):  # nothing to differentiate
         pair = [v.value(v.dtype) if is_leaf(v) else v for v in ins]
-        y = it.native(eqn)(*pair)
-        return y if plus is None else y + plus.astype(y.dtype)
+        return it.native(eqn)(*pair)
     if isinstance(leaf, Quantized) and not _asks_more(eqn):
-        out = _as_matrix(eqn, side, leaf, x, plus)
+        out = _as_matrix(eqn, side, leaf, x)
         if out is not None:
             return out
-    out = _general(eqn, side, leaf, x)
-    return out if plus is None else out + plus.astype(out.dtype)
+    return _general(eqn, side, leaf, x)
 
 
 def _asks_more(eqn: Any) -> bool:
@@ -66,9 +63,7 @@ def _asks_more(eqn: Any) -> bool:
     )
 
 
-def _as_matrix(
-    eqn: Any, side: int, leaf: Quantized, x: jax.Array, plus: jax.Array | None
-) -> Any:
+def _as_matrix(eqn: Any, side: int, leaf: Quantized, x: jax.Array) -> Any:
     """The product as x @ W or x @ W.T, where it contracts the rows or the columns."""
     contracting, batch = eqn.params["dimension_numbers"]
     mine, theirs = contracting[side], contracting[1 - side]
@@ -106,10 +101,7 @@ def _as_matrix(
     others = [("x", k) for k in free]
     wanted = [*batch[side], *(own + others if side == 0 else others + own)]
     perm = [labels.index(k) for k in wanted]
-    if plus is not None:
-        plus = jnp.transpose(plus.astype(out.dtype), tuple(map(int, np.argsort(perm))))
-        plus = _merged(plus, *many, len(free), len(kept))
-    y = product(how, leaf, x2, plus)
+    y = product(how, leaf, x2)
     y = _split(y, made, *many, len(free), len(kept))
     y = y if perm == list(range(y.ndim)) else jnp.transpose(y, perm)
     # On an explicit mesh the equation may say where its result goes.
