@@ -26,24 +26,18 @@ jaxpr_as_fun = jex.jaxpr_as_fun
 # Call-like primitives and the parameter that holds their program.
 CALLS: dict[str, str] = {
     "jit": "jaxpr",
-    "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
     "remat2": "jaxpr",
     "shard_map": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
-JITS = frozenset({"jit", "pjit"})
+JIT = "jit"
 # jnp's own jits around an equation or two, which callers with equal shapes share.
 INLINED = frozenset({"_where"})
-CHECKPOINTS = frozenset({"checkpoint", "remat2"})
+CHECKPOINT = "remat2"
 # A rule of the user's own stands between the value and its gradient.
-CUSTOM_RULES = frozenset(
-    {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
-)
+CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:

@@ -27,7 +27,7 @@ _STEP = 2
 _OUT_OF_LOOP = "and an adapted weight cannot leave a loop, a branch or a shard_map"
 
 
-@control_rule("jit", "pjit")
+@control_rule("jit")
 def _jit(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     params = eqn.params
     closed = params["jaxpr"]
@@ -111,12 +111,12 @@ def _constraints(params: dict[str, Any]):
     return constrain
 
 
-@control_rule("closed_call", "core_call")
+@control_rule("closed_call")
 def _call(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     return it.run(*compat.open_jaxpr(eqn.params["call_jaxpr"]), ins)
 
 
-@control_rule("checkpoint", "remat2")
+@control_rule("remat2")
 def _checkpoint(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     jaxpr, consts = compat.open_jaxpr(eqn.params["jaxpr"])
 
@@ -165,7 +165,7 @@ def _left_out(outs: Sequence[Any], ins: Sequence[Any], on: Sequence[int | None])
     ]
 
 
-@control_rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+@control_rule("custom_jvp_call", "custom_vjp_call")
 def _custom(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     """A gradient rule of the user's own that receives the weight: to look inside would
     replace that rule by autodiff in silence, so only the full value will do.

@@ -11,7 +11,7 @@ from typing import Any
 from jpeft import compat
 
 # One operand, whose value comes out as it is.
-_SAME = frozenset("copy copy_p name sharding_constraint layout_constraint".split())
+_SAME = frozenset("copy name sharding_constraint layout_constraint".split())
 
 
 def handed_on(jaxpr: Any, stopped: bool = False) -> list[int | None]:

@@ -1,7 +1,7 @@
 """Evaluates a jaxpr in which some values are adapted leaves, or carried values.
 
 Runs of equations that touch none of them go back to JAX's own evaluator, whole.  The
-others are looked up in one table of rules, (primitive, kind of leaf) -> function.  An
+others are looked up in one table of rules, (verb, kind of leaf) -> function.  An
 equation without a rule is refused by name, or given the leaf's full value where that
 was allowed.  A carried value knows itself what goes through it, and settles into a
 plain array where nothing does.
@@ -10,6 +10,7 @@ plain array where nothing does.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from jax import lax
 
 from jpeft import compat
 from jpeft.adapt.channel import Channel, Ledger, Rows
+from jpeft.adapt.equations import Contract, Join, Product, Route, Verb, read
 from jpeft.leaf import (
     AdaptedLeaf,
     Path,
@@ -35,43 +37,67 @@ from jpeft.types import DensifyError, DerivativeError
 # A rule returns the equation's output (a list for several), or None: no cheap form.
 Rule = Callable[["Interpreter", Any, list[Any]], Any]
 
-_RULES: dict[tuple[str, type], Rule] = {}
+_RULES: dict[tuple[type[Verb], type], Rule] = {}
 _CONTROL: dict[str, Rule] = {}
-_ADDS: set[Any] = set()
-_CARRIES: set[Any] = set()
 _JOINS: set[Any] = set()
-# Linear in what meets the weight, which may be of another dtype.
-_PRODUCTS = frozenset({"dot_general", "ragged_dot_general"})
-# Many weights become one.
-_JOINING = frozenset({"concatenate", "stack"})
 # What a dropout key folds in: the number of a use, or of a call that holds uses (a
 # loop's step folds `control._STEP`).
 _USE, _CALL = 1, 3
 
 
-def rule(
-    *primitives: str,
-    kind: type[AdaptedLeaf],
-    adds: bool = False,
-    carries: bool = False,
-    joins: bool = False,
+def acts(
+    *verbs: type[Verb], kind: type[AdaptedLeaf], joins: bool = False
 ) -> Callable[[Any], Any]:
-    """Enters a function in the table for leaves of `kind` and its subclasses.
+    """Enters a function (interpreter, verb, operands) in the table: for leaves of
+    `kind` and its subclasses, in these verbs and all that are of their kind.
 
-    adds: it takes a fourth argument, what to add to its output (`Interpreter.bind`).
-    carries: it takes carried values as they are; other rules get them settled.
     joins: it is asked too where a leaf of another kind comes first, and has no answer.
     """
 
     def enter(f: Any) -> Any:
-        if adds:
-            _ADDS.add(f)
-        if carries:
-            _CARRIES.add(f)
+        @functools.wraps(f)
+        def of_equation(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+            return f(it, read(eqn), ins)
+
         if joins:
-            _JOINS.add(f)
-        for name in primitives:
-            _RULES[name, kind] = f
+            _JOINS.add(of_equation)
+        for verb in verbs:
+            _RULES[verb, kind] = of_equation
+        return f
+
+    return enter
+
+
+def acts_as(method: str, *verbs: type[Verb], kind: type[AdaptedLeaf]) -> None:
+    """In these verbs a leaf of `kind` acts as the leaf that this method of its own
+    makes, where that one has a rule.  No verbs: in all."""
+
+    def as_another(it: Interpreter, verb: Verb, ins: list[Any]) -> Any:
+        made = [getattr(x, method)() if isinstance(x, kind) else x for x in ins]
+        pairs = zip(made, ins, strict=True)
+        known = all(find_rule(verb.eqn, x) for x, was in pairs if x is not was)
+        return it.bind(verb.eqn, made) if known else None
+
+    acts(*verbs or (Verb,), kind=kind, joins=True)(as_another)
+
+
+def contracts(
+    *, kind: type[AdaptedLeaf], two: Callable[..., Any] | None = None
+) -> Callable[[Any], Any]:
+    """Enters a function (interpreter, product) for a leaf of `kind` that is contracted
+    with something else.
+
+    two: operands -> those that stand for them where both are leaves.  None: there is
+        no answer then.
+    """
+
+    def enter(f: Any) -> Any:
+        @acts(Contract, kind=kind)
+        def of_operands(it: Interpreter, verb: Contract, ins: list[Any]) -> Any:
+            if not all(map(is_leaf, ins)):
+                return f(it, verb.of(ins))
+            return None if two is None else it.bind(verb.eqn, two(ins))
+
         return f
 
     return enter
@@ -88,10 +114,14 @@ def control_rule(*primitives: str) -> Callable[[Rule], Rule]:
     return enter
 
 
-def find_rule(primitive: str, leaf: AdaptedLeaf) -> Rule | None:
+def find_rule(eqn: Any, leaf: AdaptedLeaf) -> Rule | None:
+    """That of the nearest kind, and there of the nearest verb."""
+    verb = read(eqn)
+    verbs = () if verb is None else type(verb).__mro__
     for kind in type(leaf).__mro__:
-        if (primitive, kind) in _RULES:
-            return _RULES[primitive, kind]
+        for each in verbs:
+            if (each, kind) in _RULES:
+                return _RULES[each, kind]
     return None
 
 
@@ -246,33 +276,27 @@ class Interpreter:
 
     # -- one equation -----------------------------------------------------------------
 
-    def bind(self, eqn: Any, ins: Sequence[Any], plus: Any = None) -> Any:
+    def bind(self, eqn: Any, ins: Sequence[Any]) -> Any:
         """The equation on these values, leaves included.  A list if it has several
-        outputs.
-
-        plus: added to the one output, in its dtype.  A rule that takes `plus` does so
-        without room for the two summands.
-        """
+        outputs."""
         ins = list(ins)
-        if plus is not None:
-            return self._bind_plus(eqn, ins, plus)
         if not any(map(is_node, ins)):
             return self.native(eqn)(*ins)
-        name = eqn.primitive.name
+        name, verb = eqn.primitive.name, read(eqn)
         leaves = list(filter(is_leaf, ins))
+        multiplies = isinstance(verb, (Contract, Route))
         if name in _CONTROL:
             out = _CONTROL[name](self, eqn, ins)
-        elif leaves and name in _PRODUCTS and any(map(_is_complex, ins)):
+        elif leaves and multiplies and any(map(_is_complex, ins)):
             out = self._real_and_imaginary(eqn, list(map(settled, ins)))
         elif leaves:
-            first, *others = dict.fromkeys(find_rule(name, x) for x in leaves)
-            if first not in _CARRIES:
-                ins = list(map(settled, ins))
+            first, *others = dict.fromkeys(find_rule(eqn, x) for x in leaves)
+            ins = list(map(settled, ins))
             out = first(self, eqn, ins) if first else None
             for found in others:
                 if out is None and found is not None and found in _JOINS:
                     out = found(self, eqn, ins)
-            if out is not None and name in _JOINING and is_leaf(out):
+            if out is not None and isinstance(verb, Join) and is_leaf(out):
                 out = _named_together(out, leaves)
         else:
             out = self._carry(eqn, ins)
@@ -304,28 +328,20 @@ class Interpreter:
                 return out
         return None
 
-    def _bind_plus(self, eqn: Any, ins: list[Any], plus: Any) -> Any:
-        ins = list(map(settled, ins))
-        leaf = next(filter(is_leaf, ins), None)
-        found: Any = None if leaf is None else find_rule(eqn.primitive.name, leaf)
-        if found in _ADDS:
-            out = found(self, eqn, ins, plus)
-            if out is not None:
-                return out
-        out = self.bind(eqn, ins)
-        return out + plus.astype(out.dtype)
-
     def base(
         self,
         eqn: Any,
         ins: Sequence[Any],
-        plus: Any = None,
         *,
         kind: type[AdaptedLeaf] = AdaptedLeaf,
     ) -> Any:
-        """The equation with every leaf of `kind` replaced by its base; `plus` as in
-        `bind`."""
-        return self.bind(eqn, [x.base if isinstance(x, kind) else x for x in ins], plus)
+        """The equation with every leaf of `kind` replaced by its base."""
+        return self.bind(eqn, [x.base if isinstance(x, kind) else x for x in ins])
+
+    def with_delta(self, product: Product, delta: jax.Array) -> Any:
+        """What the base makes, and a summand, in the dtype of that."""
+        y = self.base(product.eqn, product.ins())
+        return y + delta.astype(y.dtype)
 
     def native(self, eqn: Any) -> Callable[..., Any]:
         """The equation as JAX evaluates it (custom rules and effects included)."""
@@ -477,7 +493,7 @@ def _keyed(leaf: AdaptedLeaf, eqn: Any, var: Any, reads: dict[Any, int]) -> Adap
     """
     n = reads[var] = reads.get(var, -1) + 1
     name = eqn.primitive.name
-    if name in compat.CHECKPOINTS:
+    if name == compat.CHECKPOINT:
         jaxpr, _ = compat.open_jaxpr(eqn.params[compat.CALLS[name]])
         inside = {
             inner

@@ -11,7 +11,7 @@ parametrisation and cost, never correctness.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import jax
@@ -19,14 +19,25 @@ import jax.numpy as jnp
 from jax import lax
 
 from jpeft import compat
-from jpeft.adapt.interpreter import Interpreter, rule
+from jpeft.adapt.equations import (
+    Barrier,
+    Cast,
+    Label,
+    Labels,
+    Move,
+    Pad,
+    Said,
+    Same,
+    Scale,
+    read,
+)
+from jpeft.adapt.equations import align as align
+from jpeft.adapt.interpreter import Interpreter, acts
 from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, static, transients
 
 R = "r"  # the label of the rank
-Label = Hashable
-Labels = Sequence[Label]
 # f(array, its labels, the labels wanted) -> array
-Move = Callable[[jax.Array, list[Label], list[Label]], jax.Array]
+Moving = Callable[[jax.Array, list[Label], list[Label]], jax.Array]
 
 
 @adapted_leaf
@@ -41,7 +52,7 @@ class Labelled(AdaptedLeaf):
     # The label of an axis that a movement makes of nothing.
     spare: ClassVar[str] = "o"
 
-    def move(self, base: Any, f: Move, axes: str | None = None) -> Self:
+    def move(self, base: Any, f: Moving, axes: str | None = None) -> Self:
         """The leaf over `base` with `f` done to every array."""
         old = self.labels()
         axes = self.axes if axes is None else axes
@@ -165,41 +176,6 @@ def _sum_lone(
     return jnp.sum(x, lone), [n for k, n in enumerate(xl) if k not in lone]
 
 
-def align(x: jax.Array, labels: Labels, wanted: Labels) -> jax.Array:
-    """Transposes to the wanted order of labels."""
-    labels, wanted = list(labels), list(wanted)
-    if labels == wanted:
-        return x
-    return lax.transpose(x, [labels.index(k) for k in wanted])
-
-
-def axis_groups(
-    src: Sequence[int], dst: Sequence[int]
-) -> list[tuple[list[int], list[int]]]:
-    """The smallest groups of axes that a reshape maps onto each other.
-
-    Axes of size 1 are left out.  Both shapes have the same size.
-    """
-    s = [k for k, n in enumerate(src) if n != 1]
-    d = [k for k, n in enumerate(dst) if n != 1]
-    out, i, j = [], 0, 0
-    while i < len(s) and j < len(d):
-        a, b = [s[i]], [d[j]]
-        m, n = src[s[i]], dst[d[j]]
-        i, j = i + 1, j + 1
-        while m != n:
-            if m < n:
-                a.append(s[i])
-                m *= src[s[i]]
-                i += 1
-            else:
-                b.append(d[j])
-                n *= dst[d[j]]
-                j += 1
-        out.append((a, b))
-    return out
-
-
 def relabel(leaf: Labelled, axis: int, label: str) -> Labelled:
     """Another label for an axis of size 1, which any label fits."""
     assert leaf.shape[axis] == 1
@@ -215,270 +191,76 @@ def relabel(leaf: Labelled, axis: int, label: str) -> Labelled:
     return leaf.move(leaf.base, f, axes)
 
 
-def operand_labels(
-    eqn: Any, side: int, ndim: int, x_ndim: int
-) -> tuple[list[Label], list[Label]]:
-    """Labels of the activation and of the output of a `dot_general`.
-
-    The weight is operand `side` and its axes are their own labels; the activation's
-    free axes are labelled ("x", k).
-    """
-    contracting, batch = eqn.params["dimension_numbers"]
-    labels: list[Label] = [("x", k) for k in range(x_ndim)]
-    other = 1 - side
-    for q, k in zip(
-        (*contracting[other], *batch[other]),
-        (*contracting[side], *batch[side]),
-        strict=True,
-    ):
-        labels[q] = k
-    used = {*contracting[side], *batch[side]}
-    mine: list[Label] = [k for k in range(ndim) if k not in used]
-    theirs = [k for k in labels if isinstance(k, tuple)]
-    free = mine + theirs if side == 0 else theirs + mine
-    return labels, [*batch[side], *free]
-
-
 # --- movement ------------------------------------------------------------------------
 
 
-@rule("transpose", kind=Labelled)
-def _transpose(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    return _transposed(ins[0], it.base(eqn, ins), eqn.params["permutation"])
+@acts(Move, kind=Labelled)
+def moved(it: Interpreter, move: Move, ins: list[Any], *, fill: float = 0) -> Any:
+    """The weight's axes moved about, and so those of each array that has some.
 
-
-def _transposed(leaf: Labelled, base: Any, perm: Sequence[int]) -> Labelled:
-    def f(x: jax.Array, old: list[Label], new: list[Label]) -> jax.Array:
-        return align(x, old, [perm[k] if isinstance(k, int) else k for k in new])
-
-    return leaf.move(base, f, "".join(leaf.axes[k] for k in perm))
-
-
-@rule("reshape", kind=Labelled)
-def _reshape(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    leaf, dst = ins[0], eqn.outvars[0].aval.shape
-    if 0 in dst:
+    fill: what is put beside an array where something is put beside the weight, which
+        for a delta is nothing, whatever the base gets.
+    """
+    leaf, *more = ins
+    if not is_leaf(leaf) or any(map(is_leaf, more)):
         return None
-    new_base = it.base(eqn, ins)
-    if (perm := eqn.params.get("dimensions")) is not None:
-        # Transposed first, as vmap of a convolution writes it.
-        shape = jax.ShapeDtypeStruct([leaf.shape[k] for k in perm], leaf.dtype)
-        leaf = _transposed(leaf, shape, perm)
-    return reshaped(leaf, new_base, dst)
+    if isinstance(move, Said):  # of the base: the small arrays stay where they are
+        return leaf.replace(base=it.base(move.eqn, ins))
+    if isinstance(move, Same):
+        return leaf.move(it.base(move.eqn, ins), lambda x, *_: it.like(move.eqn, x))
+    axes = move.labels(leaf.axes, leaf.spare)
+    if axes is None:
+        return None  # input and output axes in one: the rank would have to grow
+    bases = it.base(move.eqn, ins)
+    done: dict[Any, Any] = {}
+
+    def f(x: jax.Array, old: list[Label], new: list[Label]) -> Any:
+        given = [jnp.asarray(fill, x.dtype)] if move.step is Pad else more
+        return move.done_to(x, old, new, given)
+
+    if not move.eqn.primitive.multiple_results:
+        return leaf.move(bases, f, axes)
+
+    def part(k: int) -> Any:
+        def f_k(x: jax.Array, old: list[Label], new: list[Label]) -> jax.Array:
+            which = id(x), *old
+            if which not in done:  # split once, for all the parts
+                done[which] = x, f(x, old, new)
+            return done[which][1][k]
+
+        return f_k
+
+    return [leaf.move(b, part(k), axes) for k, b in enumerate(bases)]
 
 
-def reshaped(leaf: Labelled, base: Any, dst: Sequence[int]) -> Labelled | None:
-    """The leaf over its reshaped base; None where input and output axes would join."""
-    axes = [leaf.spare] * len(dst)  # axes of size 1 may have any label
-    for src_group, dst_group in axis_groups(leaf.shape, dst):
-        if len({leaf.axes[k] for k in src_group}) > 1:
-            return None  # input and output axes in one: the rank would have to grow
-        for k in dst_group:
-            axes[k] = leaf.axes[src_group[0]]
-
-    def f(x: jax.Array, old: list[Label], new: list[Label]) -> jax.Array:
-        return x.reshape(
-            [dst[k] if isinstance(k, int) else x.shape[old.index(k)] for k in new]
-        )
-
-    return leaf.move(base, f, "".join(axes))
-
-
-@rule("broadcast_in_dim", kind=Labelled)
-def _broadcast(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    leaf, to = ins[0], eqn.params["broadcast_dimensions"]
-    dst = eqn.outvars[0].aval.shape
-    axes = "".join(
-        leaf.axes[to.index(k)] if k in to else leaf.spare for k in range(len(dst))
-    )
-
-    def f(x: jax.Array, old: list[Label], new: list[Label]) -> jax.Array:
-        shape = [dst[k] if isinstance(k, int) else x.shape[old.index(k)] for k in new]
-        where = [new.index(to[k] if isinstance(k, int) else k) for k in old]
-        return lax.broadcast_in_dim(x, shape, where)
-
-    return leaf.move(it.base(eqn, ins), f, axes)
-
-
-@rule("squeeze", kind=Labelled)
-def _squeeze(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    leaf, gone = ins[0], eqn.params["dimensions"]
-    axes = "".join(c for k, c in enumerate(leaf.axes) if k not in gone)
-    return leaf.move(
-        it.base(eqn, ins),
-        lambda x, old, _: lax.squeeze(x, [old.index(k) for k in old if k in gone]),
-        axes,
-    )
-
-
-@rule("expand_dims", kind=Labelled)
-def _expand_dims(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    leaf, new_axes = ins[0], set(eqn.params["dimensions"])
-    dst = eqn.outvars[0].aval.shape
-    kept = [k for k in range(len(dst)) if k not in new_axes]
-    axes = [leaf.spare] * len(dst)
-    for k, c in zip(kept, leaf.axes, strict=True):
-        axes[k] = c
-
-    def f(x: jax.Array, old: list[Label], new: list[Label]) -> jax.Array:
-        return x.reshape([1 if k in new_axes else _size(x, old, kept, k) for k in new])
-
-    return leaf.move(it.base(eqn, ins), f, "".join(axes))
-
-
-def _size(x: jax.Array, old: list[Label], kept: list[int], k: Label) -> int:
-    return x.shape[old.index(kept.index(k) if isinstance(k, int) else k)]
-
-
-@rule("slice", kind=Labelled)
-def _slice(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    leaf, p = ins[0], eqn.params
-    start, limit = p["start_indices"], p["limit_indices"]
-    strides = p["strides"] or (1,) * leaf.ndim
-
-    def f(x: jax.Array, old: list[Label], _: list[Label]) -> jax.Array:
-        own = [not isinstance(k, int) for k in old]
-        return lax.slice(
-            x,
-            [0 if o else start[k] for k, o in zip(old, own, strict=True)],
-            [n if o else limit[k] for k, o, n in zip(old, own, x.shape, strict=True)],
-            [1 if o else strides[k] for k, o in zip(old, own, strict=True)],
-        )
-
-    return leaf.move(it.base(eqn, ins), f)
-
-
-@rule("dynamic_slice", kind=Labelled)
-def _dynamic_slice(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    leaf, *start = ins
-    if not is_leaf(leaf) or any(map(is_leaf, start)):
+@acts(Cast, kind=Labelled)
+def _cast(it: Interpreter, cast: Cast, ins: list[Any]) -> Any:
+    if not jnp.issubdtype(cast.dtype, jnp.floating):
         return None
-    sizes = eqn.params["slice_sizes"]
-
-    def f(x: jax.Array, old: list[Label], _: list[Label]) -> jax.Array:
-        zero = jnp.zeros_like(start[0])
-        return lax.dynamic_slice(
-            x,
-            [start[k] if isinstance(k, int) else zero for k in old],
-            [
-                sizes[k] if isinstance(k, int) else n
-                for k, n in zip(old, x.shape, strict=True)
-            ],
-        )
-
-    return leaf.move(it.base(eqn, ins), f)
+    return ins[0].move(it.base(cast.eqn, ins), lambda x, *_: x.astype(cast.dtype))
 
 
-@rule("split", kind=Labelled)
-def _split(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
-    leaf, axis, sizes = ins[0], eqn.params["axis"], eqn.params["sizes"]
-    cut = {
-        n: lax.split(getattr(leaf, n), sizes, labels.index(axis))
-        if axis in labels
-        else [getattr(leaf, n)] * len(sizes)
-        for n, labels in leaf.labels().items()
-    }
-    return [
-        leaf.replace(base=b, **{n: parts[k] for n, parts in cut.items()})
-        for k, b in enumerate(it.base(eqn, ins))
-    ]
-
-
-@rule("tile", kind=Labelled)
-def _tile(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    reps = eqn.params["reps"]
-    if len(reps) != ins[0].ndim:
-        return None
-
-    def f(x: jax.Array, old: list[Label], _: list[Label]) -> jax.Array:
-        return jnp.tile(x, [reps[k] if isinstance(k, int) else 1 for k in old])
-
-    return ins[0].move(it.base(eqn, ins), f)
-
-
-@rule("all_gather", kind=Labelled)
-def _all_gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    """A weight put together from its shards: so is each array that has the axis."""
-    p = eqn.params
-    axis = p["all_gather_dimension"]
-    if not p["tiled"] or len(ins) != 1:
-        return None
-
-    def f(x: jax.Array, old: list[Label], _: list[Label]) -> jax.Array:
-        if axis not in old:
-            return x
-        return lax.all_gather(
-            x,
-            p["axis_name"],
-            axis_index_groups=p["axis_index_groups"],
-            axis=old.index(axis),
-            tiled=True,
-        )
-
-    return ins[0].move(it.base(eqn, ins), f)
-
-
-@rule("rev", kind=Labelled)
-def _rev(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    turned = eqn.params["dimensions"]
-    return ins[0].move(
-        it.base(eqn, ins),
-        lambda x, old, _: lax.rev(x, [old.index(k) for k in turned if k in old]),
-    )
-
-
-@rule("pad", kind=Labelled)
-def _pad(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    leaf, value = ins
-    if not is_leaf(leaf) or is_leaf(value):
-        return None
-    config = eqn.params["padding_config"]
-
-    def f(x: jax.Array, old: list[Label], _: list[Label]) -> jax.Array:
-        zero = jnp.zeros((), x.dtype)  # a delta of nothing, whatever the base gets
-        rows = [config[k] if isinstance(k, int) else (0, 0, 0) for k in old]
-        return lax.pad(x, zero, rows)
-
-    return leaf.move(it.base(eqn, ins), f)
-
-
-@rule("convert_element_type", kind=Labelled)
-def _convert(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    dtype = eqn.params["new_dtype"]
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return None
-    return ins[0].move(it.base(eqn, ins), lambda x, *_: x.astype(dtype))
-
-
-@rule("copy", "copy_p", "stop_gradient", "reduce_precision", kind=Labelled)
-def _each(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    return ins[0].move(it.base(eqn, ins), lambda x, *_: it.like(eqn, x))
-
-
-@rule(
-    "sharding_constraint",
-    "name",
-    "mesh_cast",
-    "reshard",
-    "layout_constraint",
-    kind=Labelled,
-)
-def _annotate(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    """The annotation is of the base; the small arrays stay where they are."""
-    return ins[0].replace(base=it.base(eqn, ins))
-
-
-@rule("pvary", "pcast", kind=Labelled)
-def _vary(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    return ins[0].move(it.base(eqn, ins), lambda x, *_: it.like(eqn, x))
-
-
-@rule("optimization_barrier", kind=Labelled)
-def _barrier(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
+@acts(Barrier, kind=AdaptedLeaf)
+def _barrier(it: Interpreter, barrier: Barrier, ins: list[Any]) -> list[Any]:
     return list(lax.optimization_barrier(ins))
 
 
 # --- scaling by a vector -------------------------------------------------------------
+
+
+def factor_of(
+    it: Interpreter, by: Scale, ins: list[Any]
+) -> tuple[Any, jax.Array, set[int]] | None:
+    """(leaf, what scales it, the axes along which that varies), of one weight that is
+    no divisor and keeps its shape."""
+    side = 0 if is_leaf(ins[0]) else 1
+    if all(map(is_leaf, ins)) or (side == 1 and by.divides):
+        return None
+    leaf = ins[side]
+    if by.eqn.outvars[0].aval.shape != leaf.shape:
+        return None  # the weight itself is broadcast
+    varying = broadcast_axes(it, by.eqn, 1 - side)
+    return leaf, jnp.broadcast_to(ins[1 - side], leaf.shape), varying
 
 
 def broadcast_axes(it: Interpreter, eqn: Any, operand: int) -> set[int]:
@@ -488,10 +270,10 @@ def broadcast_axes(it: Interpreter, eqn: Any, operand: int) -> set[int]:
     """
     var = eqn.invars[operand]
     found = it.producer(var)
-    if found is not None and found.primitive.name == "broadcast_in_dim":
-        to = found.params["broadcast_dimensions"]
-        source = found.invars[0].aval.shape
-        return {k for k, n in zip(to, source, strict=True) if n > 1}
+    move = None if found is None else read(found)
+    if isinstance(move, Move) and move.spreads:
+        wide = [any(move.source[q] > 1 for q in held) for held in move.of]
+        return {k for k, w in enumerate(wide) if w}
     return {k for k, n in enumerate(var.aval.shape) if n > 1}
 
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jpeft import compat
+from jpeft.adapt.equations import Scale, only_moves, read
 
 DIRECT, CONSTANT, UNKNOWN = "direct", "constant", ""
 CLIPPED, WRAPPED, SHIFTED, REPLACED = "clipped", "wrapped", "shifted", "replaced"
@@ -141,21 +142,15 @@ class Lookups:
 # --- which tables one text looks up --------------------------------------------------
 
 # What happens to ids on the way that leaves them the text's own.
-_TO_AN_INDEX = frozenset(
-    "lt add select_n clamp min max broadcast_in_dim reshape expand_dims squeeze "
-    "transpose convert_element_type concatenate copy".split()
-)
-_MOVES = frozenset(
-    "transpose reshape convert_element_type copy mul sharding_constraint".split()
-)
+_TO_AN_INDEX = frozenset("lt add select_n clamp min max concatenate".split())
 
 
 def _makes_an_index(eqn: Any) -> bool:
     name = eqn.primitive.name
-    if name in compat.JITS:  # jnp.where
+    if name == compat.JIT:  # jnp.where
         inner, _ = compat.open_jaxpr(eqn.params["jaxpr"])
         return all(map(_makes_an_index, inner.eqns))
-    return name in _TO_AN_INDEX
+    return name in _TO_AN_INDEX or only_moves(eqn)
 
 
 def tables_looked_up(jaxpr: Any) -> list[tuple[int, frozenset[int]]]:
@@ -181,7 +176,7 @@ def _look_into(
             return None
         if v in outer:
             return outer[v][0]
-        if v in made and made[v].primitive.name in _MOVES:
+        if v in made and (only_moves(made[v]) or isinstance(read(made[v]), Scale)):
             return table(made[v].invars[0])
         return inputs.get(v)
 

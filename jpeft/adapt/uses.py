@@ -20,8 +20,21 @@ from typing import Any
 
 from jpeft import compat
 from jpeft.adapt.entry import Program
+from jpeft.adapt.equations import (
+    Barrier,
+    Contract,
+    Convolve,
+    Join,
+    LookUp,
+    Move,
+    Route,
+    Scale,
+    SliceAt,
+    Sum,
+    read,
+)
 from jpeft.adapt.lookups import CONSTANT, DIRECT, Lookups
-from jpeft.adapt.values import SAME_SHAPE, Operand, Values, moved_axes, part_of
+from jpeft.adapt.values import Operand, Values, part_of
 from jpeft.tree.layout import (
     BIAS,
     CONV,
@@ -182,7 +195,7 @@ class _Finder:
             skip = len(ins) - len(jaxpr.invars)
             self.lookups.enter(jaxpr, consts, eqn.invars[skip:])
             self.values.enter(jaxpr.invars, eqn.invars[skip:])
-            label = f"jit:{params.get('name')}" if name in compat.JITS else name
+            label = f"jit:{params.get('name')}" if name == compat.JIT else name
             outs = self.walk(jaxpr, ins[skip:], fed[skip:], (*context, label))
             self.values.enter(eqn.outvars, jaxpr.outvars)
             return outs
@@ -301,53 +314,40 @@ class _Finder:
         self, eqn: Any, ins: list[Tags], fed: list[bool], context: tuple[str, ...]
     ) -> list[Tags] | None:
         """Records the use if this equation consumes a weight."""
-        name, p = eqn.primitive.name, eqn.params
+        verb = read(eqn)
         ndim = lambda k: len(eqn.invars[k].aval.shape)
-        if name == "dot_general":
-            contracting, batch = p["dimension_numbers"]
+        if isinstance(verb, Contract):
             of, out = [], []
             for w in (0, 1):
-                rank = range(ndim(w))
                 acts = self.is_activation(ins, fed, w)
-                labels = {**dict.fromkeys(contracting[w], "i")}
-                labels.update(dict.fromkeys(batch[w], "s"))
-                roles = None if acts else [labels.get(k, "o") for k in rank]
-                self.record(eqn, ins[w], roles, context)
+                found = [verb.role(w, k) for k in range(ndim(w))]
+                self.record(eqn, ins[w], None if acts else found, context)
                 of.append([] if acts else [t for t in ins[w] if not t.row])
-                out += [(w, k) for k in rank if k not in labels]
-            pairs = zip(*batch, strict=True)
+                out += [(w, k) for k, c in enumerate(found) if c == "o"]
+            pairs = zip(*verb.batch, strict=True)
             out = [*(((0, j), (1, k)) for j, k in pairs), *((at,) for at in out)]
             self.product(eqn, of, out)
             return [[]]
-        if name == "ragged_dot_general":
-            numbers = p["ragged_dot_dimension_numbers"]
-            contracting, batch = numbers.dot_dimension_numbers
-            groups = numbers.rhs_group_dimensions
-            stack = (*batch[1], *groups)
-            roles = [
-                "i" if k in contracting[1] else "s" if k in stack else "o"
-                for k in range(ndim(1))
-            ]
+        if isinstance(verb, Route):
+            roles = list(map(verb.role, range(ndim(1))))
             self.record(eqn, ins[0], None, context)
             self.record(eqn, ins[1], roles, context)
             own = [((1, k),) for k, c in enumerate(roles) if c == "o"]
             lead = len(eqn.outvars[0].aval.shape) - len(own)
             self.product(eqn, [[], ins[1]], [()] * lead + own)
             return [[]]
-        if name == "conv_general_dilated":
-            numbers = p["dimension_numbers"]
-            out = numbers.rhs_spec[0]
-            roles = ["o" if k == out else "i" for k in range(ndim(1))]
+        if isinstance(verb, Convolve):
+            roles = ["o" if k == verb.out else "i" for k in range(ndim(1))]
             self.record(eqn, ins[0], None, context)
             self.record(eqn, ins[1], roles, context)
-            feature = numbers.out_spec[1]
-            own = [((1, out),) if k == feature else () for k in range(ndim(0))]
+            feature = verb.numbers.out_spec[1]
+            own = [((1, verb.out),) if k == feature else () for k in range(ndim(0))]
             self.product(eqn, [[], ins[1]], own)
             return [[]]
-        if name == "gather":
+        if isinstance(verb, LookUp):
             self.record(eqn, ins[1], None, context)
             if ins[0]:
-                return self._gather(eqn, ins[0], fed[1], context)
+                return self._looked_up(verb, ins[0], fed[1], context)
         return None
 
     def product(
@@ -380,32 +380,21 @@ class _Finder:
     def is_token(self, t: Tag) -> bool:
         return self.names[t.leaf].kind in (OTHER, EMBEDDING)
 
-    def _gather(
-        self, eqn: Any, tags: Tags, by_data: bool, context: tuple[str, ...]
+    def _looked_up(
+        self, verb: LookUp, tags: Tags, by_data: bool, context: tuple[str, ...]
     ) -> list[Tags]:
-        p, numbers = eqn.params, eqn.params["dimension_numbers"]
-        batching = tuple(numbers.operand_batching_dims)
+        eqn, numbers, sizes = verb.eqn, verb.numbers, verb.sizes
+        batching, kept, labels = verb.batching, verb.kept, verb.out
         src = eqn.invars[0].aval.shape
-        dst = eqn.outvars[0].aval.shape
-        sizes = p["slice_sizes"]
-        kept = [
-            k
-            for k in range(len(src))
-            if k not in numbers.collapsed_slice_dims and k not in batching
-        ]
         one = [q for q in numbers.start_index_map if sizes[q] == 1]
 
         def taken(t: Tag, chosen: frozenset[int]) -> list[frozenset[int]]:
             """Its axes afterwards; chosen: what stands where the ids stood."""
-            rows = iter(kept)
-            return [
-                t.axes[next(rows)] if k in numbers.offset_dims else chosen
-                for k in range(len(dst))
-            ]
+            return [t.axes[k] if isinstance(k, int) else chosen for k in labels]
 
         # Features in another order, or some of them: the axis stays what it is.
         picks = not by_data and len(one) == len(numbers.start_index_map) == 1
-        picks = picks and not batching and len(dst) == len(src)
+        picks = picks and not batching and len(labels) == len(src)
         if sum(sizes[k] > 1 for k in kept) < 2:
             roles = [
                 "s"
@@ -460,11 +449,9 @@ class _Finder:
         context: tuple[str, ...],
     ) -> list[Tags] | None:
         """Tags of the outputs if this equation only moves a weight about."""
-        name, p = eqn.primitive.name, eqn.params
-        src = eqn.invars[0].aval.shape
-        dst = eqn.outvars[0].aval.shape if eqn.outvars else ()
-        if name == "reduce_sum":  # jnp.einsum sums an axis that only the weight has
-            gone = p["axes"]
+        verb = read(eqn)
+        if isinstance(verb, Sum):  # jnp.einsum sums an axis that only the weight has
+            gone = verb.axes
             return [
                 [
                     dataclasses.replace(
@@ -474,21 +461,15 @@ class _Finder:
                     for t in ins[0]
                 ]
             ]
-        if name in ("slice", "dynamic_slice", "split"):
-            return [[_cut(t, src, v.aval.shape) for t in ins[0]] for v in eqn.outvars]
-        if name == "stack":
-            axis = p.get("axis", p.get("dimension"))
-            if axis is None:
-                return None
-            at = lambda a: [*a[:axis], _NOTHING, *a[axis:]]
-            return [[t.moved(at(t.axes)) for tags in ins for t in tags]]
-        if name == "optimization_barrier":
+        if isinstance(verb, Barrier):
             return ins
-        if name in SAME_SHAPE or name in ("pad", "concatenate"):
-            return [[t for tags in ins for t in tags]]
-        if name in ("mul", "div"):
-            for side in (0, 1) if name == "mul" else (0,):
-                whole = eqn.invars[side].aval.shape == dst  # not itself broadcast
+        if isinstance(verb, Join):
+            new = [_NOTHING] if verb.new else []
+            at = lambda a: [*a[: verb.axis], *new, *a[verb.axis :]]
+            return [[t.moved(at(t.axes)) for tags in ins for t in tags]]
+        if isinstance(verb, Scale):
+            for side in (0,) if verb.divides else (0, 1):
+                whole = eqn.invars[side].aval.shape == eqn.outvars[0].aval.shape
                 other = eqn.invars[1 - side]
                 # What was computed from a weight needs that weight's full value.
                 plain = not any(t.blurred for t in ins[1 - side])
@@ -500,12 +481,17 @@ class _Finder:
                     self.meets(eqn, ins, 1 - side, operands, context)
                     return [ins[side]]
             return None
-        if not ins or any(ins[1:]):
+        at_index = isinstance(verb, Move) and verb.step is SliceAt
+        if verb is None or (any(ins[1:]) and not at_index):
             return None
-        each = [(t, moved_axes(eqn, t.axes)) for t in ins[0]]
-        if any(axes is None for _, axes in each):
+        rows = lambda k: verb.rows_taken(k) if isinstance(verb, Move) else []
+        moved = [(t, verb.carried(t.axes)) for t in ins[0]]
+        if any(axes is None for _, axes in moved):
             return None
-        return [[t.moved(axes[0]) for t, axes in each if axes is not None]]
+        return [
+            [_cut(t.moved(axes[k]), rows(k)) for t, axes in moved if axes is not None]
+            for k in range(len(eqn.outvars))
+        ]
 
     def varies_along(self, var: Any) -> int:
         """The number of axes along which a value really varies: a number, or a vector
@@ -643,11 +629,10 @@ def _one_label(seen: set[str], size: int) -> str:
     return next(iter(rest)) if len(rest) == 1 else "x"
 
 
-def _cut(t: Tag, src: Sequence[int], dst: Sequence[int]) -> Tag:
-    """An axis sliced down to one row leaves the value: a stack axis."""
-    rows = [b == 1 < a for a, b in zip(src, dst, strict=True)]
-    lost = {(k, "s") for ks, r in zip(t.axes, rows, strict=True) if r for k in ks}
-    axes = [_NOTHING if r else ks for ks, r in zip(t.axes, rows, strict=True)]
+def _cut(t: Tag, rows: Sequence[int]) -> Tag:
+    """An axis of which one row is taken leaves the value: a stack axis."""
+    lost = {(a, "s") for k in rows for a in t.axes[k]}
+    axes = [_NOTHING if k in rows else a for k, a in enumerate(t.axes)]
     return dataclasses.replace(t.moved(axes), gone=t.gone | lost)
 
 

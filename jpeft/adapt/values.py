@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jpeft import compat
-from jpeft.adapt.labels import axis_groups
+from jpeft.adapt.equations import Move, Pad, read
 from jpeft.tree.layout import (
     BIAS,
     LATE_BIAS,
@@ -41,11 +41,6 @@ Axes = tuple[frozenset[int], ...]
 _NOTHING: frozenset[int] = frozenset()
 _OWN = frozenset({0})
 
-SAME_SHAPE = frozenset(
-    "convert_element_type copy copy_p stop_gradient reduce_precision neg "
-    "sharding_constraint layout_constraint name mesh_cast reshard pvary pcast rev "
-    "optimization_barrier".split()
-)
 _SUMS = frozenset({"psum", "psum2", "psum_invariant", "pmean"})
 _REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_window_sum reduce_window_max".split()
@@ -90,40 +85,6 @@ class Operand:
     vector: bool
     number: bool
     leaves: frozenset[int] = _NOTHING
-
-
-def moved_axes(eqn: Any, axes: Axes) -> list[Axes] | None:
-    """Where the axes of the first operand are in each output of an equation that only
-    moves it about; None if it does more."""
-    name, p = eqn.primitive.name, eqn.params
-    src = eqn.invars[0].aval.shape
-    dst = eqn.outvars[0].aval.shape
-    at = lambda k, kept: axes[kept.index(k)] if k in kept else _NOTHING
-    if name in SAME_SHAPE or name in ("slice", "dynamic_slice", "split"):
-        return [axes] * len(eqn.outvars)
-    if name == "tile" and len(p["reps"]) == len(src):
-        return [axes]
-    if name == "all_gather" and p["tiled"]:
-        return [axes]
-    if name == "transpose":
-        return [tuple(axes[k] for k in p["permutation"])]
-    if name == "broadcast_in_dim":
-        return [tuple(at(k, p["broadcast_dimensions"]) for k in range(len(dst)))]
-    if name == "expand_dims":
-        kept = [k for k in range(len(dst)) if k not in p["dimensions"]]
-        return [tuple(at(k, kept) for k in range(len(dst)))]
-    if name == "squeeze":
-        return [tuple(x for k, x in enumerate(axes) if k not in p["dimensions"])]
-    if name == "reshape":
-        turn = p.get("dimensions") or range(len(src))
-        source = {
-            k: [turn[q] for q in s]
-            for s, d in axis_groups([src[q] for q in turn], dst)
-            for k in d
-        }
-        held = lambda k: _NOTHING.union(*(axes[s] for s in source.get(k, ())))
-        return [tuple(held(k) for k in range(len(dst)))]
-    return None
 
 
 class Values:
@@ -183,14 +144,22 @@ class Values:
         if name in _OF_ONE:
             return [first if first.kind in _OF_DATA_ALONE else UNKNOWN]
         if first.out:
-            axes = moved_axes(eqn, first.out)
+            axes = _carried(eqn, first.out)
             if axes is None:
                 return none
             return [dataclasses.replace(first, out=a) for a in axes]
-        moves = first.kind and moved_axes(
+        moves = first.kind and _carried(
             eqn, (_NOTHING,) * len(eqn.invars[0].aval.shape)
         )
         return [first] * len(none) if moves else none
+
+
+def _carried(eqn: Any, axes: Axes) -> list[Axes] | None:
+    """Where the axes of the first operand are in each output of an equation that only
+    moves it about; None if it does more, or puts something beside it."""
+    verb = read(eqn)
+    beside = isinstance(verb, Move) and verb.step is Pad
+    return None if beside or verb is None else verb.carried(axes)
 
 
 def _of_two(name: str, ins: Sequence[Operand], ndim: int) -> Value:

@@ -45,14 +45,13 @@ def matmul(
     codes: UInt8[Array, "half n"],
     scales: Float[Array, "blocks n"],
     book: Float[Array, " 16"],
-    plus: Float[Array, "m n"] | None = None,
     *,
     block_size: int,
     dtype: Any,
 ) -> Float[Array, "m n"]:
     q = Blocks(codes, scales, book=book)
     columns = blocks.across(q, _ANY_BOOK, block_size, 0, 2 * codes.shape[0], x.dtype)
-    return tiled.matmul(x, codes.shape[1], tiled.Tiles(*columns), dtype, plus)
+    return tiled.matmul(x, codes.shape[1], tiled.Tiles(*columns), dtype)
 
 
 def matmul_transposed(
@@ -60,13 +59,10 @@ def matmul_transposed(
     codes: UInt8[Array, "half n"],
     scales: Float[Array, "blocks n"],
     book: Float[Array, " 16"],
-    plus: Float[Array, "m k"] | None = None,
     *,
     block_size: int,
     dtype: Any,
 ) -> Float[Array, "m k"]:
     q = Blocks(codes, scales, book=book)
     rows = blocks.along(q, _ANY_BOOK, block_size, 0, g.dtype)
-    return tiled.matmul_transposed(
-        g, 2 * codes.shape[0], tiled.Tiles(*rows), dtype, plus
-    )
+    return tiled.matmul_transposed(g, 2 * codes.shape[0], tiled.Tiles(*rows), dtype)

@@ -13,7 +13,7 @@ compiled (`jax.lax.platform_dependent`): Pallas for TPU and NVIDIA GPUs, plain J
 the rest.  `_plain` is the meaning of all of them, for numbers below 2^126, and what
 `jax.export` gets where a size is a symbol: a kernel's tiles are chosen by numbers.
 
-Products differentiate with respect to x and plus, and what they keep for that is the
+Products differentiate with respect to x, and what they keep for that is the
 codes and scales.  The gradient of scales and book is zero: they are constants.
 Arrays that do not fit each other raise ValueError, with what was expected.
 """
@@ -92,21 +92,20 @@ def matmul(
     scales: Float[Array, "*stack blocks n"],
     book: Float[Array, "*stack 16"],
     *,
-    plus: Float[Array, "*batch n"] | None = None,
     block_size: int = 64,
     dtype: Any = None,
 ) -> Float[Array, "*batch n"]:
-    """x @ W + plus, with W in x's dtype and sums in float32.
+    """x @ W, with W in x's dtype and sums in float32.
 
     On Hopper and later, for at most 64 rows of bfloat16, it is the book that is rounded
     to x's dtype instead (in `matmul_transposed` g times its scale as well).
 
-    plus: added in the same pass where that spares memory.  dtype: of the result;
-    default x's.  Of a stack of matrices each takes its row of x, (*stack, ..., k).
+    dtype: of the result; default x's.  Of a stack of matrices each takes its row of x,
+    (*stack, ..., k).
     """
     if codes.ndim > 2:
-        one = lambda *a: matmul(*a[:4], plus=a[4], block_size=block_size, dtype=dtype)
-        return _over_stack(one, x, codes, scales, book, plus)
+        one = lambda *a: matmul(*a, block_size=block_size, dtype=dtype)
+        return _over_stack(one, x, codes, scales, book)
     _check_floating("x", x)
     k, n = 2 * codes.shape[0], codes.shape[1]
     _check((k, n), block_size, scales)
@@ -121,7 +120,7 @@ def matmul(
         return jnp.zeros((*batch, n), dtype)
     if x.shape[-1] < k:
         x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, k - x.shape[-1])])
-    return _product_of_rows(False, x, codes, scales, book, plus, n, block_size, dtype)
+    return _product_of_rows(False, x, codes, scales, book, n, block_size, dtype)
 
 
 def matmul_transposed(
@@ -130,20 +129,19 @@ def matmul_transposed(
     scales: Float[Array, "*stack blocks n"],
     book: Float[Array, "*stack 16"],
     *,
-    plus: Float[Array, "*batch k"] | None = None,
     block_size: int = 64,
     dtype: Any = None,
     rows: int | None = None,
 ) -> Float[Array, "*batch k"]:
-    """g @ W.T + plus, from the same codes.  Everything as in `matmul`.
+    """g @ W.T, from the same codes.  Everything as in `matmul`.
 
     rows: K, where it is not all that is stored.
     """
     if codes.ndim > 2:
         one = lambda *a: matmul_transposed(
-            *a[:4], plus=a[4], block_size=block_size, dtype=dtype, rows=rows
+            *a, block_size=block_size, dtype=dtype, rows=rows
         )
-        return _over_stack(one, g, codes, scales, book, plus)
+        return _over_stack(one, g, codes, scales, book)
     _check_floating("g", g)
     k, n = 2 * codes.shape[0], codes.shape[1]
     _check((k, n), block_size, scales)
@@ -153,9 +151,7 @@ def matmul_transposed(
     batch, kept = g.shape[:-1], k if rows is None else _checked_rows(rows, codes)
     if 0 in batch:
         return jnp.zeros((*batch, kept), dtype)
-    if plus is not None and kept < k:
-        plus = jnp.pad(plus, [(0, 0)] * len(batch) + [(0, k - kept)])
-    y = _product_of_rows(True, g, codes, scales, book, plus, k, block_size, dtype)
+    y = _product_of_rows(True, g, codes, scales, book, k, block_size, dtype)
     return y if kept == k else y[..., :kept]
 
 
@@ -165,22 +161,18 @@ def _product_of_rows(
     codes: jax.Array,
     scales: jax.Array,
     book: jax.Array,
-    plus: jax.Array | None,
     out: int,
     block_size: int,
     dtype: Any,
 ) -> jax.Array:
     """The batch's axes as one."""
     batch = x.shape[:-1]
-    if plus is not None and plus.shape != (*batch, out):
-        raise ValueError(f"plus has shape {plus.shape}, expected {(*batch, out)}")
     if len(batch) != 1:
         x = x.reshape(-1, x.shape[-1])
-        plus = None if plus is None else plus.reshape(-1, out)
     how = _How(block_size, transposed, jnp.dtype(x.dtype), dtype)
     # Before the gradient rule, so that it is JAX that adds up over shards.
-    x, plus, *_ = compat.varying_alike((x, plus, codes, scales))
-    y: Any = _product(how, (codes, scales, jnp.asarray(book)), x, plus)
+    x, *_ = compat.varying_alike((x, codes, scales))
+    y: Any = _product(how, (codes, scales, jnp.asarray(book)), x)
     return y if len(batch) == 1 else y.reshape(*batch, out)
 
 
@@ -190,15 +182,14 @@ def _over_stack(
     codes: jax.Array,
     scales: jax.Array,
     book: jax.Array,
-    plus: jax.Array | None,
 ) -> jax.Array:
     if x.ndim < 2 or x.shape[0] != codes.shape[0]:
         raise ValueError(
             f"x has shape {x.shape} for a stack of {codes.shape[0]} matrices; expected "
             f"({codes.shape[0]}, ..., features)"
         )
-    axes = (0, 0, 0, _of_book(book), None if plus is None else 0)
-    return jax.vmap(one, axes)(x, codes, scales, book, plus)
+    axes = (0, 0, 0, _of_book(book))
+    return jax.vmap(one, axes)(x, codes, scales, book)
 
 
 def _of_book(book: Any) -> int | None:
@@ -257,9 +248,7 @@ def _everywhere(name: str) -> Callable[..., Any]:
         from jpeft.kernels import _gpu, _tpu  # half a second: when they are needed
 
         def of(backend: Any) -> Callable[..., Any]:
-            kernel = functools.partial(getattr(backend, name), **static)
-            # A kernel of three arrays beside x adds nothing: XLA does, after it.
-            return lambda *a: kernel(*a) if len(a) < 5 else kernel(*a[:4]) + a[4]
+            return functools.partial(getattr(backend, name), **static)
 
         target = _target(_gpu, _tpu)
 
@@ -310,21 +299,19 @@ def _split_product(
     block_size: int,
     dtype: Any,
 ) -> jax.Array:
-    x, codes, scales, book, *plus = arrays
+    x, codes, scales, book = arrays
 
     def whole(x: jax.Array, codes: jax.Array, *more: jax.Array) -> jax.Array:
         # Tied to x, W is not shared between the passes, nor made ahead of its use.
         codes, x = lax.optimization_barrier((codes, x))
-        w = _plain.dequantize(codes, *more[:2], block_size=block_size, dtype=x.dtype)
+        w = _plain.dequantize(codes, *more, block_size=block_size, dtype=x.dtype)
         axes = (((1,), (1 if transposed else 0,)), ((), ()))
-        y = lax.dot_general(x, w, axes, preferred_element_type=dtype)
-        return y + more[2] if more[2:] else y
+        return lax.dot_general(x, w, axes, preferred_element_type=dtype)
 
     return partitioned.product(
         run,
         x,
         (codes, scales, book),
-        plus[0] if plus else None,
         whole=whole,
         dims=dims_of_weight(block_size),
         sizes={"k": 2 * codes.shape[0], "n": codes.shape[1]},
@@ -385,14 +372,6 @@ _matmul_transposed = _everywhere("matmul_transposed")
 # --- the gradient --------------------------------------------------------------------
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Like:
-    """A dtype among what is kept for the backward pass."""
-
-    dtype: Any
-
-
 @dataclasses.dataclass(frozen=True)
 class _How:
     block_size: int
@@ -402,27 +381,19 @@ class _How:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(
-    how: _How, weight: tuple[jax.Array, ...], x: jax.Array, plus: jax.Array | None
-) -> jax.Array:
+def _product(how: _How, weight: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
     run = _matmul_transposed if how.transposed else _matmul
-    more = () if plus is None else (plus.astype(how.outside),)
-    return run(x, *weight, *more, block_size=how.block_size, dtype=how.outside)
+    return run(x, *weight, block_size=how.block_size, dtype=how.outside)
 
 
-def _product_forward(how: _How, weight: Any, x: jax.Array, plus: Any) -> Any:
-    return _product(how, weight, x, plus), (
-        weight,
-        None if plus is None else _Like(plus.dtype),
-    )
+def _product_forward(how: _How, weight: Any, x: jax.Array) -> Any:
+    return _product(how, weight, x), weight
 
 
-def _product_backward(how: _How, kept: Any, g: jax.Array) -> Any:
-    weight, like = kept
+def _product_backward(how: _How, weight: Any, g: jax.Array) -> Any:
     back = _How(how.block_size, not how.transposed, how.arriving, how.arriving)
-    dx = _product(back, weight, g.astype(how.arriving), None)
-    d_plus = None if like is None else g.astype(like.dtype)
-    return constant_cotangents(weight), dx, d_plus
+    dx = _product(back, weight, g.astype(how.arriving))
+    return constant_cotangents(weight), dx
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -114,7 +114,6 @@ def product(
     multiply: Callable[..., jax.Array],
     x: jax.Array,
     weight: Sequence[jax.Array],
-    plus: jax.Array | None,
     *,
     whole: Callable[..., jax.Array],
     dims: Sequence[Dims],
@@ -122,7 +121,7 @@ def product(
     units: Mapping[str, int],
     transposed: bool,
 ) -> jax.Array:
-    """multiply(x, *weight) or multiply(x, *weight, plus), on each device of its part.
+    """multiply(x, *weight), on each device of its part.
 
     whole: the same in a form that XLA can cut up.
     x is (m, k), the result (m, n); k and n are exchanged if it is transposed.
@@ -131,9 +130,8 @@ def product(
     """
     summed, kept = ("n", "k") if transposed else ("k", "n")
     tokens, out = Dim(TOKENS), (Dim(TOKENS), Dim(kept))
-    more = () if plus is None else (plus,)
     operation = Operation(
-        operands=((tokens, Dim(summed)), *_cuttable(dims, weight), *[out] * len(more)),
+        operands=((tokens, Dim(summed)), *_cuttable(dims, weight)),
         results=(out,),
         sizes={**sizes, TOKENS: x.shape[0]},
         units=units,
@@ -141,7 +139,7 @@ def product(
         weights=len(weight),
     )
     forms = _Forms(lambda *a: (multiply(*a),), lambda *a: (whole(*a),))
-    (y,) = _vmappable(forms, operation)(x, *weight, *more)
+    (y,) = _vmappable(forms, operation)(x, *weight)
     return y
 
 
@@ -191,12 +189,9 @@ def _vmappable(
         if operation.weights and not any(flags[k] for k in operation.of_weight):
             made = _with_more_tokens(forms, operation, size, flags, operands)
         else:
-            axes = [0 if flag else None for flag in flags]
-
-            def mapped(f: Any) -> Callable[..., tuple[jax.Array, ...]]:
-                # A product is also called without its last operand, and the axis is
-                # shorter on each of several devices.
-                return lambda *a: jax.vmap(f, tuple(axes[: len(a)]))(*a)
+            axes = tuple(0 if flag else None for flag in flags)
+            # Called with parts: the axis is shorter on each of several devices.
+            mapped = lambda f: lambda *a: jax.vmap(f, axes)(*a)
 
             batched = _Forms(*map(mapped, forms))
             made = _vmappable(batched, operation.batched(size, flags))(*operands)
@@ -365,12 +360,7 @@ def _local(
             for x, dims in zip(operands, operation.operands, strict=True)
         ]
         over = cuts.get(operation.summed or "", ())
-        if not over:
-            return f(*parts)
-        inner, added = parts[: 1 + operation.weights], parts[1 + operation.weights :]
-        (y,) = f(*inner)
-        y = lax.psum(y, over)
-        return (y if not added else y + added[0],)
+        return f(*parts) if not over else tuple(lax.psum(y, over) for y in f(*parts))
 
     return run
 

@@ -41,10 +41,9 @@ def matmul(
     n: int,
     columns: Tiles,
     dtype: Any,
-    plus: Float[Array, "m n"] | None = None,
 ) -> Float[Array, "m n"]:
-    """x @ W + plus: tiles have x's dtype, sums are float32."""
-    return _over(x, n, x.shape[1], columns, 0, dtype, plus)
+    """x @ W: tiles have x's dtype, sums are float32."""
+    return _over(x, n, x.shape[1], columns, 0, dtype)
 
 
 def matmul_transposed(
@@ -52,10 +51,9 @@ def matmul_transposed(
     k: int,
     rows: Tiles,
     dtype: Any,
-    plus: Float[Array, "m k"] | None = None,
 ) -> Float[Array, "m k"]:
-    """g @ W.T + plus: tiles have g's dtype, sums are float32."""
-    return _over(g, k, g.shape[1], rows, 1, dtype, plus)
+    """g @ W.T: tiles have g's dtype, sums are float32."""
+    return _over(g, k, g.shape[1], rows, 1, dtype)
 
 
 def _over(
@@ -65,7 +63,6 @@ def _over(
     tiles: Tiles,
     summed: int,
     dtype: Any,
-    plus: jax.Array | None,
 ) -> jax.Array:
     """The product tile by tile along its last axis.  summed: the axis of a tile that is
     contracted."""
@@ -75,9 +72,6 @@ def _over(
         y = lax.dot_general(
             x, w, (((1,), (summed,)), ((), ())), preferred_element_type=_wide(x.dtype)
         )
-        if plus is not None:
-            more = lax.dynamic_slice_in_dim(plus, start, count, axis=1)
-            y = y + more.astype(y.dtype)
         return y.astype(dtype)
 
     count = tile_size(size, depth, tiles.unit)

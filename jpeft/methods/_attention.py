@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,9 @@ import numpy as np
 from jax import lax
 
 from jpeft import compat
+from jpeft.adapt.equations import Contract, Gather, Move, read
 from jpeft.adapt.interpreter import Interpreter, settled
-from jpeft.adapt.labels import Label, align, axis_groups, contract, operand_labels
+from jpeft.adapt.labels import Label, align, contract
 from jpeft.leaf import Carried, carried, frozen, is_carried, static
 from jpeft.types import PromiseError
 
@@ -42,10 +43,10 @@ ELSEWHERE = (
 )
 
 _UNARY = frozenset(
-    "abs cbrt convert_element_type copy copy_p cos erf exp exp2 expm1 floor "
+    "abs cbrt convert_element_type copy cos erf exp exp2 expm1 floor "
     "integer_pow is_finite log log1p logistic neg not optimization_barrier "
     "reduce_precision reshard rsqrt sharding_constraint sign sin sqrt square "
-    "stop_gradient tanh name pvary pcast mesh_cast layout_constraint".split()
+    "stop_gradient tanh name pvary layout_constraint".split()
 )
 _BINARY = frozenset(
     "add add_any sub mul div max min pow and or xor ne eq lt le gt ge rem atan2".split()
@@ -187,8 +188,9 @@ class Tagged(Carried):
 
     def through(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         name = eqn.primitive.name
-        if name == "dot_general":
-            return _attend(it, eqn, ins)
+        verb = read(eqn)
+        if isinstance(verb, Contract):
+            return _attend(it, verb, ins)
         if name in _HARMLESS:
             return None
         tagged = [x for x in ins if isinstance(x, Tagged)]
@@ -212,20 +214,20 @@ class Tagged(Carried):
             return self._into(it, eqn, ins, plain) or self._lost(it, eqn)
         if name in ("concatenate", "stack"):
             return self._together(it, eqn, ins, plain) or self._lost(it, eqn)
-        if name == "split":
-            axis, sizes = eqn.params["axis"], eqn.params["sizes"]
-            ends = np.cumsum((0, *sizes)).tolist()
-            cut = lambda k: (
-                lambda a: (
-                    a if a.shape[axis] == 1 else _take(a, axis, ends[k], ends[k + 1])
-                )
-            )
-            ys = it.native(eqn)(*plain)
-            return [self.moved(y, cut(k)) for k, y in enumerate(ys)]
-        move = _movement(eqn, self.main.shape)
-        if move is None:
+        if name in ("reduce_sum", "reduce_max"):  # einsum sums an axis of size 1
+            gone = tuple(eqn.params["axes"])
+            if any(self.main.shape[k] != 1 for k in gone):
+                return None
+            return self.moved(it.native(eqn)(*plain), lambda a: a.squeeze(gone))
+        if not isinstance(verb, Move) or verb.step is Gather:
             return None if name.startswith("reduce_") else self._lost(it, eqn)
-        return self.moved(it.native(eqn)(*plain), move)
+        y, move = it.native(eqn)(*plain), verb
+        if not eqn.primitive.multiple_results:
+            return self.moved(y, lambda a: _columns_after(move, a, 0))
+        return [
+            self.moved(part, lambda a, k=k: _columns_after(move, a, k))
+            for k, part in enumerate(y)
+        ]
 
     def _lost(self, it: Interpreter, eqn: Any) -> Any:
         role = self.role or "keys or values"
@@ -315,88 +317,14 @@ def _fits(a: np.ndarray, y: Any) -> bool:
     )
 
 
-def _take(a: np.ndarray, axis: int, start: int, stop: int, step: int = 1) -> np.ndarray:
-    cut: list[Any] = [slice(None)] * a.ndim
-    cut[axis] = slice(start, stop, step)
-    return a[tuple(cut)]
-
-
-def _movement(
-    eqn: Any, src: tuple[int, ...]
-) -> Callable[[np.ndarray], np.ndarray] | None:
-    """What a one-operand equation does to an array that broadcasts to its operand."""
-    name, p = eqn.primitive.name, eqn.params
-    dst = tuple(eqn.outvars[0].aval.shape)
-    if name == "transpose":
-        return lambda a: a.transpose(p["permutation"])
-    if name == "squeeze":
-        return lambda a: a.squeeze(tuple(p["dimensions"]))
-    if name == "expand_dims":
-        return lambda a: np.expand_dims(a, tuple(p["dimensions"]))
-    if name in ("reduce_sum", "reduce_max"):  # einsum sums an axis of size 1
-        if any(src[k] != 1 for k in p["axes"]):
-            return None
-        return lambda a: a.squeeze(tuple(p["axes"]))
-    if name == "rev":
-        return lambda a: np.flip(a, p["dimensions"])
-    if name == "reshape" and p.get("dimensions") is None:
-        return lambda a: _reshaped(a, src, dst)
-    if name == "broadcast_in_dim":
-        to = p["broadcast_dimensions"]
-
-        def spread(a: np.ndarray) -> np.ndarray:
-            shape = [a.shape[to.index(k)] if k in to else 1 for k in range(len(dst))]
-            return a.reshape(shape)
-
-        return spread
-    if name == "slice":
-        start, stop = p["start_indices"], p["limit_indices"]
-        step = p["strides"] or (1,) * len(src)
-
-        def cut(a: np.ndarray) -> np.ndarray:
-            for k in range(a.ndim):
-                if a.shape[k] > 1:
-                    a = _take(a, k, start[k], stop[k], step[k])
-            return a
-
-        return cut
-    if name == "dynamic_slice":
-        whole = lambda a: all(n == 1 or src[k] == dst[k] for k, n in enumerate(a.shape))
-
-        def keep(a: np.ndarray) -> np.ndarray:
-            if not whole(a):
-                raise PromiseError(_LOST)
-            return a
-
-        return keep
-    if name == "tile":
-        reps = p["reps"]
-        return lambda a: np.tile(
-            a, [r if n > 1 else 1 for r, n in zip(reps, a.shape, strict=True)]
+def _columns_after(move: Move, a: np.ndarray, result: int) -> np.ndarray:
+    moved = move.done_to_columns(a, result)
+    if moved is None:
+        raise PromiseError(
+            "a prefix in mode 'kv' met a dynamic slice along the features of a key; "
+            "use jpeft.prefix(..., mode='tokens')"
         )
-    return None
-
-
-_LOST = (
-    "a prefix in mode 'kv' met a dynamic slice along the features of a key; use "
-    "jpeft.prefix(..., mode='tokens')"
-)
-
-
-def _reshaped(a: np.ndarray, src: tuple[int, ...], dst: tuple[int, ...]) -> np.ndarray:
-    """A reshape done to an array that broadcasts to the operand.
-
-    Axes along which it does not vary stay of size 1, unless they are merged with one
-    along which it does.
-    """
-    wide, shape = list(a.shape), [1] * len(dst)
-    for s, d in axis_groups(src, dst):
-        if any(a.shape[k] > 1 for k in s):
-            for k in s:
-                wide[k] = src[k]
-            for k in d:
-                shape[k] = dst[k]
-    return np.broadcast_to(a, wide).reshape(shape)
+    return moved
 
 
 # --- scores in two parts -------------------------------------------------------------
@@ -428,9 +356,10 @@ class Extended(Carried):
         raise it.no_derivative(eqn, self.name, "the scores of a prefix")
 
     def through(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-        name, p = eqn.primitive.name, eqn.params
-        if name == "dot_general":
-            return _attend(it, eqn, ins)
+        name = eqn.primitive.name
+        verb = read(eqn)
+        if isinstance(verb, Contract):
+            return _attend(it, verb, ins)
         if name in _UNARY:
             if eqn.primitive.multiple_results:
                 return list(lax.optimization_barrier(ins))
@@ -442,18 +371,8 @@ class Extended(Carried):
             return self._select(it, eqn, ins)
         if name in _JOINS:
             return self._reduce(it, eqn)
-        if name == "transpose":
-            turn = p["permutation"]
-            move = lambda x: lax.transpose(x, turn)
-            return self._both(move, tuple(turn).index(self.axis))
-        if name == "squeeze":
-            gone = p["dimensions"]
-            if self.axis in gone:
-                return self._refuse(it, eqn, "drops the axis of the keys")
-            axis = self.axis - sum(k < self.axis for k in gone)
-            return self._both(lambda x: lax.squeeze(x, gone), axis)
-        if name in ("broadcast_in_dim", "reshape", "expand_dims"):
-            return self._reshape(it, eqn)
+        if isinstance(verb, Move) and verb.step is None:
+            return self._reshape(it, verb) if verb.regroups else self._moved(it, verb)
         if name in ("concatenate", "pad"):
             return self._beside(it, eqn, ins)
         if name in ("slice", "split"):
@@ -466,8 +385,18 @@ class Extended(Carried):
             f"scores at {it.site(eqn)} {why}{ELSEWHERE}"
         )
 
-    def _both(self, f: Callable[[Any], Any], axis: int) -> Self:
-        return self.replace(main=f(self.main), extra=f(self.extra), axis=axis)
+    def _moved(self, it: Interpreter, move: Move) -> Any:
+        axis = next((k for k, held in enumerate(move.of) if self.axis in held), None)
+        if axis is None:
+            return self._refuse(it, move.eqn, "drops the axis of the keys")
+        if move.shape[axis] != self.main.shape[self.axis]:
+            return self._refuse(it, move.eqn, "repeats the axis of the keys")
+        # The prefix's keys are counted along an axis of their own.
+        old: list[Label] = list(range(self.main.ndim))
+        new: list[Label] = list(range(len(move.shape)))
+        old[self.axis] = new[axis] = KEY
+        extra = move.done_to(self.extra, old, new)
+        return self.replace(main=it.native(move.eqn)(self.main), extra=extra, axis=axis)
 
     def _other(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         """The equation on the prefix's part, whose shape is another."""
@@ -623,30 +552,21 @@ class Extended(Carried):
             return self._refuse(it, eqn, "keeps the scores of some keys only")
         return self.replace(main=main, sinks=(0, 0))
 
-    def _reshape(self, it: Interpreter, eqn: Any) -> Any:
-        src, dst = self.main.shape, tuple(eqn.outvars[0].aval.shape)
-        if eqn.primitive.name == "broadcast_in_dim":
-            to = eqn.params["broadcast_dimensions"]
-            axis = to[self.axis]
-            if dst[axis] != src[self.axis]:
-                return self._refuse(it, eqn, "repeats the axis of the keys")
-            shape = list(dst)
-            shape[axis] = self.extra.shape[self.axis]
-            extra = lax.broadcast_in_dim(self.extra, shape, to)
-        else:
-            before = math.prod(src[: self.axis])
-            fits = [
-                k
-                for k, n in enumerate(dst)
-                if n == src[self.axis] and math.prod(dst[:k]) == before
-            ]
-            if not fits:
-                return self._refuse(it, eqn, "merges the axis of the keys")
-            axis = fits[-1] if src[self.axis] > 1 else min(fits, key=self._near)
-            shape = list(dst)
-            shape[axis] = self.extra.shape[self.axis]
-            extra = self.extra.reshape(shape)
-        return self.replace(main=it.native(eqn)(self.main), extra=extra, axis=axis)
+    def _reshape(self, it: Interpreter, move: Move) -> Any:
+        src, dst = self.main.shape, move.shape
+        before = math.prod(src[: self.axis])
+        fits = [
+            k
+            for k, n in enumerate(dst)
+            if n == src[self.axis] and math.prod(dst[:k]) == before
+        ]
+        if not fits or move.order != sorted(move.order):
+            return self._refuse(it, move.eqn, "merges the axis of the keys")
+        axis = fits[-1] if src[self.axis] > 1 else min(fits, key=self._near)
+        shape = list(dst)
+        shape[axis] = self.extra.shape[self.axis]
+        main, extra = it.native(move.eqn)(self.main), self.extra.reshape(shape)
+        return self.replace(main=main, extra=extra, axis=axis)
 
     def _near(self, k: int) -> int:
         return abs(k - self.axis)
@@ -655,36 +575,34 @@ class Extended(Carried):
 # --- where they meet -----------------------------------------------------------------
 
 
-def _attend(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    """`dot_general`: the scores of a tagged key, or the sum of tagged values."""
+def _attend(it: Interpreter, verb: Contract, ins: list[Any]) -> Any:
+    """The scores of a tagged key, or the sum of tagged values."""
     if any(isinstance(x, Extended) for x in ins):
         side = 0 if isinstance(ins[0], Extended) else 1
-        return _sum_values(it, eqn, ins, side)
+        return _sum_values(it, verb, ins, side)
     for side, t in enumerate(ins):
         if isinstance(t, Tagged) and t.role in (KEY, BOTH):
-            return _scores(it, eqn, ins, side) or t._lost(it, eqn)
-    return next(t for t in ins if isinstance(t, Tagged))._lost(it, eqn)
+            return _scores(it, verb, ins, side) or t._lost(it, verb.eqn)
+    return next(t for t in ins if isinstance(t, Tagged))._lost(it, verb.eqn)
 
 
-def _scores(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
+def _scores(it: Interpreter, verb: Contract, ins: list[Any], side: int) -> Any:
     t, q = ins[side], settled(ins[1 - side])
-    numbers = eqn.params["dimension_numbers"]
-    used = {*numbers[0][side], *numbers[1][side]}
-    if not all(_features(t, k) for k in numbers[0][side]):
+    if not all(_features(t, k) for k in verb.contracting[side]):
         return None  # not over the features of the keys
-    free = [k for k in range(t.main.ndim) if k not in used]
+    free = [k for k in range(t.main.ndim) if verb.role(side, k) == "o"]
     seq = [k for k in free if _still(t, k)]
     if len(seq) > 1 and t.order is not None and _fits(t.order.array, t.main):
         # Queries of all examples alike: the sum with the values will tell if not so.
         seq = [k for k in seq if t.order.array.shape[k] > 1]
     if len(seq) != 1:
         return None
-    ql, out = operand_labels(eqn, side, t.main.ndim, q.ndim)
+    ql, out = verb.labels(side, t.main.ndim, q.ndim)
     each = [k for k in free if k not in seq and _still(t, k)]
-    each = (*numbers[1][side], *each)
+    each = (*verb.batch[side], *each)
     payload, labels = _for_each(t, each, *_payload(t, KEY, seq[0]))
-    main = it.native(eqn)(*map(settled, ins))
-    extra, xl = contract(q, ql, payload.astype(t.main.dtype), labels, out, **_how(eqn))
+    main = it.native(verb.eqn)(*map(settled, ins))
+    extra, xl = contract(q, ql, payload.astype(t.main.dtype), labels, out, **_how(verb))
     it.ledger.pay((str.__str__(t.name), KEY))
     it.noted(KEY, t, seq[0])
     return Extended(
@@ -696,9 +614,9 @@ def _scores(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
     )
 
 
-def _sum_values(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
+def _sum_values(it: Interpreter, verb: Contract, ins: list[Any], side: int) -> Any:
     w, t = ins[side], ins[1 - side]
-    (sums, batch) = eqn.params["dimension_numbers"]
+    eqn, sums, batch = verb.eqn, verb.contracting, verb.batch
     if isinstance(t, Extended):
         return w._refuse(it, eqn, "multiplies two tables of scores")
     if w.axis not in sums[side]:
@@ -706,10 +624,10 @@ def _sum_values(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
             return w._refuse(it, eqn, "has the keys as a batch axis")
         # Scores times something else (a relative position): each part by itself.
         other = settled(t)
-        ol, out = operand_labels(eqn, side, w.main.ndim, other.ndim)
+        ol, out = verb.labels(side, w.main.ndim, other.ndim)
         main = it.native(eqn)(*map(settled, ins))
         extra, xl = contract(
-            w.extra, list(range(w.main.ndim)), other, ol, out, **_how(eqn)
+            w.extra, list(range(w.main.ndim)), other, ol, out, **_how(verb)
         )
         extra = align(extra, xl, out).astype(main.dtype)
         return w.replace(main=main, extra=extra, axis=out.index(w.axis))
@@ -718,7 +636,7 @@ def _sum_values(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
     seq = sums[1 - side][sums[side].index(w.axis)]
     if not _still(t, seq):
         return w._refuse(it, eqn, "sums over the features of the values")
-    wl, out = operand_labels(eqn, 1 - side, t.main.ndim, w.main.ndim)
+    wl, out = verb.labels(1 - side, t.main.ndim, w.main.ndim)
     payload, labels = _for_each(t, batch[1 - side], *_payload(t, VALUE, seq))
     main = it.native(eqn)(*map(settled, ins))
     extra, xl = contract(
@@ -727,7 +645,7 @@ def _sum_values(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
         payload.astype(t.main.dtype),
         labels,
         out,
-        **_how(eqn),
+        **_how(verb),
     )
     it.ledger.pay((str.__str__(t.name), VALUE))
     it.noted(VALUE, t, seq)
@@ -739,12 +657,8 @@ def _sum_values(it: Interpreter, eqn: Any, ins: list[Any], side: int) -> Any:
     return main + jnp.broadcast_to(extra, main.shape)
 
 
-def _how(eqn: Any) -> dict[str, Any]:
-    p = eqn.params
-    return {
-        "precision": p["precision"],
-        "preferred_element_type": p["preferred_element_type"],
-    }
+def _how(verb: Contract) -> dict[str, Any]:
+    return {k: v for k, v in verb.options.items() if k != "out_sharding"}
 
 
 def _features(t: Tagged, axis: int) -> bool:

@@ -23,7 +23,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jpeft import compat
-from jpeft.adapt.interpreter import Interpreter, rule, settled
+from jpeft.adapt.equations import (
+    Add,
+    Contract,
+    Convolve,
+    Product,
+    Route,
+    only_moves,
+    read,
+)
+from jpeft.adapt.interpreter import Interpreter, acts, contracts, settled
 from jpeft.adapt.labels import (
     Label,
     Labelled,
@@ -32,7 +41,6 @@ from jpeft.adapt.labels import (
     as_matrices_here,
     contract,
     expanded,
-    operand_labels,
 )
 from jpeft.leaf import (
     Carried,
@@ -222,20 +230,17 @@ def _link(leaf: BranchStart | BranchEnd) -> str:
 # --- rules ---------------------------------------------------------------------------
 
 
-@rule("dot_general", kind=AtEnd)
-def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    if all(map(is_leaf, ins)):
-        return None
-    side = 0 if is_leaf(ins[0]) else 1
-    leaf, x = ins[side], ins[1 - side]
-    _, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
-    _check_direction(it, eqn, leaf, "o", out)
-    return leaf.finish(it, eqn, settled(it.base(eqn, ins)), out)
+@contracts(kind=AtEnd)
+def _contract(it: Interpreter, at: Product) -> Any:
+    _check_direction(it, at.eqn, at.leaf, "o", at.out)
+    y = settled(it.base(at.eqn, at.ins()))
+    return at.leaf.finish(it, at.eqn, y, at.out)
 
 
-@rule("add", "add_any", kind=AtEnd)
-def _add(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Add, kind=AtEnd)
+def _add(it: Interpreter, add: Add, ins: list[Any]) -> Any:
     """A bias, shaped to broadcast to the output it is added to."""
+    eqn = add.eqn
     if all(map(is_leaf, ins)):
         return None
     leaf = ins[0] if is_leaf(ins[0]) else ins[1]
@@ -257,13 +262,13 @@ def _own_output(it: Interpreter, eqn: Any, leaf: Bottleneck) -> jax.Array | None
     None where it is added to the product, or leaf is no bias.  Of two summands the
     product is the one that nothing else reads: not the stream that goes on.
     """
-    if eqn.primitive.name not in ("add", "add_any"):
+    if not isinstance(read(eqn), Add):
         return None
     side = next(k for k, v in enumerate(eqn.invars) if is_leaf(it.read(v)))
     made = it.producer(eqn.invars[1 - side])
     if made is None or not _is_sum(made):
         return None
-    at_hand = made.primitive.name not in compat.JITS  # what it was made of
+    at_hand = made.primitive.name != compat.JIT  # what it was made of
     products = [v for v in made.invars if at_hand and _is_product(it, v)]
     if len(products) > 1:
         products = [v for v in products if it.readers(v) == 1]
@@ -281,10 +286,10 @@ def _own_output(it: Interpreter, eqn: Any, leaf: Bottleneck) -> jax.Array | None
 
 
 def _is_sum(eqn: Any) -> bool:
-    if eqn.primitive.name in compat.JITS:
+    if eqn.primitive.name == compat.JIT:
         inner, _ = compat.open_jaxpr(eqn.params["jaxpr"])
         return any(_is_sum(e) for e in inner.eqns if e.outvars == inner.outvars)
-    return eqn.primitive.name in ("add", "add_any")
+    return isinstance(read(eqn), Add)
 
 
 def _is_product(it: Interpreter, var: Any) -> bool:
@@ -293,33 +298,27 @@ def _is_product(it: Interpreter, var: Any) -> bool:
     if made is None:
         return False
     name = made.primitive.name
-    if name in compat.JITS:
+    if name == compat.JIT:
         inner, _ = compat.open_jaxpr(made.params["jaxpr"])
         last = [e for e in inner.eqns if e.outvars == inner.outvars]
-        return any(e.primitive.name in _PRODUCTS for e in last)
-    if name in _PRODUCTS:
+        return any(map(_multiplies, last))
+    if _multiplies(made):
         return True
-    return name in _MOVES and _is_product(it, made.invars[0])
+    moves = only_moves(made) or name in ("psum", "psum_invariant")
+    return moves and _is_product(it, made.invars[0])
 
 
-_PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
-_MOVES = frozenset(
-    "reshape transpose squeeze expand_dims convert_element_type copy name psum "
-    "psum_invariant sharding_constraint reduce_precision".split()
-)
+def _multiplies(eqn: Any) -> bool:
+    return isinstance(read(eqn), (Contract, Convolve, Route))
 
 
-@rule("dot_general", kind=BranchStart)
-def _start(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    if all(map(is_leaf, ins)):
-        return None
-    side = 0 if is_leaf(ins[0]) else 1
-    leaf, x = ins[side], ins[1 - side]
-    xl, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
-    _check_direction(it, eqn, leaf, "i", [k for k in xl if k not in out])
+@contracts(kind=BranchStart)
+def _start(it: Interpreter, at: Product) -> Any:
+    leaf, eqn, x, xl = at.leaf, at.eqn, at.x, at.xl
+    _check_direction(it, eqn, leaf, "i", [k for k in xl if k not in at.out])
     _check_unstacked(it, eqn, leaf)
-    y = it.base(eqn, ins)
-    options = {"precision": eqn.params["precision"]}
+    y = it.base(eqn, at.ins())
+    options = {"precision": at.options["precision"]}
     h, hl = reduced(leaf, x, xl, **options)
     gate = None
     if leaf.gate is not None:
@@ -410,7 +409,7 @@ def _only_drops(it: Interpreter, eqn: Any, ins: list[Any], own: Any) -> bool:
     name, at = eqn.primitive.name, next(k for k, x in enumerate(ins) if x is own)
     if name == "convert_element_type":
         return jnp.issubdtype(eqn.params["new_dtype"], jnp.floating)
-    if name in ("sharding_constraint", "copy", "copy_p", "name"):
+    if name in ("sharding_constraint", "copy", "name"):
         return True
     if name == "div":
         return at == 0 and _is_number(it, eqn.invars[1])
@@ -430,16 +429,12 @@ def _is_number(it: Interpreter, var: Any) -> bool:
     if math.prod(var.aval.shape) == 1:
         return True
     made = it.producer(var)
-    return (
-        made is not None
-        and made.primitive.name in _SAME_VALUES
-        and _is_number(it, made.invars[0])
-    )
+    return made is not None and only_moves(made) and _is_number(it, made.invars[0])
 
 
 def _is_mask(it: Interpreter, var: Any, shape: Sequence[int]) -> bool:
     made = it.producer(var)
-    if made is None or made.primitive.name not in _SAME_VALUES:
+    if made is None or not only_moves(made):
         return False
     source = made.invars[0]
     if source.aval.dtype == jnp.bool_:
@@ -504,13 +499,7 @@ def _is_zero(it: Interpreter, var: Any) -> bool:
     if isinstance(var, compat.Literal):
         return not np.any(np.asarray(var.val))
     made = it.producer(var)
-    if made is not None:
-        name = made.primitive.name
-        return name in _SAME_VALUES and _is_zero(it, made.invars[0])
-    return False
-
-
-_SAME_VALUES = ("broadcast_in_dim", "convert_element_type", "reshape", "copy")
+    return made is not None and only_moves(made) and _is_zero(it, made.invars[0])
 
 
 # --- the mathematics -----------------------------------------------------------------

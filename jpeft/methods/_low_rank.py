@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,18 +22,30 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jpeft import compat
-from jpeft.adapt.interpreter import Interpreter, rule
+from jpeft.adapt.equations import (
+    Change,
+    Consume,
+    Convolve,
+    Join,
+    LookUp,
+    Negate,
+    Product,
+    Route,
+    Scale,
+    Sum,
+    smaller_as_value,
+)
+from jpeft.adapt.interpreter import Interpreter, acts, acts_as, contracts
 from jpeft.adapt.labels import (
     Label,
     Labelled,
     R,
     align,
     as_matrices_here,
-    broadcast_axes,
     contract,
     expanded,
     factor_along,
-    operand_labels,
+    factor_of,
     relabel,
 )
 from jpeft.leaf import (
@@ -71,7 +83,8 @@ class LowRank(Labelled):
 class ActsAsLowRank(Labelled):
     """A leaf whose delta is one product, made of other arrays than a `LowRank`'s.
 
-    It is moved about as it is, and acts as the `LowRank` that it makes.
+    It is moved about as it is.  Consumed, changed or joined, it acts as the `LowRank`
+    that it makes.
     """
 
     def as_low_rank(self) -> LowRank:
@@ -81,71 +94,39 @@ class ActsAsLowRank(Labelled):
         return self.as_low_rank().effective(w)
 
 
-@rule(
-    "dot_general",
-    "conv_general_dilated",
-    "gather",
-    "ragged_dot_general",
-    "neg",
-    "mul",
-    "div",
-    "reduce_sum",
-    "concatenate",
-    "stack",
-    "convert_element_type",
-    kind=ActsAsLowRank,
-    joins=True,
-)
-def _as_low_rank(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    """Moved about as it is; consumed, scaled or cast as the one product."""
-    plain = lambda x: x.as_low_rank() if isinstance(x, ActsAsLowRank) else x
-    return it.bind(eqn, list(map(plain, ins)))
+def as_low_rank(ins: Sequence[Any]) -> list[Any]:
+    return [x.as_low_rank() if isinstance(x, ActsAsLowRank) else x for x in ins]
+
+
+acts_as("as_low_rank", Consume, Change, Join, kind=ActsAsLowRank)
 
 
 # --- rules: where a model consumes the weight ----------------------------------------
 
 
-@rule("dot_general", kind=LowRank)
-def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    if all(map(is_leaf, ins)):
-        # Two adapted weights meet (learned queries times a projection): the smaller one
-        # is this equation's activation, which exists in any case.
-        k = 0 if ins[0].size <= ins[1].size else 1
-        ins = [x.materialize() if j == k else x for j, x in enumerate(ins)]
-        if not isinstance(ins[1 - k], LowRank):
-            return it.bind(eqn, ins)
-    side = 0 if is_leaf(ins[0]) else 1
-    leaf, x = ins[side], ins[1 - side]
-    xl, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
-    delta = through(
-        leaf,
-        dropped(leaf, x),
-        xl,
-        out,
-        precision=eqn.params["precision"],
-        preferred_element_type=eqn.params["preferred_element_type"],
-        out_sharding=eqn.params.get("out_sharding"),
-    )
-    return it.base(eqn, ins, plus=delta)
+@contracts(kind=LowRank, two=smaller_as_value)
+def _contract(it: Interpreter, at: Product) -> Any:
+    x = dropped(at.leaf, at.x)
+    return it.with_delta(at, through(at.leaf, x, at.xl, at.out, **at.options))
 
 
-@rule("conv_general_dilated", kind=LowRank)
-def _conv(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Convolve, kind=LowRank)
+def _conv(it: Interpreter, conv: Convolve, ins: list[Any]) -> Any:
     """A convolution with A's kernels, then B as a 1x1 convolution."""
     x, leaf = ins
     if is_leaf(x) or not is_leaf(leaf):
         return None
-    p, numbers = eqn.params, eqn.params["dimension_numbers"]
-    out_axis, groups = numbers.rhs_spec[0], p["feature_group_count"]
+    p, numbers, out_axis = conv.eqn.params, conv.numbers, conv.out
+    groups, of_batch = conv.groups
     a, b, rest = leaf.a, leaf.b, leaf.axes[:out_axis] + leaf.axes[out_axis + 1 :]
     if leaf.axes[out_axis] == "i" and set(rest) == {"o"}:
         # Labelled the other way round: the same two factors, in the other order.
         a, b, rest = jnp.moveaxis(leaf.b, 0, -1), leaf.a.T, "i" * len(rest)
     elif leaf.axes[out_axis] != "o":
         return None
-    if set(rest) != {"i"} or p["batch_group_count"] != 1:
+    if set(rest) != {"i"} or of_batch != 1:
         return None
-    y = it.base(eqn, ins)
+    y = it.base(conv.eqn, ins)
     kernel = jnp.moveaxis(a, -1, out_axis).astype(x.dtype)
     if groups > 1:  # every group reads its own channels with the same A
         kernel = jnp.concatenate([kernel] * groups, out_axis)
@@ -170,86 +151,21 @@ def _conv(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     return y + (leaf.scale * jnp.moveaxis(d, -1, features)).astype(y.dtype)
 
 
-@rule("gather", kind=LowRank)
-def _gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(LookUp, kind=LowRank)
+def _look_up(it: Interpreter, at: LookUp, ins: list[Any]) -> Any:
     """Rows of A (or columns of B) are gathered; the product is made of those rows."""
     leaf, indices = ins
     if is_leaf(indices) or not is_leaf(leaf):
         return None
-    p, numbers = eqn.params, eqn.params["dimension_numbers"]
-    batching = dict(
-        zip(
-            numbers.operand_batching_dims,
-            numbers.start_indices_batching_dims,
-            strict=True,
-        )
-    )
-    collapsed = {*numbers.collapsed_slice_dims, *batching}
-    kept = [k for k in range(leaf.ndim) if k not in collapsed]
-    rows: list[Label] = [("n", k) for k in range(jnp.ndim(indices) - 1)]
-    each_row, each_kept = iter(rows), iter(kept)
-    out = [
-        next(each_kept) if k in numbers.offset_dims else next(each_row)
-        for k in range(len(eqn.outvars[0].aval.shape))
-    ]
-    labels = leaf.labels()
-    a, al = gather_factor(p, leaf.a, labels["a"], indices, rows, batching)
-    b, bl = gather_factor(p, leaf.b, labels["b"], indices, rows, batching)
-    y = it.base(eqn, ins)
-    wide = {leaf.axes[k] for k in kept if p["slice_sizes"][k] > 1}
+    labels, out = leaf.labels(), at.out
+    a, al = at.done_to(leaf.a, labels["a"], indices)
+    b, bl = at.done_to(leaf.b, labels["b"], indices)
+    y = it.base(at.eqn, ins)
+    wide = {leaf.axes[k] for k in at.kept if at.sizes[k] > 1}
     if {"i", "o"} <= wide:  # what was gathered are weights: W[expert_ids]
         return _gathered_weight(leaf, y, a, al, b, bl, out)
     z, zl = contract(a, al, b, bl, out)
     return y + (leaf.scale * align(z, zl, out)).astype(y.dtype)
-
-
-def gather_factor(
-    p: Mapping[str, Any],
-    x: jax.Array,
-    labels: list[Label],
-    indices: jax.Array,
-    rows: list[Label],
-    batching: dict[int, int],
-    fill: float = 0,
-) -> tuple[jax.Array, list[Label]]:
-    """The same gather on one factor, by those index columns that speak of its axes.
-
-    fill: what stands for rows out of range.  The base says what such a row is; its
-    delta is nothing.
-    """
-    numbers = p["dimension_numbers"]
-    sizes = [
-        p["slice_sizes"][k] if isinstance(k, int) else n
-        for k, n in zip(labels, x.shape, strict=True)
-    ]
-    columns = [c for c, k in enumerate(numbers.start_index_map) if k in labels]
-    shared = [k for k in batching if k in labels]
-    gone = [k for k in labels if k in numbers.collapsed_slice_dims]
-    left = [k for k in labels if k not in gone and k not in shared]
-    if not columns and not shared:
-        whole = lax.slice(x, [0] * x.ndim, sizes)
-        return lax.squeeze(whole, [labels.index(k) for k in gone]), left
-    mine = lax.GatherDimensionNumbers(
-        offset_dims=tuple(range(len(rows), len(rows) + len(left))),
-        collapsed_slice_dims=tuple(sorted(labels.index(k) for k in gone)),
-        start_index_map=tuple(
-            labels.index(numbers.start_index_map[c]) for c in columns
-        ),
-        operand_batching_dims=tuple(labels.index(k) for k in shared),
-        start_indices_batching_dims=tuple(batching[k] for k in shared),
-    )
-    out = lax.gather(
-        x,
-        indices[..., np.array(columns, np.int32)],
-        mine,
-        sizes,
-        mode=p["mode"],
-        fill_value=fill,
-        indices_are_sorted=p["indices_are_sorted"] and not batching,
-        unique_indices=p["unique_indices"]
-        and len(columns) == len(numbers.start_index_map),
-    )
-    return out, rows + left
 
 
 def _gathered_weight(
@@ -275,46 +191,22 @@ def _gathered_weight(
     )
 
 
-@rule("ragged_dot_general", kind=LowRank)
-def _ragged_dot(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Route, kind=LowRank)
+def _route(it: Interpreter, at: Route, ins: list[Any]) -> Any:
     """Experts on sorted tokens: a ragged dot with A, then one with B."""
-    x, leaf, group_sizes, *_ = ins
-    if is_leaf(x) or not is_leaf(leaf) or len(ins) != 3:
+    x, leaf, *sizes = ins
+    axes = at.axes()
+    if is_leaf(x) or not is_leaf(leaf) or axes is None:
         return None
-    p = eqn.params
-    numbers = p["ragged_dot_dimension_numbers"]
-    (contracting, batch) = numbers.dot_dimension_numbers
-    group = tuple(numbers.rhs_group_dimensions)
-    ragged = tuple(numbers.lhs_ragged_dimensions)
-    plain = (
-        batch == ((), ())
-        and len(group) == 1
-        and jnp.ndim(x) == 2
-        and leaf.ndim == 3
-        and ragged != tuple(contracting[0])
-        and p["group_offset"] is None
-    )
-    if not plain:
+    g, i, o, token = axes
+    if leaf.axes[g] != "s" or {leaf.axes[i], leaf.axes[o]} != {"i", "o"}:
         return None
-    g, i = group[0], contracting[1][0]
-    o = next(k for k in range(3) if k not in (g, i))
-    if (leaf.axes[g], leaf.axes[i], leaf.axes[o]) not in {
-        ("s", "i", "o"),
-        ("s", "o", "i"),
-    }:
-        return None
-    y = it.base(eqn, ins)
-    first, second = _as_stack(leaf, g, i, o)
+    y = it.base(at.eqn, ins)
+    first, second = (f.astype(leaf.dtype) for f in _as_stack(leaf, g, i, o))
     x = dropped(leaf, x)
-    x = x if contracting[0][0] == 1 else x.T
-    options = {
-        "precision": p["precision"],
-        "preferred_element_type": p["preferred_element_type"],
-    }
-    first, second = first.astype(leaf.dtype), second.astype(leaf.dtype)
-    h = lax.ragged_dot(x, first, group_sizes, **options)
+    h = lax.ragged_dot(x if token == 0 else x.T, first, *sizes, **at.options)
     h = _scaled(h.astype(leaf.dtype), leaf.scale)
-    d = lax.ragged_dot(h, second, group_sizes, **options)
+    d = lax.ragged_dot(h, second, *sizes, **at.options)
     return y + d.astype(y.dtype)
 
 
@@ -329,59 +221,59 @@ def _as_stack(leaf: LowRank, g: int, i: int, o: int) -> tuple[jax.Array, jax.Arr
 # --- rules: what happens to the weight before it is consumed -------------------------
 
 
-@rule("neg", kind=LowRank)
-def _neg(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    return ins[0].replace(base=it.base(eqn, ins), b=-ins[0].b)
+@acts(Negate, kind=LowRank)
+def _negate(it: Interpreter, verb: Negate, ins: list[Any]) -> Any:
+    return ins[0].replace(base=it.base(verb.eqn, ins), b=-ins[0].b)
 
 
-@rule("mul", "div", kind=LowRank)
-def _mul(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Scale, kind=LowRank)
+def _scale(it: Interpreter, by: Scale, ins: list[Any]) -> Any:
     """Times a number, or a vector along axes that one factor has to itself."""
-    side = 0 if is_leaf(ins[0]) else 1
-    if all(map(is_leaf, ins)) or (side == 1 and eqn.primitive.name == "div"):
+    at = factor_of(it, by, ins)
+    if at is None:
         return None
-    leaf, v = ins[side], ins[1 - side]
-    if eqn.outvars[0].aval.shape != leaf.shape:
-        return None  # the weight itself is broadcast
-    varying = broadcast_axes(it, eqn, 1 - side)
-    v = jnp.broadcast_to(v, leaf.shape)
+    leaf, v, varying = at
     for name, labels in reversed(leaf.labels().items()):
         if varying <= set(labels):
             x = getattr(leaf, name)
             f = factor_along(v, varying, labels).astype(x.dtype)
-            x = x * f if eqn.primitive.name == "mul" else x / f
-            return leaf.replace(base=it.base(eqn, ins), **{name: x})
+            x = x / f if by.divides else x * f
+            return leaf.replace(base=it.base(by.eqn, ins), **{name: x})
     return None
 
 
-@rule("reduce_sum", kind=LowRank)
-def _reduce_sum(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Sum, kind=LowRank)
+def _sum(it: Interpreter, over: Sum, ins: list[Any]) -> Any:
     """jnp.einsum sums a lone axis of the weight before the product."""
-    leaf, gone = ins[0], eqn.params["axes"]
+    leaf, gone = ins[0], over.axes
     if any(leaf.axes[k] == "s" for k in gone):
         return None
     axes = "".join(c for k, c in enumerate(leaf.axes) if k not in gone)
     return leaf.move(
-        it.base(eqn, ins),
+        it.base(over.eqn, ins),
         lambda x, old, _: jnp.sum(x, tuple(old.index(k) for k in gone if k in old)),
         axes,
     )
 
 
-@rule("concatenate", kind=LowRank, joins=True)
-def _concatenate(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Join, kind=LowRank, joins=True)
+def _join(it: Interpreter, join: Join, ins: list[Any]) -> Any:
     """Weights side by side; leaves of other kinds lie below.
 
     Along an input or output axis ranks add and one factor is block diagonal; along a
-    stack both factors are stacked.
+    stack, a new one or one that is there, both factors are stacked.
     """
-    axis = eqn.params["dimension"]
-    leaves = [x for x in ins if isinstance(x, LowRank)]
-    wanted = next((x.axes for x in leaves if x.shape[axis] > 1), leaves[0].axes)
-    same = [_fit(x, axis, wanted) if isinstance(x, LowRank) else x for x in ins]
-    if any(isinstance(x, LowRank) and x.axes != wanted for x in same):
-        return None
-    return _joined(it.base(eqn, ins, kind=LowRank), same, axis)
+    axis, leaves = join.axis, [x for x in ins if isinstance(x, LowRank)]
+    if join.new:
+        if len({x.axes for x in leaves}) > 1:
+            return None
+        same = [_lifted(x, axis) for x in ins]
+    else:
+        wanted = next((x.axes for x in leaves if x.shape[axis] > 1), leaves[0].axes)
+        same = [_fit(x, axis, wanted) if isinstance(x, LowRank) else x for x in ins]
+        if any(isinstance(x, LowRank) and x.axes != wanted for x in same):
+            return None
+    return _joined(it.base(join.eqn, ins, kind=LowRank), same, axis)
 
 
 def _fit(leaf: LowRank, axis: int, axes: str) -> LowRank:
@@ -390,30 +282,17 @@ def _fit(leaf: LowRank, axis: int, axes: str) -> LowRank:
     return leaf
 
 
-@rule("stack", kind=LowRank, joins=True)
-def _stack(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    """`jnp.stack`, a primitive since jax 0.10: weights become a stack."""
-    axis = eqn.params.get("axis", eqn.params.get("dimension"))
-    leaves = [x for x in ins if isinstance(x, LowRank)]
-    if axis is None or len({x.axes for x in leaves}) > 1:
-        return None
-    old = leaves[0].axes
-    axes = old[:axis] + "s" + old[axis:]
+def _lifted(x: Any, axis: int) -> Any:
+    """With a stack axis of size 1.  Of what has no factors the shape alone counts."""
+    plain = jax.ShapeDtypeStruct(_with(jnp.shape(x), axis), x.dtype)
+    if not isinstance(x, LowRank):
+        return plain
     shift = lambda k: k if not isinstance(k, int) or k < axis else k + 1
 
-    def lift(x: Any) -> Any:
-        # Of what has no factors the shape alone counts.
-        plain = jax.ShapeDtypeStruct(_with(jnp.shape(x), axis), x.dtype)
-        if not isinstance(x, LowRank):
-            return plain
+    def f(y: jax.Array, had: list[Label], new: list[Label]) -> jax.Array:
+        return align(jnp.expand_dims(y, 0), [axis, *map(shift, had)], new)
 
-        def f(y: jax.Array, had: list[Label], new: list[Label]) -> jax.Array:
-            y = jnp.expand_dims(y, 0)
-            return align(y, [axis, *map(shift, had)], new)
-
-        return x.move(plain, f, axes)
-
-    return _joined(it.base(eqn, ins, kind=LowRank), list(map(lift, ins)), axis)
+    return x.move(plain, f, x.axes[:axis] + "s" + x.axes[axis:])
 
 
 def _with(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jpeft.adapt.interpreter import Interpreter, rule
+from jpeft.adapt.equations import Add, Move, Product
+from jpeft.adapt.interpreter import Interpreter, acts, contracts
 from jpeft.adapt.labels import (
     Label,
     Labelled,
     align,
-    axis_groups,
-    operand_labels,
+    moved,
 )
 from jpeft.boxes import unbox
 from jpeft.leaf import (
@@ -117,12 +117,15 @@ class ActingRows(Labelled, OfText):
     cut: Any = trainable("o", default=None)
     stream: str = static(default="")
 
+    spare: ClassVar[str] = _OTHER
+
 
 # --- rules ---------------------------------------------------------------------------
 
 
-@rule("add", "add_any", kind=ActingRows)
-def _add(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Add, kind=ActingRows)
+def _add(it: Interpreter, add: Add, ins: list[Any]) -> Any:
+    eqn = add.eqn
     if all(map(is_leaf, ins)):
         return None
     leaf = next(filter(is_leaf, ins))
@@ -135,13 +138,9 @@ def _add(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     return overwritten(it, eqn, leaf, it.base(eqn, ins), out)
 
 
-@rule("dot_general", kind=ActingRows)
-def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    if all(map(is_leaf, ins)):
-        return None
-    side = 0 if is_leaf(ins[0]) else 1
-    leaf, x = ins[side], ins[1 - side]
-    _, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+@contracts(kind=ActingRows)
+def _contract(it: Interpreter, at: Product) -> Any:
+    leaf, out = at.leaf, at.out
     mine = [k for k in out if isinstance(k, int)]
     if {k for k in mine if leaf.shape[k] > 1} != {
         k for k, c in enumerate(leaf.axes) if c == "o" and leaf.shape[k] > 1
@@ -150,7 +149,7 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     labels: list[Label] = [
         ("x", k) if isinstance(k, int) and leaf.axes[k] != "o" else k for k in out
     ]
-    return overwritten(it, eqn, leaf, it.base(eqn, ins), labels)
+    return overwritten(it, at.eqn, leaf, it.base(at.eqn, at.ins()), labels)
 
 
 def overwritten(
@@ -222,34 +221,20 @@ def _reshaped(dst: Sequence[int]) -> Any:
     )
 
 
-@rule("reshape", kind=ActingRows)
-def _reshape(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    leaf, dst = ins[0], eqn.outvars[0].aval.shape
-    if 0 in dst or eqn.params.get("dimensions") is not None:
-        return None
-    axes = [_OTHER] * len(dst)
-    for src_group, dst_group in axis_groups(leaf.shape, dst):
-        if len({leaf.axes[k] for k in src_group}) > 1:
-            return None
-        for k in dst_group:
-            axes[k] = leaf.axes[src_group[0]]
-    return leaf.move(it.base(eqn, ins), _reshaped(dst), "".join(axes))
-
-
-@rule("broadcast_in_dim", "expand_dims", kind=ActingRows)
-def _broadcast(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Move, kind=ActingRows)
+def _moved(it: Interpreter, move: Move, ins: list[Any]) -> Any:
     """The rows are not spread: what is new belongs to the activation."""
-    leaf, dst = ins[0], eqn.outvars[0].aval.shape
-    to = eqn.params.get("broadcast_dimensions")
-    if to is None:
-        to = [k for k in range(len(dst)) if k not in eqn.params["dimensions"]]
-    axes = [_OTHER] * len(dst)
-    for source, k in enumerate(to):
-        if leaf.shape[source] == dst[k]:
-            axes[k] = leaf.axes[source]
-        elif leaf.axes[source] == "s":
-            return None
-    return leaf.move(it.base(eqn, ins), _reshaped(dst), "".join(axes))
+    leaf = ins[0]
+    if not move.spreads:
+        return moved(it, move, ins)
+    axes = move.labels(leaf.axes, _OTHER)
+    assert axes is not None  # nothing is merged
+    for k, held in enumerate(move.of):
+        if held and leaf.shape[held[0]] != move.shape[k]:
+            if axes[k] == "s":
+                return None
+            axes = axes[:k] + _OTHER + axes[k + 1 :]
+    return leaf.move(it.base(move.eqn, ins), _reshaped(move.shape), axes)
 
 
 # --- attaching -----------------------------------------------------------------------

@@ -19,14 +19,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jpeft.adapt.interpreter import Interpreter, rule
+from jpeft.adapt.equations import (
+    Contract,
+    LookUp,
+    Move,
+    Pad,
+    Repeat,
+    Reverse,
+    Scale,
+    SliceAt,
+)
+from jpeft.adapt.interpreter import Interpreter, acts
 from jpeft.adapt.labels import (
     Label,
     Labelled,
     align,
-    broadcast_axes,
     factor_along,
-    operand_labels,
+    factor_of,
+    moved,
 )
 from jpeft.adapt.lookups import DIRECT, tables_looked_up
 from jpeft.compat import Tracer
@@ -122,14 +132,14 @@ def beneath(leaf: VirtualEmbedding) -> bool:
 # --- rules: where a model looks ids up -----------------------------------------------
 
 
-@rule("gather", kind=VirtualEmbedding)
-def _gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(LookUp, kind=VirtualEmbedding)
+def _look_up(it: Interpreter, at: LookUp, ins: list[Any]) -> Any:
     leaf, indices = ins
     if is_leaf(indices) or not is_leaf(leaf):
         return None
-    p, numbers = eqn.params, eqn.params["dimension_numbers"]
-    axis = _looked_up(it, eqn, leaf, p["slice_sizes"])
-    if axis not in numbers.start_index_map or numbers.operand_batching_dims:
+    eqn, p, numbers = at.eqn, at.eqn.params, at.numbers
+    axis = _looked_up(it, eqn, leaf, at.sizes)
+    if axis not in numbers.start_index_map or at.batching:
         return it.densify(leaf, eqn, "which is no lookup of rows by token id")
     # Further columns, of a batched slice, say where features begin: at the first.
     column = numbers.start_index_map.index(axis)
@@ -147,7 +157,7 @@ def _gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         leaf.table(y.dtype),
         _with_column(indices.astype(jnp.int32), column, number),
         numbers,
-        tuple(p["slice_sizes"]),
+        at.sizes,
         # A token that the prompt does not have is NaN, however the model looks up.
         mode=lax.GatherScatterMode.FILL_OR_DROP,
     )
@@ -161,24 +171,27 @@ def _with_column(indices: jax.Array, column: int, ids: jax.Array) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
-@rule("dynamic_slice", kind=VirtualEmbedding)
-def _dynamic_slice(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    """One row by its number is a lookup too."""
+@acts(Move, kind=VirtualEmbedding)
+def _moved(it: Interpreter, move: Move, ins: list[Any]) -> Any:
+    leaf = ins[0]
+    if move.step in (Reverse, Repeat):
+        return None  # ids would mean other rows
+    if move.step is Pad and is_leaf(leaf):
+        # Rows may be added behind the table: virtual ids still begin where they did.
+        if any(s.low or s.inner or k != leaf.axis for k, s in move.along.items()):
+            return None
+        return leaf.move(it.base(move.eqn, ins), lambda x, *_: x)
+    if move.step is SliceAt and is_leaf(leaf) and leaf.axis in move.along:
+        return _one_row(it, move.eqn, ins)
+    return moved(it, move, ins)
+
+
+def _one_row(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    """By its number, which is a lookup too."""
     leaf, *start = ins
-    if not is_leaf(leaf) or any(map(is_leaf, start)):
+    if any(map(is_leaf, start)):
         return None
-    sizes = eqn.params["slice_sizes"]
-    if leaf.axis is None or sizes[leaf.axis] == leaf.shape[leaf.axis]:
-        cut = lambda x, old, _: lax.dynamic_slice(
-            x,
-            [start[k] if isinstance(k, int) else jnp.zeros_like(start[0]) for k in old],
-            [
-                sizes[k] if isinstance(k, int) else n
-                for k, n in zip(old, x.shape, strict=True)
-            ],
-        )
-        return leaf.move(it.base(eqn, ins), cut)
-    axis = _looked_up(it, eqn, leaf, sizes)
+    axis = _looked_up(it, eqn, leaf, eqn.params["slice_sizes"])
     virtual, number = _told(it, leaf, jnp.asarray(start[axis]))
     y = it.base(eqn, ins)  # out of range it reads the last row
     row = lax.dynamic_slice_in_dim(leaf.table(y.dtype), number, 1, axis)
@@ -244,12 +257,12 @@ def _check_ids(it: Interpreter, leaf: VirtualEmbedding, ids: Any) -> None:
         )
 
 
-@rule("dot_general", kind=VirtualEmbedding)
-def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Contract, kind=VirtualEmbedding)
+def _contract(it: Interpreter, verb: Contract, ins: list[Any]) -> Any:
     """A tied head scores real tokens; a one-hot lookup is one only on request."""
     side = next(k for k, x in enumerate(ins) if isinstance(x, VirtualEmbedding))
-    leaf, x = ins[side], ins[1 - side]
-    contracting, batch = eqn.params["dimension_numbers"]
+    leaf, x, eqn = ins[side], ins[1 - side], verb.eqn
+    contracting, batch = verb.contracting, verb.batch
     if leaf.axis in batch[side]:
         return it.densify(leaf, eqn, "which pairs every token with a row of its own")
     if leaf.axis not in contracting[side]:
@@ -273,7 +286,7 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     if not beneath(leaf) and not leaf.silent:
         it.add_rows(jnp.where(virtual, rank, jnp.int32(-1)))
     y = it.base(eqn, ins)
-    _, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+    _, out = verb.labels(side, leaf.ndim, jnp.ndim(x))
     tokens = [k for k in out if isinstance(k, tuple)]
     table = jnp.moveaxis(leaf.table(y.dtype), leaf.axis, 0)
     features = [k for k in range(leaf.ndim) if k != leaf.axis]
@@ -286,42 +299,20 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
 # --- rules: what happens to the table before -----------------------------------------
 
 
-@rule("mul", "div", kind=VirtualEmbedding)
-def _mul(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Scale, kind=VirtualEmbedding)
+def _scale(it: Interpreter, by: Scale, ins: list[Any]) -> Any:
     """Times a number or a vector of features, the virtual rows as the others."""
-    side = 0 if is_leaf(ins[0]) else 1
-    if all(map(is_leaf, ins)) or (side == 1 and eqn.primitive.name == "div"):
+    at = factor_of(it, by, ins)
+    if at is None or at[0].axis in at[2]:
         return None
-    leaf, v = ins[side], ins[1 - side]
-    varying = broadcast_axes(it, eqn, 1 - side)
-    if eqn.outvars[0].aval.shape != leaf.shape or leaf.axis in varying:
-        return None
-    v = jnp.broadcast_to(v, leaf.shape)
+    leaf, v, varying = at
 
     def f(x: jax.Array, labels: list[Label], _: list[Label]) -> jax.Array:
         factor = jnp.broadcast_to(factor_along(v, varying, labels), x.shape)
         factor = factor.astype(x.dtype)
-        return x * factor if eqn.primitive.name == "mul" else x / factor
+        return x / factor if by.divides else x * factor
 
-    return leaf.move(it.base(eqn, ins), f)
-
-
-@rule("pad", kind=VirtualEmbedding)
-def _pad(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    """Rows may be added behind the table; virtual ids still begin where they did."""
-    leaf, value = ins
-    if not is_leaf(leaf) or is_leaf(value):
-        return None
-    for k, (low, high, inner) in enumerate(eqn.params["padding_config"]):
-        if low or inner or (high and k != leaf.axis):
-            return None
-    return leaf.move(it.base(eqn, ins), lambda x, *_: x)
-
-
-@rule("rev", "tile", kind=VirtualEmbedding)
-def _reordered(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    """Ids would mean other rows."""
-    return None
+    return leaf.move(it.base(by.eqn, ins), f)
 
 
 # --- which weight is the token embedding ---------------------------------------------

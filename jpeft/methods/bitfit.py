@@ -19,13 +19,13 @@ from typing import Annotated, Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jpeft.adapt.interpreter import Interpreter, rule
-from jpeft.adapt.labels import Labelled, align, operand_labels
+from jpeft.adapt.equations import Product
+from jpeft.adapt.interpreter import Interpreter, contracts
+from jpeft.adapt.labels import Labelled, align
 from jpeft.checks import Floating
 from jpeft.leaf import (
     AdaptedLeaf,
     adapted_leaf,
-    is_leaf,
     shapes_beside,
     trainable,
 )
@@ -55,18 +55,14 @@ class AddedBias(Labelled):
     bias: Any = trainable("so", off=0)
 
 
-@rule("dot_general", kind=AddedBias)
-def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    if all(map(is_leaf, ins)):
-        return None
-    side = 0 if is_leaf(ins[0]) else 1
-    leaf, x = ins[side], ins[1 - side]
-    _, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+@contracts(kind=AddedBias)
+def _contract(it: Interpreter, at: Product) -> Any:
+    leaf, out = at.leaf, at.out
     labels = leaf.labels()["bias"]
     inputs = [k for k, c in enumerate(leaf.axes) if c == "i" and leaf.shape[k] > 1]
     if not set(labels) <= set(out) or set(inputs) & set(out):
         return None  # used the other way round: there is no output to add to
-    y = it.base(eqn, ins)
+    y = it.base(at.eqn, at.ins())
     order = [k for k in out if k in labels]
     bias = align(leaf.bias, labels, order)
     shape = [leaf.shape[k] if k in labels else 1 for k in out]  # type: ignore[index]

@@ -34,7 +34,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jpeft.adapt.entry import stand_in
-from jpeft.adapt.interpreter import Interpreter, rule
+from jpeft.adapt.interpreter import Interpreter, acts_as
 from jpeft.adapt.labels import Label, Labelled, R, align, contract
 from jpeft.leaf import (
     adapted_leaf,
@@ -111,28 +111,8 @@ class DoRALeaf(Labelled):
         return self.as_scaled().for_shards(spec, mesh)
 
 
-@rule(
-    *("dot_general", "conv_general_dilated", "gather", "ragged_dot_general"),
-    *(
-        "neg",
-        "mul",
-        "div",
-        "reduce_sum",
-        "concatenate",
-        "stack",
-        "convert_element_type",
-    ),
-    *("reshape", "broadcast_in_dim", "slice", "dynamic_slice", "split", "tile", "rev"),
-    *("all_gather", "pad", "transpose", "squeeze", "expand_dims", "copy", "copy_p"),
-    *("stop_gradient", "reduce_precision", "pvary", "pcast", "optimization_barrier"),
-    *("sharding_constraint", "name", "mesh_cast", "reshard", "layout_constraint"),
-    kind=DoRALeaf,
-    joins=True,
-)
-def _as_scaled(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    """Whatever happens to the weight, its norm is that of the whole."""
-    plain = lambda x: x.as_scaled() if isinstance(x, DoRALeaf) else x
-    return it.bind(eqn, list(map(plain, ins)))
+# Whatever happens to the weight, its norm is that of the whole.
+acts_as("as_scaled", kind=DoRALeaf)
 
 
 # --- the mathematics -----------------------------------------------------------------

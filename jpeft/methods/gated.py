@@ -27,8 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.adapt.interpreter import Interpreter, rule
-from jpeft.adapt.labels import Labelled, operand_labels
+from jpeft.adapt.equations import Product
+from jpeft.adapt.interpreter import Interpreter, contracts
+from jpeft.adapt.labels import Labelled
 from jpeft.boxes import unbox
 from jpeft.checks import shown
 from jpeft.leaf import (
@@ -86,28 +87,15 @@ class GatedLowRank(Labelled):
         return LowRank(**{n: getattr(self, n) for n in names})
 
 
-@rule("dot_general", kind=GatedLowRank)
-def _low_rank(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    if all(map(is_leaf, ins)):
-        return None
-    side = 0 if is_leaf(ins[0]) else 1
-    leaf, x = ins[side], ins[1 - side]
-    xl, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+@contracts(kind=GatedLowRank)
+def _low_rank(it: Interpreter, at: Product) -> Any:
+    leaf, x, xl, out = at.leaf, at.x, at.xl, at.out
     if any(k in out for k, c in enumerate(leaf.axes) if c == "i" and leaf.shape[k] > 1):
         return None  # used the other way round: x is not what the gate reads
-    precision = eqn.params["precision"]
     plain = leaf.ungated()
-    delta = through(
-        plain,
-        dropped(plain, x),
-        xl,
-        out,
-        precision=precision,
-        preferred_element_type=eqn.params["preferred_element_type"],
-        out_sharding=eqn.params.get("out_sharding"),
-    )
-    g = open_gate(x, xl, leaf, out, precision=precision)
-    return it.base(eqn, ins, plus=g.astype(delta.dtype) * delta)
+    delta = through(plain, dropped(plain, x), xl, out, **at.options)
+    g = open_gate(x, xl, leaf, out, precision=at.options["precision"])
+    return it.with_delta(at, g.astype(delta.dtype) * delta)
 
 
 # --- prefix --------------------------------------------------------------------------
@@ -160,37 +148,30 @@ class GatedPrefix(Prefix, Linked):
         return Prefix(**fields, **rows)
 
 
-@rule("dot_general", kind=GatedPrefix)
-def _prefix(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    if all(map(is_leaf, ins)):
-        return None
-    side = 0 if is_leaf(ins[0]) else 1
-    leaf, x = ins[side], ins[1 - side]
+@contracts(kind=GatedPrefix)
+def _prefix(it: Interpreter, at: Product) -> Any:
+    leaf, eqn = at.leaf, at.eqn
     if leaf.gate is not None:
-        g = _of_examples(it, eqn, leaf, x, side)
+        g = _of_examples(it, at)
         for name in leaf.opens():
             it.open_link(eqn, name, g)
     else:
         (name,) = leaf.closes()
         g = it.close_link(eqn, name)
-    ins = list(ins)
-    ins[side] = leaf.ungated(g)
-    return it.bind(eqn, ins)
+    return it.bind(eqn, at.ins(leaf=leaf.ungated(g)))
 
 
-def _of_examples(
-    it: Interpreter, eqn: Any, leaf: GatedPrefix, x: jax.Array, side: int
-) -> jax.Array:
+def _of_examples(it: Interpreter, at: Product) -> jax.Array:
     """g of each example: (examples,), or () where there is no axis of examples."""
-    xl, _ = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
-    free = [k for k in xl if isinstance(k, tuple)]
+    leaf, x = at.leaf, at.x
+    free = [k for k in at.xl if isinstance(k, tuple)]
     if "s" in leaf.axes or len(free) not in (1, 2):
         raise ValueError(
             f"{leaf.where()}a gated prefix needs activations (examples, sequence, "
-            f"features), and at {it.site(eqn)} they are {jnp.shape(x)}; exclude= the "
-            "sub-layer"
+            f"features), and at {it.site(at.eqn)} they are {jnp.shape(x)}; exclude= "
+            "the sub-layer"
         )
-    g = open_gate(x, xl, leaf, free, precision=eqn.params["precision"])
+    g = open_gate(x, at.xl, leaf, free, precision=at.options["precision"])
     return g.reshape(g.shape[:-1])
 
 

@@ -34,8 +34,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jpeft.adapt.interpreter import Interpreter, rule
-from jpeft.adapt.labels import Label, R, align, contract, operand_labels
+from jpeft.adapt.equations import Product
+from jpeft.adapt.interpreter import Interpreter, contracts
+from jpeft.adapt.labels import Label, R, align, contract
 from jpeft.checks import one_of
 from jpeft.leaf import (
     adapted_leaf,
@@ -47,7 +48,13 @@ from jpeft.leaf import (
 )
 from jpeft.methods import _init
 from jpeft.methods._draw import drawn, filled
-from jpeft.methods._low_rank import ActsAsLowRank, LowRank, low_rank_product, through
+from jpeft.methods._low_rank import (
+    ActsAsLowRank,
+    LowRank,
+    as_low_rank,
+    low_rank_product,
+    through,
+)
 from jpeft.methods._ranked import Ranked
 from jpeft.methods.lora import check_rank
 from jpeft.transform import method
@@ -99,19 +106,10 @@ class Hadamard(ActsAsLowRank):
         return w + self.delta(w.dtype)
 
 
-@rule("dot_general", kind=Hadamard)
-def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    if all(map(is_leaf, ins)):
-        plain = lambda x: x.as_low_rank() if isinstance(x, Hadamard) else x
-        return it.bind(eqn, list(map(plain, ins)))
-    side = 0 if is_leaf(ins[0]) else 1
-    leaf, x = ins[side], ins[1 - side]
-    xl, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
-    options = {
-        n: eqn.params.get(n)
-        for n in ("precision", "preferred_element_type", "out_sharding")
-    }
-    shape = eqn.outvars[0].aval.shape
+@contracts(kind=Hadamard, two=as_low_rank)
+def _contract(it: Interpreter, at: Product) -> Any:
+    leaf, x, xl, out, options = at.leaf, at.x, at.xl, at.out, at.options
+    shape = at.eqn.outvars[0].aval.shape
     whole = leaf.size * math.prod(
         n for n, k in zip(x.shape, xl, strict=True) if isinstance(k, tuple)
     )
@@ -129,7 +127,7 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
 
         def joined(x: Any, base: Any, factors: dict[str, jax.Array]) -> jax.Array:
             w = template.replace(base=base, **factors).materialize()
-            return it.native(eqn)(*((w, x) if side == 0 else (x, w)))
+            return it.native(at.eqn)(*at.ins(leaf=w, x=x))
 
         return jax.checkpoint(joined, prevent_cse=False)(x, leaf.base, factors)
 
@@ -143,7 +141,7 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     # backward pass; the activation inside is kept.
     policy = jax.checkpoint_policies.dots_saveable if as_product else None
     f = jax.checkpoint(f, policy=policy, prevent_cse=False)
-    return it.base(eqn, ins, plus=f(x, factors))
+    return it.with_delta(at, f(x, factors))
 
 
 def _densely(

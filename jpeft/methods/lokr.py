@@ -33,17 +33,30 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jpeft.adapt.interpreter import Interpreter, rule
+from jpeft.adapt.equations import (
+    Join,
+    Move,
+    Negate,
+    Product,
+    Repeat,
+    Reverse,
+    Route,
+    Scale,
+    Split,
+    Sum,
+    Verb,
+    smaller_as_value,
+)
+from jpeft.adapt.interpreter import Interpreter, acts, contracts
 from jpeft.adapt.labels import (
     Label,
     Labelled,
-    Move,
+    Moving,
     align,
-    broadcast_axes,
     contract,
     factor_along,
-    operand_labels,
-    reshaped,
+    factor_of,
+    moved,
 )
 from jpeft.checks import check_count, one_of, plain
 from jpeft.leaf import adapted_leaf, is_leaf, static, trainable
@@ -77,7 +90,7 @@ class Kronecker(Labelled):
     w2_b: Any = trainable(("s", "r2", "o2"), default=None)
     scale: float = static(default=1.0)
 
-    def move(self, base: Any, f: Move, axes: str | None = None) -> Any:
+    def move(self, base: Any, f: Moving, axes: str | None = None) -> Any:
         """None where inputs or outputs are no longer whole."""
         after = self.axes if axes is None else axes
         shape = tuple(base.shape)
@@ -116,16 +129,9 @@ class Kronecker(Labelled):
 # --- rules: where a model consumes the weight ----------------------------------------
 
 
-@rule("dot_general", kind=Kronecker)
-def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    if all(map(is_leaf, ins)):
-        # Two adapted weights meet: the smaller one is this equation's activation.
-        k = 0 if ins[0].size <= ins[1].size else 1
-        ins = [x.materialize() if j == k else x for j, x in enumerate(ins)]
-        return it.bind(eqn, ins)
-    side = 0 if is_leaf(ins[0]) else 1
-    leaf, x = ins[side], ins[1 - side]
-    xl, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+@contracts(kind=Kronecker, two=smaller_as_value)
+def _contract(it: Interpreter, at: Product) -> Any:
+    leaf, xl, out = at.leaf, at.xl, at.out
     wide = {
         g: [k for k, c in enumerate(leaf.axes) if c == g and leaf.shape[k] > 1]
         for g in "io"
@@ -133,8 +139,7 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     # What is summed: all inputs, or (a tied weight) all outputs.
     for g, other in ("io", "oi"):
         if set(wide[g]) <= set(xl) - set(out) and not set(wide[other]) & set(xl):
-            delta = _product(leaf, x, xl, out, g, eqn.params)
-            return it.base(eqn, ins, plus=delta)
+            return it.with_delta(at, _product(leaf, at.x, xl, out, g, **at.options))
     return None
 
 
@@ -144,12 +149,13 @@ def _product(
     xl: list[Label],
     out: list[Label],
     group: str,
-    p: Mapping[str, Any],
+    *,
+    out_sharding: Any = None,
+    **options: Any,
 ) -> jax.Array:
     """scale * x (W1 x W2), summed over the axes of `group`."""
     dtype = jnp.dtype(leaf.dtype)
-    options = {n: p[n] for n in ("precision", "preferred_element_type")}
-    places = _places(x, xl, out, p.get("out_sharding"))
+    places = _places(x, xl, out, out_sharding)
     summed = [k for k in _axes(leaf, group) if k in xl]
     rest = [k for k in xl if k not in summed]
     x = align(x, xl, [*rest, *summed])
@@ -216,24 +222,15 @@ def _places(x: Any, xl: list[Label], out: list[Label], sharding: Any) -> Any:
     )
 
 
-@rule("ragged_dot_general", kind=Kronecker)
-def _ragged_dot(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Route, kind=Kronecker)
+def _route(it: Interpreter, at: Route, ins: list[Any]) -> Any:
     """Experts on sorted tokens: each token brings i1 rows for W2, then o2 for W1."""
-    x, leaf, sizes, *_ = ins
-    if is_leaf(x) or not is_leaf(leaf) or len(ins) != 3:
+    x, leaf, *sizes = ins
+    if is_leaf(x) or not is_leaf(leaf):
         return None
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    contracting, batch = numbers.dot_dimension_numbers
-    group = tuple(numbers.rhs_group_dimensions)
-    plain = (
-        (batch, contracting, group) == (((), ()), ((1,), (1,)), (0,))
-        and (jnp.ndim(x), leaf.axes) == (2, "sio")
-        and tuple(numbers.lhs_ragged_dimensions) == (0,)
-        and eqn.params["group_offset"] is None
-    )
-    if not plain:
+    if at.axes() != (0, 1, 2, 0) or leaf.axes != "sio":
         return None
-    options = {n: eqn.params[n] for n in ("precision", "preferred_element_type")}
+    (sizes,), options = sizes, at.options
     one, two = (leaf.factor(n, leaf.dtype) for n in ("w1", "w2"))
     (_, i1, o1), (_, i2, o2) = one.shape, two.shape
     n = x.shape[0]
@@ -241,55 +238,45 @@ def _ragged_dot(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     h = jnp.swapaxes(h.reshape(n, i1, o2), 1, 2).reshape(n * o2, i1)
     d = lax.ragged_dot(h.astype(leaf.dtype), one, sizes * o2, **options)
     d = jnp.swapaxes(d.reshape(n, o2, o1), 1, 2).reshape(n, o1 * o2)
-    return it.base(eqn, ins, plus=leaf.scale * d)
+    y = it.base(at.eqn, ins)
+    return y + (leaf.scale * d).astype(y.dtype)
 
 
 # --- rules: what happens to the weight before it is consumed -------------------------
 
 
-@rule("transpose", kind=Kronecker)
-def _transpose(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    leaf, perm = ins[0], list(eqn.params["permutation"])
-    for group in "io":
-        order = [k for k in perm if leaf.axes[k] == group and leaf.shape[k] > 1]
+@acts(Move, kind=Kronecker)
+def _moved(it: Interpreter, move: Move, ins: list[Any]) -> Any:
+    """Inputs, and outputs, must be counted through as before."""
+    if move.step in (Split, Reverse, Repeat):
+        return None
+    leaf = ins[0]
+    for group in "io" if is_leaf(leaf) else "":
+        order = [k for k in move.order if leaf.axes[k] == group and leaf.shape[k] > 1]
         if order != sorted(order):
-            return None  # inputs are counted through in another order
-    f = lambda x, old, new: align(
-        x, old, [perm[k] if isinstance(k, int) else k for k in new]
-    )
-    return leaf.move(it.base(eqn, ins), f, "".join(leaf.axes[k] for k in perm))
+            return None
+    return moved(it, move, ins)
 
 
-@rule("reshape", kind=Kronecker)
-def _reshape(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    if eqn.params.get("dimensions") is not None or 0 in eqn.outvars[0].aval.shape:
-        return None
-    return reshaped(ins[0], it.base(eqn, ins), eqn.outvars[0].aval.shape)
+@acts(Negate, kind=Kronecker)
+def _negate(it: Interpreter, verb: Negate, ins: list[Any]) -> Any:
+    return ins[0].replace(base=it.base(verb.eqn, ins), scale=-ins[0].scale)
 
 
-@rule("neg", kind=Kronecker)
-def _neg(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    return ins[0].replace(base=it.base(eqn, ins), scale=-ins[0].scale)
-
-
-@rule("mul", "div", kind=Kronecker)
-def _mul(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Scale, kind=Kronecker)
+def _scale(it: Interpreter, by: Scale, ins: list[Any]) -> Any:
     """Times a number for each matrix of a stack; times a vector it is rescaled."""
-    side = 0 if is_leaf(ins[0]) else 1
-    if all(map(is_leaf, ins)) or (side == 1 and eqn.primitive.name == "div"):
+    at = factor_of(it, by, ins)
+    if at is None:
         return None
-    leaf, v = ins[side], ins[1 - side]
-    if eqn.outvars[0].aval.shape != leaf.shape:
-        return None
-    varying = broadcast_axes(it, eqn, 1 - side)
-    v = jnp.broadcast_to(v, leaf.shape)
-    v = v if eqn.primitive.name == "mul" else 1 / v
+    leaf, v, varying = at
+    v = 1 / v if by.divides else v
     groups = {leaf.axes[k] for k in varying}
     if groups <= {"s"}:
         name = "w1" if leaf.w1 is not None else "w1_b"
         x, labels = getattr(leaf, name), leaf.labels()[name]
         x = x * factor_along(v, varying, labels).astype(x.dtype)
-        return leaf.replace(base=it.base(eqn, ins), **{name: x})
+        return leaf.replace(base=it.base(by.eqn, ins), **{name: x})
     kind = ScaledOutput if groups <= {"s", "o"} else ScaledInput
     labels = kind.labels_of(leaf.axes)["scale"]
     if not varying <= set(labels):
@@ -299,8 +286,8 @@ def _mul(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     return kind(base=leaf, axes=leaf.axes, scale=scale, path=leaf.path)
 
 
-@rule("split", "rev", "tile", "reduce_sum", "concatenate", "stack", kind=Kronecker)
-def _no_longer_whole(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Sum, Join, kind=Kronecker)
+def _no_longer_whole(it: Interpreter, verb: Verb, ins: list[Any]) -> Any:
     return None
 
 

@@ -39,8 +39,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jpeft.adapt.interpreter import Interpreter, rule
-from jpeft.adapt.labels import Label, Labelled, operand_labels
+from jpeft.adapt.equations import (
+    Cast,
+    Gather,
+    Move,
+    Negate,
+    Pad,
+    Product,
+    Same,
+    Scale,
+    Verb,
+)
+from jpeft.adapt.interpreter import Interpreter, acts, contracts
+from jpeft.adapt.labels import Label, Labelled, moved
 from jpeft.boxes import unbox
 from jpeft.checks import Count, Floating, one_of, plain, refusal
 from jpeft.leaf import (
@@ -255,19 +266,15 @@ class MadePrefix(_OfKernel, Sharing):
 # --- rules ---------------------------------------------------------------------------
 
 
-@rule("dot_general", kind=Prefix)
-def _project(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    if all(map(is_leaf, ins)):
-        return None
-    side = 0 if is_leaf(ins[0]) else 1
-    leaf, x = ins[side], ins[1 - side]
-    _, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+@contracts(kind=Prefix)
+def _project(it: Interpreter, at: Product) -> Any:
+    leaf, out = at.leaf, at.out
     mine = [k for k in out if isinstance(k, int)]
     if [leaf.axes[k] for k in mine if leaf.shape[k] > 1] != [
         "o" for k, c in enumerate(leaf.axes) if c == "o" and leaf.shape[k] > 1
     ]:
         return None  # used the other way round, or a whole stack at once
-    y = it.base(eqn, ins)
+    y = it.base(at.eqn, at.ins())
     columns = leaf.columns()
     shape = [leaf.shape[k] if k in mine and leaf.axes[k] == "o" else 1 for k in out]  # type: ignore[index]
     order = [k for k in mine if leaf.axes[k] == "o"]
@@ -330,34 +337,26 @@ def _for_examples(
     return pick(leaf.keys), pick(leaf.values), Index(index)
 
 
-@rule(
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "stop_gradient",
-    "reduce_precision",
-    "pvary",
-    "pcast",
-    "neg",
-    kind=_OfKernel,
-)
-def _of_the_base(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Cast, Negate, kind=_OfKernel)
+def _of_the_base(it: Interpreter, verb: Verb, ins: list[Any]) -> Any:
     """The learned rows are no product of the kernel, so what changes its values leaves
     them alone."""
-    return ins[0].replace(base=it.base(eqn, ins))
+    return ins[0].replace(base=it.base(verb.eqn, ins))
 
 
-@rule("mul", "div", kind=_OfKernel)
-def _scaled(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Move, kind=_OfKernel)
+def _moved(it: Interpreter, move: Move, ins: list[Any]) -> Any:
+    if move.step in (Pad, Gather):
+        return None  # features that the prefix knows nothing of
+    return (_of_the_base if isinstance(move, Same) else moved)(it, move, ins)
+
+
+@acts(Scale, kind=_OfKernel)
+def _scale(it: Interpreter, by: Scale, ins: list[Any]) -> Any:
     leaf = next(filter(is_leaf, ins))
-    if all(map(is_leaf, ins)) or eqn.outvars[0].aval.shape != leaf.shape:
+    if all(map(is_leaf, ins)) or by.eqn.outvars[0].aval.shape != leaf.shape:
         return None
-    return leaf.replace(base=it.base(eqn, ins))
-
-
-@rule("pad", "all_gather", kind=_OfKernel)
-def _features_unknown(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    return None
+    return leaf.replace(base=it.base(by.eqn, ins))
 
 
 # --- the method ----------------------------------------------------------------------

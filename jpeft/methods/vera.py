@@ -29,22 +29,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jpeft.adapt.interpreter import Interpreter, rule
-from jpeft.adapt.labels import Label, align, contract, operand_labels
+from jpeft.adapt.equations import Product
+from jpeft.adapt.interpreter import Interpreter, contracts
+from jpeft.adapt.labels import Label, align, contract
 from jpeft.checks import Count, Floating, Positive, Rate
 from jpeft.leaf import (
     AdaptedLeaf,
     Sharing,
     adapted_leaf,
     frozen,
-    is_leaf,
     shapes_beside,
     static,
     trainable,
     transient,
 )
 from jpeft.methods._draw import drawn
-from jpeft.methods._low_rank import ActsAsLowRank, LowRank, dropped
+from jpeft.methods._low_rank import ActsAsLowRank, LowRank, as_low_rank, dropped
 from jpeft.methods._scaled import spread, times
 from jpeft.transform import (
     LeafMethod,
@@ -157,15 +157,12 @@ class SharedLowRank(ActsAsLowRank):
         )
 
 
-@rule("dot_general", kind=SharedLowRank)
-def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@contracts(kind=SharedLowRank, two=as_low_rank)
+def _contract(it: Interpreter, at: Product) -> Any:
     """Through the rank, scaled in between: A * d and B * b are not made."""
-    plain = lambda x: x.as_low_rank() if isinstance(x, SharedLowRank) else x
-    if all(map(is_leaf, ins)) or eqn.params.get("out_sharding") is not None:
-        return it.bind(eqn, list(map(plain, ins)))
-    side = 0 if is_leaf(ins[0]) else 1
-    leaf, x = ins[side], ins[1 - side]
-    xl, out = operand_labels(eqn, side, leaf.ndim, jnp.ndim(x))
+    leaf, x, xl, out, options = at.leaf, at.x, at.xl, at.out, at.options
+    if options.pop("out_sharding") is not None:
+        return it.bind(at.eqn, at.ins(leaf=leaf.as_low_rank()))
     wide = lambda g: {
         k for k, c in enumerate(leaf.axes) if c == g and leaf.shape[k] > 1
     }
@@ -175,9 +172,8 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     elif wide("o") <= summed and not wide("i") & set(xl):
         steps = ("e", "b", "d", "a")
     else:
-        return it.bind(eqn, list(map(plain, ins)))
+        return it.bind(at.eqn, at.ins(leaf=leaf.as_low_rank()))
     y, dtype, labels = dropped(leaf, x), jnp.dtype(leaf.dtype), leaf.labels()
-    options = {n: eqn.params[n] for n in ("precision", "preferred_element_type")}
     for n, name in enumerate(steps):
         v, vl = getattr(leaf, name), labels[name]
         if name in ("d", "e"):
@@ -188,7 +184,7 @@ def _dot_general(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
         y = y.astype(dtype)
     gone = [n for n, k in enumerate(xl) if k not in out]
     y, xl = jnp.sum(y, gone), [k for k in xl if k in out]
-    return it.base(eqn, ins, plus=align(y, xl, out))
+    return it.with_delta(at, align(y, xl, out))
 
 
 def _times(

@@ -240,7 +240,7 @@ def _expanded(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[An
     env.update(zip(jaxpr.invars, args, strict=True))
     value = lambda v: env[v] if _is_var(v) else v.val
     for e in jaxpr.eqns:
-        if e.primitive.name in compat.JITS:
+        if e.primitive.name == compat.JIT:
             inner = compat.open_jaxpr(e.params[compat.CALLS[e.primitive.name]])
             outs = _expanded(*inner, [value(v) for v in e.invars])
             env.update(zip(e.outvars, outs, strict=True))

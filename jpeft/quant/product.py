@@ -45,44 +45,34 @@ class How:
         return How(not self.transposed, self.outside, self.inside, self.arriving)
 
 
-def product(
-    how: How, leaf: Quantized, x: jax.Array, plus: jax.Array | None = None
-) -> jax.Array:
-    """x (..., m, k) by W (k, n), plus (..., m, n); or by W.T, with k and n exchanged.
+def product(how: How, leaf: Quantized, x: jax.Array) -> jax.Array:
+    """x (..., m, k) by W (k, n); or by W.T, with k and n exchanged.
 
     k and n are W's rows and columns, each flattened: for a table the rows are its
     vocabulary.  One leading axis if W is a stack, the stack's axes as one.
-    plus has the result's dtype; it is there because a delta that is summed up with the
-    product needs no room of its own.
     """
     # Before the gradient rule, so that it is JAX that adds up over shards.
-    x, plus, *_ = compat.varying_alike((x, plus, leaf.codes, leaf.scales))
-    return _product(how, leaf, x, plus)
+    x, *_ = compat.varying_alike((x, leaf.codes, leaf.scales))
+    return _product(how, leaf, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(
-    how: How, leaf: Quantized, x: jax.Array, plus: jax.Array | None
-) -> jax.Array:
+def _product(how: How, leaf: Quantized, x: jax.Array) -> jax.Array:
     matrices = _matrices(leaf)
     run = functools.partial(_one, how, leaf)
     if leaf.stack:
         run = jax.vmap(run)
     with _whereabouts(leaf):
-        return run(matrices, x, plus)
+        return run(matrices, x)
 
 
-def _forward(
-    how: How, leaf: Quantized, x: jax.Array, plus: jax.Array | None
-) -> tuple[jax.Array, Any]:
-    kept = leaf, _Place.of(x), None if plus is None else _Place.of(plus)
-    return _product(how, leaf, x, plus), kept
+def _forward(how: How, leaf: Quantized, x: jax.Array) -> tuple[jax.Array, Any]:
+    return _product(how, leaf, x), (leaf, _Place.of(x))
 
 
-def _backward(how: How, kept: tuple[Quantized, Any, Any], g: jax.Array) -> Any:
-    leaf, of_x, of_plus = kept
-    dx = of_x.put(_product(how.back(), leaf, g, None))
-    return constant_cotangents(leaf), dx, None if of_plus is None else of_plus.put(g)
+def _backward(how: How, kept: tuple[Quantized, _Place], g: jax.Array) -> Any:
+    leaf, of_x = kept
+    return constant_cotangents(leaf), of_x.put(_product(how.back(), leaf, g))
 
 
 _product.defvjp(_forward, _backward)
@@ -153,24 +143,19 @@ def _matrices(leaf: Quantized) -> Blocks:
     return Blocks(flat(q.codes), flat(q.scales), flat(q.zeros), book)  # type: ignore[arg-type]
 
 
-def _one(
-    how: How, leaf: Quantized, q: Blocks, x: jax.Array, plus: jax.Array | None
-) -> jax.Array:
+def _one(how: How, leaf: Quantized, q: Blocks, x: jax.Array) -> jax.Array:
     """One matrix."""
     k, n = shape_of(leaf)
     if x.shape[0] == 0:  # an empty batch; the kernels would divide by its size
         return jnp.zeros((0, k if how.transposed else n), how.outside)
     rows = _stored_rows(leaf, q)
     # The stored rows are whole groups; the weight's may be fewer.
-    fill = lambda a: jnp.pad(a, ((0, 0), (0, rows - k)))
     x = x.astype(how.inside)
     if not how.transposed:
-        x = fill(x)
-    elif plus is not None:
-        plus = fill(plus)
+        x = jnp.pad(x, ((0, 0), (0, rows - k)))
     block = _kernel_block(leaf)
     if block is None:
-        y = _by_tiles(how, leaf, q, x, plus)
+        y = _by_tiles(how, leaf, q, x)
     else:
         run = four_bit.matmul_transposed if how.transposed else four_bit.matmul
         book = jnp.asarray(blocks.book_of(leaf.kind)) if q.book is None else q.book
@@ -179,7 +164,6 @@ def _one(
             q.codes,
             q.scales.astype(jnp.float32),
             book,
-            plus=plus,
             block_size=block,
             dtype=jnp.dtype(how.outside),
         )
@@ -202,9 +186,7 @@ def _kernel_block(leaf: Quantized) -> int | None:
     return leaf.block_size
 
 
-def _by_tiles(
-    how: How, leaf: Quantized, q: Blocks, x: jax.Array, plus: jax.Array | None
-) -> jax.Array:
+def _by_tiles(how: How, leaf: Quantized, q: Blocks, x: jax.Array) -> jax.Array:
     """In plain JAX, on each device of a mesh for its part (`partitioned`)."""
     kind, size = leaf.kind, leaf.block_size
     axis = 0 if leaf.is_matrix else 1
@@ -214,8 +196,7 @@ def _by_tiles(
     names = [name for name, a in q._asdict().items() if a is not None]
 
     def multiply(x: jax.Array, *operands: jax.Array) -> jax.Array:
-        part = Blocks(**dict(zip(names, operands, strict=False)))
-        added = operands[len(names)] if len(operands) > len(names) else None
+        part = Blocks(**dict(zip(names, operands, strict=True)))
         length = part.codes.shape[axis] * per_byte
         length = leaf.length if filled_up else length
         inside, outside = jnp.dtype(how.inside), jnp.dtype(how.outside)
@@ -224,24 +205,21 @@ def _by_tiles(
         rows, columns = (along, across) if leaf.is_matrix else (across, along)
         if how.transposed:
             n = length if leaf.is_matrix else part.codes.shape[0]
-            return tiled.matmul_transposed(x, n, rows, outside, added)
+            return tiled.matmul_transposed(x, n, rows, outside)
         if leaf.is_matrix:
-            return tiled.matmul(x, part.codes.shape[1], columns, outside, added)
+            return tiled.matmul(x, part.codes.shape[1], columns, outside)
         # A table's features are stored in whole groups; some may be filled up.
         n = part.codes.shape[1] * per_byte
-        if added is not None:
-            added = jnp.pad(added, ((0, 0), (0, n - length)))
-        y = tiled.matmul(x, n, columns, outside, added)
+        y = tiled.matmul(x, n, columns, outside)
         return lax.slice_in_dim(y, 0, length, axis=1)
 
     def whole(x: jax.Array, *operands: jax.Array) -> jax.Array:
         x, operands = lax.optimization_barrier((x, operands))
-        part = Blocks(**dict(zip(names, operands, strict=False)))
+        part = Blocks(**dict(zip(names, operands, strict=True)))
         length = leaf.length if filled_up else stored
         w = blocks.dequantize(part, kind, size, axis, length, dtype=x.dtype)
         axes = (((1,), (1 if how.transposed else 0,)), ((), ()))
-        y = lax.dot_general(x, w, axes, preferred_element_type=how.outside)
-        return y if len(operands) == len(names) else y + operands[-1]
+        return lax.dot_general(x, w, axes, preferred_element_type=how.outside)
 
     blocked, other = ("k", "n") if leaf.is_matrix else ("n", "k")
 
@@ -257,7 +235,6 @@ def _by_tiles(
         multiply,
         x,
         [getattr(q, name) for name in names],
-        plus,
         whole=whole,
         dims=[dims(name) for name in names],
         sizes={blocked: length, other: q.codes.shape[1 - axis]},

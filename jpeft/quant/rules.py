@@ -17,13 +17,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft import compat
-from jpeft.adapt.interpreter import Interpreter, rule
-from jpeft.adapt.labels import axis_groups
+from jpeft.adapt.equations import (
+    Add,
+    Cast,
+    Change,
+    Compute,
+    Convolve,
+    Gather,
+    Join,
+    LookUp,
+    Move,
+    Product,
+    Reverse,
+    Round,
+    Route,
+    Same,
+    Slice,
+    SliceAt,
+    Verb,
+    align,
+    axis_groups,
+    smaller_as_value,
+)
+from jpeft.adapt.interpreter import Interpreter, acts, contracts
 from jpeft.formats import blocks
 from jpeft.formats.blocks import TENSOR, Blocks
 from jpeft.formats.double import NESTED_BLOCK, dequantize_codes
@@ -36,44 +56,32 @@ from jpeft.quant.product import How, linear, product
 # --- consumed ------------------------------------------------------------------------
 
 
-@rule("dot_general", kind=QuantizedValue, adds=True)
-def _dot_general(it: Interpreter, eqn: Any, ins: list[Any], plus: Any = None) -> Any:
-    if all(map(is_leaf, ins)):
-        # Two weights meet: the smaller one is this equation's activation.
-        k = 0 if ins[0].size <= ins[1].size else 1
-        ins = [x.materialize() if j == k else x for j, x in enumerate(ins)]
-        return it.bind(eqn, ins, plus)
-    side = 0 if is_leaf(ins[0]) else 1
-    leaf, x = ins[side], ins[1 - side]
+@contracts(kind=QuantizedValue, two=smaller_as_value)
+def _contract(it: Interpreter, at: Product) -> Any:
+    leaf, x = at.leaf, at.x
     if not jnp.issubdtype(x.dtype, jnp.floating):  # nothing to differentiate
-        pair = [v.value(v.dtype) if is_leaf(v) else v for v in ins]
-        y = it.native(eqn)(*pair)
-        return y if plus is None else y + plus.astype(y.dtype)
-    if isinstance(leaf, Quantized) and not _asks_more(eqn):
-        out = _as_matrix(eqn, side, leaf, x, plus)
+        return it.native(at.eqn)(*at.ins(leaf=leaf.value(leaf.dtype)))
+    if isinstance(leaf, Quantized) and not _asks_more(at):
+        out = _as_matrix(at, leaf, x)
         if out is not None:
             return out
-    out = _general(eqn, side, leaf, x)
-    return out if plus is None else out + plus.astype(out.dtype)
+    return _general(at, leaf, x)
 
 
-def _asks_more(eqn: Any) -> bool:
+def _asks_more(at: Product) -> bool:
     """Whether the product must keep to more than the kernels promise."""
-    return eqn.params["precision"] not in (
+    return at.options["precision"] not in (
         None,
         lax.Precision.DEFAULT,
         (lax.Precision.DEFAULT, lax.Precision.DEFAULT),
     )
 
 
-def _as_matrix(
-    eqn: Any, side: int, leaf: Quantized, x: jax.Array, plus: jax.Array | None
-) -> Any:
+def _as_matrix(at: Product, leaf: Quantized, x: jax.Array) -> Any:
     """The product as x @ W or x @ W.T, where it contracts the rows or the columns."""
-    contracting, batch = eqn.params["dimension_numbers"]
-    mine, theirs = contracting[side], contracting[1 - side]
+    mine, batch = at.verb.contracting[at.side], at.verb.batch[at.side]
     stack = leaf.order[: leaf.stack]
-    if set(batch[side]) != set(stack):
+    if set(batch) != set(stack):
         return None
     inner = leaf.order[leaf.lead : leaf.after]
     columns = leaf.order[leaf.after :]
@@ -86,34 +94,23 @@ def _as_matrix(
     else:
         return None
     # The activation as (stack, free, summed), in the weight's order.
-    at = dict(zip((*mine, *batch[side]), (*theirs, *batch[1 - side]), strict=True))
-    free = [k for k in range(x.ndim) if k not in at.values()]
-    sizes = [x.shape[k] for k in free]
-    x2 = jnp.transpose(x, [*(at[k] for k in stack), *free, *(at[k] for k in summed)])
+    free = [k for k in at.xl if isinstance(k, tuple)]
+    sizes = [x.shape[at.xl.index(k)] for k in free]
+    x2 = align(x, at.xl, [*stack, *free, *summed])
     many = (len(stack),) if stack else ()
     x2 = _merged(x2, *many, len(free), len(summed))
-    out = eqn.outvars[0].aval
+    out = at.eqn.outvars[0].aval
     how = How(transposed, x.dtype.name, _inside(leaf, x), out.dtype.name)
-    # The result's axes, and dot_general's order of them: batch, what is left of the
-    # left operand, of the right one.
     made = (
         *(leaf.shape[k] for k in stack),
         *sizes,
         *(leaf.shape[k] for k in kept),
     )
-    labels: list[Any] = [*stack, *(("x", k) for k in free), *kept]
-    own = [k for k in range(leaf.ndim) if k not in (*mine, *batch[side])]
-    others = [("x", k) for k in free]
-    wanted = [*batch[side], *(own + others if side == 0 else others + own)]
-    perm = [labels.index(k) for k in wanted]
-    if plus is not None:
-        plus = jnp.transpose(plus.astype(out.dtype), tuple(map(int, np.argsort(perm))))
-        plus = _merged(plus, *many, len(free), len(kept))
-    y = product(how, leaf, x2, plus)
+    y = product(how, leaf, x2)
     y = _split(y, made, *many, len(free), len(kept))
-    y = y if perm == list(range(y.ndim)) else jnp.transpose(y, perm)
+    y = align(y, [*stack, *free, *kept], at.out)
     # On an explicit mesh the equation may say where its result goes.
-    place = eqn.params.get("out_sharding")
+    place = at.options["out_sharding"]
     return y if place is None else jax.sharding.reshard(y, place)
 
 
@@ -154,47 +151,44 @@ def _inside(leaf: QuantizedValue, x: jax.Array) -> str:
     return max(x.dtype, leaf.dtype, key=lambda dtype: dtype.itemsize).name
 
 
-def _general(eqn: Any, side: int, leaf: QuantizedValue, x: jax.Array) -> jax.Array:
+def _general(at: Product, leaf: QuantizedValue, x: jax.Array) -> jax.Array:
     """Any other dimension numbers: the whole weight is made for this product alone."""
-    p, out = eqn.params, eqn.outvars[0].aval
+    out = at.eqn.outvars[0].aval
     inside = _inside(leaf, x)
 
     def f(w: jax.Array, x: jax.Array) -> jax.Array:
-        pair = (w, x.astype(inside)) if side == 0 else (x.astype(inside), w)
         wide = jnp.promote_types(inside, jnp.float32)
-        y = lax.dot_general(
-            *pair,
-            p["dimension_numbers"],
-            precision=p["precision"],
-            preferred_element_type=wide,
-            out_sharding=p.get("out_sharding"),
-        )
+        options = {**at.options, "preferred_element_type": wide}
+        left, right = at.ins(leaf=w, x=x.astype(inside))
+        numbers = at.verb.contracting, at.verb.batch
+        y = lax.dot_general(left, right, numbers, **options)
         return y.astype(out.dtype)
 
     return linear(f, leaf, x, inside)
 
 
-@rule("conv_general_dilated", kind=QuantizedValue)
-def _conv(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Convolve, kind=QuantizedValue)
+def _conv(it: Interpreter, conv: Convolve, ins: list[Any]) -> Any:
     x, leaf = ins
     if is_leaf(x) or not is_leaf(leaf):
         return None
-    run = it.native(eqn)
+    run = it.native(conv.eqn)
     return linear(lambda w, x: run(x, w), leaf, x, leaf.dtype)
 
 
-@rule("ragged_dot_general", kind=QuantizedValue)
-def _ragged_dot(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Route, kind=QuantizedValue)
+def _route(it: Interpreter, at: Route, ins: list[Any]) -> Any:
     x, leaf, *sizes = ins
     if is_leaf(x) or not is_leaf(leaf):
         return None
-    run = it.native(eqn)
+    run = it.native(at.eqn)
     return linear(lambda w, x, *s: run(x, w, *s), leaf, x, leaf.dtype, *sizes)
 
 
-@rule("gather", kind=QuantizedValue)
-def _gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(LookUp, kind=QuantizedValue)
+def _look_up(it: Interpreter, at: LookUp, ins: list[Any]) -> Any:
     leaf, indices = ins
+    eqn = at.eqn
     if is_leaf(indices) or not is_leaf(leaf):
         return None
     if isinstance(leaf, Quantized):
@@ -320,128 +314,66 @@ def _picked(eqn: Any, leaf: Quantized, axis: int, indices: jax.Array) -> Any:
 # --- moved ---------------------------------------------------------------------------
 
 
-@rule("convert_element_type", kind=Quantized)
-def _convert(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    dtype = eqn.params["new_dtype"]
-    if not jnp.issubdtype(dtype, jnp.floating):
+@acts(Cast, kind=Quantized)
+def _cast(it: Interpreter, cast: Cast, ins: list[Any]) -> Any:
+    if not jnp.issubdtype(cast.dtype, jnp.floating):
         return None
-    return ins[0].replace(element=jnp.dtype(dtype).name)
+    return ins[0].replace(element=jnp.dtype(cast.dtype).name)
 
 
-@rule(
-    "sharding_constraint",
-    "name",
-    "mesh_cast",
-    "reshard",
-    "pvary",
-    "pcast",
-    "layout_constraint",
-    "copy",
-    "copy_p",
-    "stop_gradient",
-    kind=QuantizedValue,
-)
-def _same(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Move, kind=QuantizedValue)
+def _moved(it: Interpreter, move: Move, ins: list[Any]) -> Any:
     """The codes stay where they are, whatever is said of the weight."""
-    return ins[0]
+    if isinstance(move, Same) and not isinstance(move, Round):
+        return ins[0]
+    return None if move.step is Gather else deferred(move.eqn, ins)
 
 
-@rule("optimization_barrier", kind=QuantizedValue)
-def _barrier(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
-    return list(lax.optimization_barrier(ins))
-
-
-@rule("slice", kind=Quantized)
-def _slice(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    leaf, p = ins[0], eqn.params
-    start, stop = p["start_indices"], p["limit_indices"]
-    strides = p["strides"] or (1,) * leaf.ndim
-    cut = [
-        k
-        for k, n in enumerate(leaf.shape)
-        if (start[k], stop[k], strides[k]) != (0, n, 1)
-    ]
-    if not all(leaf.is_stack(k) for k in cut):
-        return deferred(eqn, ins)
-    for k in cut:
-        leaf = leaf.along_stack(
-            lambda x, at, k=k: lax.slice_in_dim(x, start[k], stop[k], strides[k], at), k
-        )
-    return leaf
-
-
-@rule("dynamic_slice", kind=Quantized)
-def _dynamic_slice(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    leaf, *start = ins
-    if not is_leaf(leaf) or any(map(is_leaf, start)):
+@acts(Move, kind=Quantized)
+def _moved_codes(it: Interpreter, move: Move, ins: list[Any]) -> Any:
+    leaf, *more = ins
+    out: Any = None
+    if isinstance(move, Same):
+        return _moved(it, move, ins)
+    if move.step is Gather:
+        return _all_gather(move, leaf)
+    if not is_leaf(leaf) or any(map(is_leaf, more)):
         return None
-    sizes = eqn.params["slice_sizes"]
-    cut = [k for k, n in enumerate(leaf.shape) if sizes[k] != n]
-    if not all(leaf.is_stack(k) for k in cut):
-        return deferred(eqn, ins)
-    for k in cut:
-        leaf = leaf.along_stack(
-            lambda x, at, k=k: lax.dynamic_slice_in_dim(x, start[k], sizes[k], at), k
-        )
-    return leaf
+    if move.step in (Slice, SliceAt, Reverse) and all(map(leaf.is_stack, move.along)):
+        out = leaf
+        for k, step in move.along.items():
+            one = lambda x, at, step=step: step.done(x, {at: step}, more)
+            out = out.along_stack(one, k)
+    elif move.step is None and not move.spreads and move.order == sorted(move.order):
+        out = _regrouped(leaf, move.shape)
+    elif move.step is None and not move.spreads and not move.regroups:
+        # Only the order changes: nothing is decoded.
+        out = leaf.replace(order=tuple(map(move.order.index, leaf.order)))
+    return deferred(move.eqn, ins) if out is None else out
 
 
-@rule("rev", kind=Quantized)
-def _rev(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    leaf, turned = ins[0], eqn.params["dimensions"]
-    if not all(leaf.is_stack(k) for k in turned):
-        return deferred(eqn, ins)
-    for k in turned:
-        leaf = leaf.along_stack(lambda x, at: lax.rev(x, (at,)), k)
-    return leaf
-
-
-@rule("concatenate", "stack", kind=Quantized)
-def _joined(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+@acts(Join, kind=Quantized)
+def _join(it: Interpreter, join: Join, ins: list[Any]) -> Any:
     """Matrices of one kind become a stack, or a longer one; else it waits."""
-    p, first = eqn.params, ins[0]
+    axis, first, new = join.axis, ins[0], ins[0]
     alike = (
         all(isinstance(x, Quantized) for x in ins)
         and len({jax.tree.structure(x.replace(origin="")) for x in ins}) == 1
     )
-    if eqn.primitive.name == "concatenate":
-        axis = p["dimension"]
-        if not alike or not first.is_stack(axis):
-            return deferred(eqn, ins)
-        at, join = first.order.index(axis), lax.concatenate
-        new = first
-    else:
-        if not alike:
-            return deferred(eqn, ins)
-        axis = p["axis"]
-        at, join = 0, lambda xs, at: jnp.stack(xs, at)
+    if not alike or not (join.new or first.is_stack(axis)):
+        return deferred(join.eqn, ins)
+    if join.new:
+        at, put = 0, lambda xs, at: jnp.stack(xs, at)
         new = first.replace(
             order=(axis, *(k + (k >= axis) for k in first.order)),
             stack=first.stack + 1,
             lead=first.lead + 1,
         )
+    else:
+        at, put = first.order.index(axis), lax.concatenate
     arrays = [array_fields(x) for x in ins]
-    made = {n: join([a[n] for a in arrays], at) for n in arrays[0]}
+    made = {n: put([a[n] for a in arrays], at) for n in arrays[0]}
     return new.replace(**made)
-
-
-@rule("squeeze", "reshape", "expand_dims", kind=Quantized)
-def _reshape(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    if eqn.params.get("dimensions") is not None and eqn.primitive.name == "reshape":
-        return deferred(eqn, ins)
-    out = _regrouped(ins[0], eqn.outvars[0].aval.shape)
-    return deferred(eqn, ins) if out is None else out
-
-
-@rule("broadcast_in_dim", kind=Quantized)
-def _broadcast(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    leaf, to = ins[0], eqn.params["broadcast_dimensions"]
-    dst = eqn.outvars[0].aval.shape
-    if math.prod(dst) == leaf.size and tuple(to) == tuple(sorted(to)):
-        out = _regrouped(leaf, dst)  # axes of size 1 alone are new
-        if out is not None:
-            return out
-    return deferred(eqn, ins)
 
 
 def _regrouped(leaf: Quantized, dst: tuple[int, ...]) -> Quantized | None:
@@ -488,28 +420,10 @@ def _regrouped(leaf: Quantized, dst: tuple[int, ...]) -> Quantized | None:
     )
 
 
-@rule("transpose", kind=Quantized)
-def _transpose(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    """Only the order changes: nothing is decoded."""
-    perm = eqn.params["permutation"]
-    leaf = ins[0]
-    return leaf.replace(order=tuple(perm.index(k) for k in leaf.order))
-
-
-@rule("all_gather", kind=Quantized)
-def _all_gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+def _all_gather(move: Move, leaf: Quantized) -> Any:
     """A weight put together from its shards: codes and scales are sent."""
-    p, leaf = eqn.params, ins[0]
-    axis = p["all_gather_dimension"]
-    if not p["tiled"] or len(ins) != 1:
-        return None
-    whole = lambda x, at: lax.all_gather(
-        x,
-        p["axis_name"],
-        axis_index_groups=p["axis_index_groups"],
-        axis=at,
-        tiled=True,
-    )
+    ((axis, step),) = move.along.items()
+    whole = lambda x, at: step.done(x, {at: step}, ())
     if leaf.is_stack(axis):
         return leaf.along_stack(whole, axis)
     at, inner = leaf.order.index(axis), leaf.inner
@@ -520,14 +434,14 @@ def _all_gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
             return None
         if leaf.length % math.lcm(GROUP if leaf.kind.packed else 1, leaf.block_size):
             return None
-        inner = (inner[0] * p["axis_size"], *inner[1:])
+        inner = (inner[0] * step.times, *inner[1:])
     else:
         place = leaf.array_axis(at)
     leaf = leaf.with_plain_scales()
     arrays = array_fields(leaf)
     of_all = {"scales", "zeros", "book"} if leaf.block_size == TENSOR else {"book"}
     of_all &= set(arrays)
-    names = p["axis_name"]
+    names = step.mesh_axes
     names = set(names if isinstance(names, tuple) else (names,))
     varying = lambda n: names & set(compat.varying_axes(arrays[n]))
     if of_all and (not varying("codes") or any(map(varying, of_all))):
@@ -536,43 +450,6 @@ def _all_gather(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
     return leaf.replace(**sent, inner=inner)
 
 
-# What is done to a weight before it is used, one equation after the other.
-_MOVES = (
-    "broadcast_in_dim",
-    "concatenate",
-    "convert_element_type",
-    "dynamic_slice",
-    "expand_dims",
-    "pad",
-    "reduce_precision",
-    "reshape",
-    "rev",
-    "slice",
-    "split",
-    "squeeze",
-    "stack",
-    "tile",
-    "transpose",
-)
-_ARITHMETIC = (
-    "abs",
-    "add",
-    "div",
-    "integer_pow",
-    "max",
-    "min",
-    "mul",
-    "neg",
-    "reduce_max",
-    "reduce_sum",
-    "rsqrt",
-    "select_n",
-    "sqrt",
-    "square",
-    "sub",
-)
-
-
-@rule(*_MOVES, *_ARITHMETIC, kind=QuantizedValue)
-def _wait(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    return deferred(eqn, ins)
+@acts(Change, Add, Compute, Join, kind=QuantizedValue)
+def _waits(it: Interpreter, verb: Verb, ins: list[Any]) -> Any:
+    return deferred(verb.eqn, ins)
