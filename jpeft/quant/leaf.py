@@ -28,6 +28,7 @@ from jpeft.boxes import is_box, names_of, rebox, unbox, with_names
 from jpeft.formats import blocks, double
 from jpeft.formats.blocks import FORMATS, Blocks, Format
 from jpeft.formats.packing import GROUP
+from jpeft.kernels import targets
 from jpeft.leaf import (
     AdaptedLeaf,
     adapted_leaf,
@@ -94,6 +95,9 @@ class Quantized(QuantizedValue):
     searched: bool = static(default=False)
 
     holds_weight: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        targets.prepare()
 
     # -- the weight it stands for -----------------------------------------------------
 
