@@ -74,7 +74,7 @@ def test_the_sdist_holds_its_tests_and_what_they_read(built):
     for name in ("LICENSE", "CHANGELOG.md", "pyproject.toml", "setup.py", ".ci/run"):
         assert Path(name) in names, name
     assert names >= CODE | {"configs" / n for n in RECIPES}
-    for room in ("tests", "examples"):
+    for room in ("tests", "examples", "docs"):
         files = (f for f in ROOT.glob(f"{room}/**/*") if "__pycache__" not in f.parts)
         missing = {f.relative_to(ROOT) for f in files if f.is_file()} - names
         assert not missing, missing
@@ -88,9 +88,11 @@ def test_the_installed_wheel_runs_the_readme(built):
     pip = ("-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps")
     run(*pip, "--target", site, wheel, cwd=folder)
     (apart / "tests").mkdir(parents=True)
-    for name in ("README.md", "pyproject.toml", "tests/conftest.py"):
-        shutil.copy(ROOT / name, apart / name)
-    shutil.copy(ROOT / "tests" / "test_readme.py", apart / "tests")
+    shutil.copytree(ROOT / "docs", apart / "docs")
+    for file in (*ROOT.glob("*.*ml"), *ROOT.glob("*.md"), ROOT / "LICENSE"):
+        shutil.copy(file, apart)
+    for name in ("conftest.py", "test_readme.py"):
+        shutil.copy(ROOT / "tests" / name, apart / "tests")
     lines = (
         "import jpeft; print(jpeft.__file__);"
         "print(jpeft.from_config('lora').transforms[0].rank);"
