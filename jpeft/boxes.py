@@ -8,21 +8,21 @@ nothing complains.)
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from flax import linen as nn
-from flax import nnx
 
 # What the type of an NNX box says of the array in it.
 PARAMETER, STATISTIC, PASSING = "parameter", "statistic", "passing"
 _DECLARED = {
-    nnx.Param: PARAMETER,
-    nnx.BatchStat: STATISTIC,
-    nnx.RngState: PASSING,
-    nnx.Cache: PASSING,
-    nnx.Intermediate: PASSING,
+    "Param": PARAMETER,
+    "BatchStat": STATISTIC,
+    "RngState": PASSING,
+    "Cache": PASSING,
+    "Intermediate": PASSING,
 }
 
 # Where NNX keeps axis names; the last two are its older spellings.
@@ -30,18 +30,30 @@ _NNX_NAMES = ("out_sharding", "sharding_names", "sharding")
 
 
 def is_box(x: Any) -> bool:
-    return isinstance(x, (nn.meta.AxisMetadata, nnx.Variable))
+    return isinstance(x, nn.meta.AxisMetadata) or is_variable(x)
+
+
+def is_variable(x: Any) -> bool:
+    """Whether it is a box of NNX."""
+    return _is_of_nnx(x, "Variable")
 
 
 def declared(x: Any) -> str:
     """PARAMETER, STATISTIC (a running mean), PASSING (a random key, a counter, a cache,
     a value left behind), or "" where no box says it."""
-    return next((kind for t, kind in _DECLARED.items() if isinstance(x, t)), "")
+    return next((kind for t, kind in _DECLARED.items() if _is_of_nnx(x, t)), "")
 
 
 def is_nnx_state(x: Any) -> bool:
     """Whether a tree is what `nnx.split` and `nnx.state` give."""
-    return isinstance(x, nnx.State)
+    return _is_of_nnx(x, "State")
+
+
+def _is_of_nnx(x: Any, kind: str) -> bool:
+    # NNX takes a sixth of the time of `import jax, flax`, and Linen does without: until
+    # someone has imported it, nothing can be of its types.
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(x, getattr(nnx, kind))
 
 
 def unbox(x: Any) -> Any:
@@ -77,7 +89,7 @@ def names_of(box: Any) -> tuple[Any, ...] | None:
     """The axis names that a box keeps, if it keeps any."""
     if isinstance(box, nn.Partitioned):
         return tuple(box.names)
-    if isinstance(box, nnx.Variable):
+    if is_variable(box):
         metadata = box.get_metadata()
         found = (metadata[n] for n in _NNX_NAMES if metadata.get(n) is not None)
         names = next(found, None)
@@ -90,7 +102,7 @@ def _renamed(box: Any, value: Any, rename: Callable[[Any], tuple[Any, ...]]) -> 
         return value
     (inner,), _ = _children(box)
     value = _renamed(inner, value, rename)
-    if isinstance(box, nnx.Variable):
+    if is_variable(box):
         metadata = dict(box.get_metadata())
         for name in _NNX_NAMES:
             if metadata.get(name) is not None:

@@ -8,6 +8,8 @@ they apply, and tables such as `[train]` that belong to the program:
     rank = 8
     alpha = 16
     where = "attention"
+
+Those that come with jpeft are called by their names, `from_config("lora")`.
 """
 
 from __future__ import annotations
@@ -26,14 +28,27 @@ from jpeft.transform import Chain, Transform, chain, transform_from_config
 from jpeft.tree.paths import suggest
 
 TABLES = ("peft", "train")
+# What comes with jpeft: in a wheel a part of the package, in a checkout beside it.
+_PACKAGE = Path(__file__).parent
+_RECIPES = next(
+    (f for f in (_PACKAGE / "recipes", _PACKAGE.parent / "configs") if f.is_dir()),
+    _PACKAGE / "recipes",
+)
 _TOO_DEEP = "transforms are nested too deeply; write one after the other"
 
 
 def from_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> Transform:
     """The transform that a configuration or a recipe file describes.
 
-    config: what `transform.to_config()` returned, a recipe as a dict, or the path of a
-    TOML recipe.  Unknown keys and methods are refused with the nearest known one.
+    config: what `transform.to_config()` returned, a recipe as a dict, the path of a
+    TOML recipe, or the name of one that comes with jpeft ("lora", "sft/qlora"; all of
+    them: `jpeft.config.recipes()`).  Unknown keys, methods and names are refused with
+    the nearest known one.  A recipe's [train] table is left to the program that trains.
+
+    >>> from_config("sft/lora").where
+    'linear'
+    >>> from_config({"method": "lora", "rank": 16, "where": "attention"}).rank
+    16
     """
     if isinstance(config, (str, os.PathLike)):
         return read(config)[0]
@@ -47,9 +62,19 @@ def from_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> Transform
         raise ValueError(f"from_config: {_TOO_DEEP}") from None
 
 
+def recipes() -> list[str]:
+    """The names of the recipes that come with jpeft.
+
+    >>> [name for name in recipes() if "lora" in name and "/" not in name]
+    ['adalora', 'lora', 'lora_plus', 'lora_qv', 'qlora', 'rslora']
+    """
+    files = (f.relative_to(_RECIPES) for f in _RECIPES.rglob("*.toml"))
+    return sorted(f.with_suffix("").as_posix() for f in files)
+
+
 def read(path: str | os.PathLike[str]) -> tuple[Transform, dict[str, Any]]:
-    """(transform, the `[train]` table) of a TOML recipe."""
-    file = Path(path)
+    """(transform, the `[train]` table) of a TOML recipe, by its path or its name."""
+    file = _file(path)
     if not file.is_file():
         there = sorted(p.name for p in file.parent.glob("*.toml"))
         hint = f"; nearest: {suggest(there, file.name)}" if there else ""
@@ -72,6 +97,19 @@ def read(path: str | os.PathLike[str]) -> tuple[Transform, dict[str, Any]]:
         raise ValueError(f"{file}: {error}") from None
     except RecursionError:
         raise ValueError(f"{file}: {_TOO_DEEP}") from None
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    """The path itself, or that of the recipe of this name."""
+    file = Path(path)
+    if not isinstance(path, str) or file.suffix == ".toml" or file.is_file():
+        return file
+    if path not in (names := recipes()):
+        raise FileNotFoundError(
+            f"no recipe {shown(path)} comes with jpeft, nor is it a file here; "
+            f"nearest: {suggest(names, path)}"
+        )
+    return _RECIPES / f"{path}.toml"
 
 
 _QUOTED = re.compile(r""" "[^"]*" | '[^']*' """, re.X)

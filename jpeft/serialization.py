@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx, serialization
+from flax import serialization
 
-from jpeft.boxes import same_box, unbox
+from jpeft.boxes import is_variable, same_box, unbox
 
 _REMEDY = (
     "restore into a tree of the transform that was saved, "
@@ -42,7 +42,7 @@ def let_serialize(cls: type, stored: Callable[[Any], Mapping[str, Any]]) -> None
             old = _out(x)
             value = serialization.from_state_dict(old, state[name], name)
             _check_same(f"{path}/{name}", old, value)
-            new[name] = same_box(x, value) if isinstance(x, nnx.Variable) else value
+            new[name] = same_box(x, value) if is_variable(x) else value
         return dataclasses.replace(leaf, **new)
 
     serialization.register_serialization_state(cls, to_state, from_state)
@@ -50,7 +50,7 @@ def let_serialize(cls: type, stored: Callable[[Any], Mapping[str, Any]]) -> None
 
 def _out(x: Any) -> Any:
     """Out of a variable, of which Flax's serialisation knows nothing."""
-    return unbox(x) if isinstance(x, nnx.Variable) else x
+    return unbox(x) if is_variable(x) else x
 
 
 def _check_same(path: str, old: Any, new: Any) -> None:

@@ -162,6 +162,27 @@ def test_bad_files(tmp_path):
         jpeft.from_config(tmp_path / "lroa.toml")
 
 
+def test_a_recipe_that_comes_with_jpeft_is_called_by_its_name(tmp_path, monkeypatch):
+    folder = Path(__file__).parents[1] / "configs"
+    monkeypatch.chdir(tmp_path)
+    for name in ("lora", "sft/qlora", "language/dpo"):
+        file = folder / f"{name}.toml"
+        assert jpeft.from_config(name) == jpeft.from_config(file)
+        assert jpeft.config.read(name) == jpeft.config.read(file)
+    for name, near in (("lroa", "lora"), ("sft/qlra", "sft/qlora"), ("", "adalora")):
+        with pytest.raises(FileNotFoundError) as error:
+            jpeft.from_config(name)
+        assert f"no recipe {name!r}" in str(error.value)
+        assert repr(near) in str(error.value)
+    # A file of the name goes first, a folder is none, and a Path is never a name.
+    Path("lora").write_text(RECIPE)
+    assert jpeft.from_config("lora") == jpeft.from_config(Path("lora"))
+    Path("dora").mkdir()
+    assert jpeft.from_config("dora") == jpeft.from_config(folder / "dora.toml")
+    with pytest.raises(FileNotFoundError, match="no such recipe"):
+        jpeft.from_config(Path("vera"))
+
+
 def test_a_function_in_where_has_no_configuration():
     transform = jpeft.lora(rank=2, where=lambda path, leaf: True)
     with pytest.raises(ValueError, match="is a Python function"):

@@ -13,6 +13,7 @@ FLOORS = {
     "jpeft.types": 0,
     "jpeft.compat": 0,
     "jpeft.checks": 0,
+    "jpeft.late": 0,
     "jpeft.boxes": 1,
     "jpeft.finite": 1,
     "jpeft.serialization": 2,

@@ -11,15 +11,20 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore
 
+from jpeft.late import Late
 from jpeft.tree.paths import segments, spelled
 from jpeft.types import CheckpointError, DamagedError
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+    import tensorstore
+else:
+    ocp, tensorstore = Late("orbax.checkpoint"), Late("tensorstore")
 
 TREE = "_METADATA"  # the file that describes a saved tree
 INDEX = "manifest.ocdbt"  # the file by which a saved tree's arrays are found

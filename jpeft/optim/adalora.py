@@ -27,21 +27,26 @@ which starts above b0; this is the schedule of the authors' code.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jpeft.boxes import same_box, unbox
 from jpeft.checks import check_count, check_fraction, check_positive, whole
+from jpeft.late import Late
 from jpeft.leaf import is_leaf
 from jpeft.methods.adalora import NO_TRIPLETS, Triplets, triplets
 from jpeft.tree.paths import slots
 from jpeft.tree.split import beside, is_placeholder
 from jpeft.types import PyTree
+
+if TYPE_CHECKING:
+    import optax
+else:
+    optax = Late("optax")
 
 PAPER, PEFT = "paper", "peft"
 

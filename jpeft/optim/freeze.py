@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jpeft.boxes import unbox
 from jpeft.checks import check_flag
 from jpeft.compat import is_key_array
+from jpeft.late import Late
 from jpeft.leaf import innermost
 from jpeft.tree.paths import slots
 from jpeft.tree.split import combine, is_placeholder, partition, trainable_mask
 from jpeft.types import PyTree
+
+if TYPE_CHECKING:
+    import optax
+else:
+    optax = Late("optax")
 
 _is_none = lambda x: x is None
 

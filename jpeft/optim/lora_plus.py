@@ -8,16 +8,21 @@ ratio near 16 good throughout.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import optax
 
 from jpeft.checks import check_flag, check_positive
+from jpeft.late import Late
 from jpeft.leaf import STATIC, TRAINABLE, is_leaf, roles
 from jpeft.tree.paths import slots
 from jpeft.tree.split import beside, is_placeholder
 from jpeft.types import PyTree
+
+if TYPE_CHECKING:
+    import optax
+else:
+    optax = Late("optax")
 
 
 def lora_plus(

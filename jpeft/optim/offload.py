@@ -11,16 +11,21 @@ of the one before is back on the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import optax
 from jax import lax
 
 from jpeft import compat
 from jpeft.checks import check_index
+from jpeft.late import Late
 from jpeft.types import PyTree
+
+if TYPE_CHECKING:
+    import optax
+else:
+    optax = Late("optax")
 
 HOST, DEVICE, HOST_KIND = jax.memory.Space.Host, jax.memory.Space.Device, "pinned_host"
 Env = dict[Any, Any]  # the values of a program's variables

@@ -28,6 +28,7 @@ from jpeft.boxes import is_box, names_of, rebox, unbox, with_names
 from jpeft.formats import blocks, double
 from jpeft.formats.blocks import FORMATS, Blocks, Format
 from jpeft.formats.packing import GROUP
+from jpeft.kernels import targets
 from jpeft.leaf import (
     AdaptedLeaf,
     StoredWeight,
@@ -101,6 +102,9 @@ class Quantized(QuantizedValue, StoredWeight):
     compute_dtype: str | None = static(default=None)
     names: tuple[Any, ...] | None = static(default=None)
     searched: bool = static(default=False)
+
+    def __post_init__(self) -> None:
+        targets.prepare()
 
     # -- the weight it stands for -----------------------------------------------------
 
