@@ -75,6 +75,7 @@ def draw(path: Path, outs: dict[tuple[str, int], Path]) -> None:
         for axes, (name, title) in zip(own, DRAWN.items(), strict=True):
             axes.plot(at, [x[name] for x in rounds], label=f"seed {seed}")
             axes.set(title=f"{script}: {title}", xlabel="round")
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(axis="y", color="#e6e6e6")
     panels[0, 0].legend(frameon=False)
