@@ -422,7 +422,16 @@ def test_workers_tell_what_they_find_and_of_which_task(options, tmp_path, monkey
     assert again == {x: found[x] for x in good}
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """What a shell runs in the background ignores Ctrl-C, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_ends_the_workers(options, tmp_path):
     script = ROOT / "examples" / "compare_methods.py"
     argv = [sys.executable, str(script), "--jobs", "2", "--methods", "head"]
