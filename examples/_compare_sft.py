@@ -307,8 +307,7 @@ def text_of(
             f" 1.00x is LoRA: {unit.cost('flops') / 1e9:.4g} GFLOP and "
             f"{unit.cost('temp_bytes') / 2**20:.4g} MiB of temporaries a step."
         )
-    left_out = "AdaLoRA, diff pruning and LoRA+"
-    notes.append(f" {left_out} ask more of the training loop than sft.py has.")
+    notes.append(" Diff pruning trains in two stages, and sft.py has one.")
     return "\n\n".join([about, table, "".join(notes)])
 
 
