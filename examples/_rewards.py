@@ -86,6 +86,13 @@ def of_gym(
         raise ValueError(f"reasoning-gym's task {name!r}: {error}") from error
     rows = [{"prompt": x["question"], "entry": x} for x in data]
     part = last_number if read == "last_number" else str.strip
+    for x in data if read == "last_number" else ():
+        expected = str(x["answer"])
+        if data.score_answer(last_number(expected), x) != 1:
+            raise ValueError(
+                f"reasoning-gym's task {name!r}: its answer {expected[:60]!r} would "
+                "not count, since a last number is read; type: --read whole"
+            )
 
     def reward(answers: list[str], rows: list[Row]) -> list[float]:
         return [

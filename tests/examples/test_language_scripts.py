@@ -1,6 +1,8 @@
 """SFT, reward model, DPO, PPO and GRPO as commands, on a model of a few weights."""
 
 import json
+import sys
+import types
 
 import _loop
 import _recipe
@@ -270,6 +272,20 @@ def test_a_run_whose_rewards_are_none_ends_with_a_sentence(world, tmp_path, caps
 )
 def test_the_last_number_of_an_answer(answer, number):
     assert _rewards.last_number(answer) == number
+
+
+def test_a_task_whose_answers_are_no_numbers_says_how_to_read_them(monkeypatch):
+    class Words(list):
+        def score_answer(self, answer, entry):
+            return float(answer == entry["answer"])
+
+    made = Words([{"question": "Say it backwards: dog", "answer": "god"}])
+    gym = types.SimpleNamespace(create_dataset=lambda name, **_: made)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", gym)
+    with pytest.raises(ValueError, match=r"answer 'god' would not count.*--read whole"):
+        _rewards.of_gym("spell_backward", 1, 0, {}, "last_number")
+    task = _rewards.of_gym("spell_backward", 1, 0, {}, "whole")
+    assert task.score([" god\n", "dog"], task.rows * 2).tolist() == [1, 0]
 
 
 def test_answers_that_cannot_be_judged_are_left_out(world):
