@@ -14,6 +14,7 @@ FLOORS = {
     "jpeft.compat": 0,
     "jpeft.checks": 0,
     "jpeft.late": 0,
+    "jpeft.conventions": 0,
     "jpeft.boxes": 1,
     "jpeft.finite": 1,
     "jpeft.serialization": 2,
