@@ -21,6 +21,7 @@ FLOORS = {
     "jpeft.virtual": 1,
     "jpeft.formats": 1,
     "jpeft.sharding.plan": 1,
+    "jpeft.sharding.explicit": 2,
     "jpeft.kernels": 2,
     "jpeft.leaf": 3,
     "jpeft.sharding.specs": 4,

@@ -39,7 +39,8 @@ from jpeft.leaf import (
     static,
     unboxed,
 )
-from jpeft.sharding.specs import leaf_specs, whole_shards
+from jpeft.sharding.plan import whole_shards
+from jpeft.sharding.specs import leaf_specs
 from jpeft.tree.layout import EMBEDDING
 
 
