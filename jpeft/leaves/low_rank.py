@@ -49,6 +49,7 @@ from jpeft.adapt.labels import (
 from jpeft.leaf import (
     adapted_leaf,
     is_leaf,
+    labels_of,
     static,
     trainable,
 )
@@ -181,7 +182,7 @@ def _gathered_weight(
     group = "s" if row and in_a and in_b else "i" if in_a else "o"
     axes = "".join(group if isinstance(k, tuple) else leaf.axes[k] for k in out)  # type: ignore[index]
     place = lambda labels: [R if k == R else out.index(k) for k in labels]
-    new = LowRank.labels_of(axes)
+    new = labels_of(LowRank, axes)
     return leaf.replace(
         base=base,
         axes=axes,
@@ -333,7 +334,7 @@ def low_rank_product(
     a: Float[Array, "..."], b: Float[Array, "..."], axes: str, dtype: Any
 ) -> Float[Array, "..."]:
     """A.B as an array with the weight's axes, multiplied and summed in `dtype`."""
-    labels = LowRank.labels_of(axes)
+    labels = labels_of(LowRank, axes)
     z, zl = contract(
         jnp.asarray(a).astype(dtype),
         labels["a"],

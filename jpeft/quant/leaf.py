@@ -54,10 +54,6 @@ class QuantizedValue(AdaptedLeaf):
         """The whole weight in `dtype`."""
         raise NotImplementedError
 
-    @property
-    def merges(self) -> bool:
-        return True
-
     def materialize(self, dtype: Any = None) -> jax.Array:
         return unboxed(self).value(self.dtype if dtype is None else dtype)
 
