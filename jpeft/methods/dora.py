@@ -30,12 +30,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jpeft.adapt.entry import stand_in
+from jpeft.adapt.equations import Label, align
 from jpeft.adapt.interpreter import Interpreter, acts_as
-from jpeft.adapt.labels import Label, Labelled, R, align, contract
+from jpeft.adapt.labels import Labelled, R, contract
 from jpeft.leaf import (
     adapted_leaf,
     frozen,
@@ -45,10 +46,11 @@ from jpeft.leaf import (
     trainable,
     wide_dtype,
 )
-from jpeft.methods import _init
-from jpeft.methods._low_rank import LowRank
-from jpeft.methods._scaled import ScaledOutput, spread
+from jpeft.leaves import first_factors
+from jpeft.leaves.low_rank import LowRank
+from jpeft.leaves.scaled import ScaledOutput, spread
 from jpeft.methods.lora import LoRA
+from jpeft.sharding.explicit import cut, places
 from jpeft.transform import method
 from jpeft.tree.layout import LeafUse
 
@@ -153,7 +155,7 @@ def change_of_norm(
     def into(w: jax.Array, a: jax.Array) -> jax.Array:
         """W^T A: (*stack, rank, *out)."""
         wl: list[Label] = list(range(len(axes)))
-        z, zl = contract(w, wl, a, al, bl, place=_beside(w, wl), **options)
+        z, zl = contract(w, wl, a, al, bl, place=places(cut(w), wl), **options)
         return align(z, zl, bl)
 
     a_like = a.astype(base.dtype)
@@ -172,17 +174,6 @@ def change_of_norm(
     ab = align(gb, gbl, bl)
     total = (2 * scale * wa.astype(wide) + scale**2 * ab) * b
     return align(jnp.sum(total, bl.index(R)), [k for k in bl if k != R], columns)
-
-
-def _beside(w: jax.Array, labels: list[Label]) -> Any:
-    """Where a product with the weight goes on an explicit mesh."""
-    sharding = jax.typeof(w).sharding
-    if all(names is None for names in sharding.spec):
-        return None
-    names = dict(zip(labels, sharding.spec, strict=True))
-    return lambda wanted: NamedSharding(
-        sharding.mesh, PartitionSpec(*(names.get(k) for k in wanted))
-    )
 
 
 def norm_of(w: Float[Array, "..."], axes: str) -> Float[Array, "..."]:
@@ -218,10 +209,11 @@ class DoRA(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init not in _init.DRAWN:
+        if self.init not in first_factors.DRAWN:
             raise ValueError(
-                f"dora: init={self.init!r}: expected one of {_init.DRAWN}; other first "
-                "values of A and B would turn the columns before the first step"
+                f"dora: init={self.init!r}: expected one of {first_factors.DRAWN}; "
+                "other first values of A and B would turn the columns before the "
+                "first step"
             )
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Any:

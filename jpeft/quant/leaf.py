@@ -36,11 +36,11 @@ from jpeft.leaf import (
     array_fields,
     field_axes,
     frozen,
-    leaf_specs,
     static,
     unboxed,
-    whole_shards,
 )
+from jpeft.sharding.plan import whole_shards
+from jpeft.sharding.specs import leaf_specs
 from jpeft.tree.layout import EMBEDDING
 
 
