@@ -401,9 +401,9 @@ class Extended(Carried):
             if one is None:
                 # A mask, a position bias, a dropout mask: nothing to the prefix.
                 first = ins[0] is self
-                either = isinstance(verb, Scale) and not verb.divides
-                either |= isinstance(verb, Add)
-                if not (either or (first and isinstance(verb, (Subtract, Scale)))):
+                times = isinstance(verb, Scale) and not verb.divides
+                less = first and isinstance(verb, (Subtract, Scale))
+                if not (times or less or isinstance(verb, Add)):
                     return self._refuse(it, eqn, "has no neutral value for the prefix")
                 extra = self.extra.astype(main.dtype)
                 return self.replace(main=main, extra=extra)

@@ -12,6 +12,7 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jpeft import compat
 from jpeft.adapt import equations
 from jpeft.adapt.equations import (
     ByElement,
@@ -138,7 +139,8 @@ def test_each_name_is_that_of_a_primitive():
     modules = [m for n, m in sorted(sys.modules.items()) if n.startswith("jax.")]
     values = [x for m in modules for x in vars(m).values()]
     names = {x.name for x in values if isinstance(x, jex.Primitive)}
-    assert {*equations._VERBS} <= names
+    # Which calls there are depends on JAX's version, as `compat` says.
+    assert {*equations._VERBS} - {*compat.CALLS} <= names
 
 
 BY_ELEMENT = sorted(n for n, verb in equations._VERBS.items() if verb is ByElement)
