@@ -42,6 +42,7 @@ FLOORS = {
     "jpeft.checkpoint": 11,
     "jpeft.sharding": 11,
     "jpeft.config": 11,
+    "jpeft.extend": 11,
     "jpeft.hf": 12,
 }
 EVERYWHERE = {"jax", "jaxtyping", "numpy"}

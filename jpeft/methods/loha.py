@@ -36,7 +36,7 @@ from jaxtyping import Array, Float
 from jpeft.adapt.equations import Label, Product, align
 from jpeft.adapt.interpreter import Interpreter, contracts
 from jpeft.adapt.labels import R, contract
-from jpeft.attach import Ranked
+from jpeft.attach import Ranked, check_rank
 from jpeft.checks import one_of
 from jpeft.leaf import (
     adapted_leaf,
@@ -55,7 +55,6 @@ from jpeft.leaves.low_rank import (
     low_rank_product,
     through,
 )
-from jpeft.methods.lora import check_rank
 from jpeft.sharding.explicit import places
 from jpeft.transform import method
 from jpeft.tree.layout import CONV, LINEAR, MATRIX, LeafUse

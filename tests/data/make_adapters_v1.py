@@ -13,7 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "methods")]
+sys.path[:0] = [
+    str(Path(__file__).parents[1]),
+    str(Path(__file__).parents[1] / "methods"),
+]
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -28,7 +31,9 @@ with tempfile.TemporaryDirectory() as folder:
         f, params = form(name), trained(method, name)
         jpeft.save(written / method, params, entry.make())
         output = np.asarray(adapted(name)(params, *f.args))
-        base = dict(zip(map(str, range(10**6)), jax.tree.leaves(f.params), strict=False))
+        base = dict(
+            zip(map(str, range(10**6)), jax.tree.leaves(f.params), strict=False)
+        )
         args = {f"arg_{k}": np.asarray(x) for k, x in enumerate(f.args)}
         np.savez(written / f"{method}.npz", output=output)
         np.savez(written / f"base_{name}.npz", **base, **args)
