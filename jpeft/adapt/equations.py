@@ -1,12 +1,15 @@
-"""What an equation does, said once: the verbs that a weight may meet.
+"""What an equation does, said once: the verbs that a value may meet.
 
-    Contract, LookUp, Convolve, Route    it is consumed
-    Scale, Add, Sum, Cast                its values change
-    Join                                 several become one
-    Move                                 its axes are moved about
+    Contract, LookUp, Convolve, Route    a weight is consumed
+    ByElement                            each value changes: Scale, Add, Cast, ...
+    Reduce, Sum                          all values along an axis become one
+    Join, Write                          several arrays become one
+    Move                                 axes are moved about
+    Call, Scan, While, Branch            there is a program inside
 
-`read` turns an equation into one of them.  Rules answer verbs, so what a primitive is
-called, and where its parameters are, stands here and nowhere else.
+`read` turns an equation into one of them.  Rules answer verbs, and whoever follows a
+value through a program asks for them, so what a primitive is called, and where its
+parameters are, stands here and nowhere else.
 
 A movement is data: which axes of the operand each axis of the result holds, and what
 happens along one (`Step`).  Four readers go by it: arrays that have some of the
@@ -26,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jpeft import compat
 from jpeft.leaf import is_leaf
 
 T = TypeVar("T")
@@ -48,10 +52,14 @@ class Verb:
 
 
 class Change(Verb):
-    """The values change; the axes at most become fewer."""
+    """Linear in what changes; its axes at most become fewer."""
 
 
-class _OfOne(Change):
+class ByElement(Verb):
+    """Each value is made of those that the operands have in its place."""
+
+
+class _OfOne(Change, ByElement):
     """One operand, whose axes stay."""
 
     def carried(self, axes: Sequence[frozenset[T]]) -> list[tuple[frozenset[T], ...]]:
@@ -70,14 +78,7 @@ class Negate(_OfOne):
     pass
 
 
-class Barrier(Verb):
-    """Each operand as it is, once all of them are there."""
-
-    def carried(self, axes: Sequence[frozenset[T]]) -> list[tuple[frozenset[T], ...]]:
-        return [tuple(axes)] * len(self.eqn.outvars)
-
-
-class Scale(Change):
+class Scale(Change, ByElement):
     """The product or quotient of two."""
 
     @property
@@ -85,20 +86,89 @@ class Scale(Change):
         return self.eqn.primitive.name == "div"
 
 
-class Add(Verb):
+class Add(ByElement):
     """The sum of two."""
 
 
-class Compute(Verb):
-    """Something else that is made of each value, of two, or of all along an axis."""
+class Subtract(ByElement):
+    """The first less the second."""
 
 
-class Sum(Change):
-    """Over some axes."""
+class Root(ByElement):
+    """The square root, or one over it."""
+
+
+class Bound(ByElement):
+    """At most, or at least, what another operand is."""
+
+
+class Order(ByElement):
+    """Whether the first is less, or more, than the second."""
+
+
+class Select(ByElement):
+    """One of the other operands, as the first says."""
+
+
+class Barrier(Verb):
+    """Each operand as it is, once all of them are there."""
+
+    def carried(self, axes: Sequence[frozenset[T]]) -> list[tuple[frozenset[T], ...]]:
+        return [tuple(axes)] * len(self.eqn.outvars)
+
+
+class SumOfShards(Verb):
+    """Of each operand, over a mesh."""
+
+
+class Pool(Verb):
+    """Many values as one: those of a window, or (`Reduce`) all along some axes."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reduce(Pool):
+    """join: does the same to two values.  nothing: of a dtype, what may be joined to
+    any value without a change of a single bit."""
+
+    join: Callable[[Any, Any], Any]
+    nothing: Callable[[Any], Any]
 
     @property
     def axes(self) -> tuple[int, ...]:
         return tuple(self.eqn.params["axes"])
+
+
+class Sum(Change, Reduce):
+    """Over some axes."""
+
+
+class Look(Verb):
+    """Something is told of the operand that is none of its values: where the largest
+    is, what a callback is shown."""
+
+
+class Draw(Verb):
+    """Random bits."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Write(Verb):
+    """Values put into the first operand, where indices say.
+
+    replaces: whether they stand for those that were there.
+    """
+
+    replaces: bool
+
+    @property
+    def axes(self) -> dict[int, int]:
+        """Of axes of what is written, those of the first operand it lies along."""
+        ndim, numbers = len(_source(self.eqn)), self.eqn.params.get("dimension_numbers")
+        if numbers is None:
+            return {k: k for k in range(ndim)}
+        gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+        window = [k for k in range(ndim) if k not in gone]
+        return dict(zip(numbers.update_window_dims, window, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,6 +185,16 @@ class Join(Verb):
 class Consume(Verb):
     """A weight meets what is no weight."""
 
+    def roles(self, operand: int) -> list[str] | None:
+        """What each axis of an operand is in it, "i", "s" or "o"; None if that operand
+        is never a weight."""
+        return None
+
+    @property
+    def made_of(self) -> list[tuple[tuple[int, int], ...]]:
+        """The axes of operands, as (operand, axis), that each of the result's is."""
+        raise NotImplementedError
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Contract(Consume):
@@ -127,6 +207,12 @@ class Contract(Consume):
     batch: tuple[tuple[int, ...], tuple[int, ...]]
 
     @property
+    def sums_all(self) -> bool:
+        """Whether nothing is left of one operand: the mean of squares as a product."""
+        pairs = zip(self.contracting, self.batch, self.eqn.invars, strict=True)
+        return any(s and len(s) + len(b) == len(v.aval.shape) for s, b, v in pairs)
+
+    @property
     def options(self) -> dict[str, Any]:
         """How the product is to be computed, and where it goes."""
         names = ("precision", "preferred_element_type", "out_sharding")
@@ -136,6 +222,16 @@ class Contract(Consume):
         """What an axis of an operand is in it: "i", "s" or "o"."""
         summed, each = axis in self.contracting[side], axis in self.batch[side]
         return "i" if summed else "s" if each else "o"
+
+    def roles(self, operand: int) -> list[str]:
+        axes = range(len(self.eqn.invars[operand].aval.shape))
+        return [self.role(operand, k) for k in axes]
+
+    @property
+    def made_of(self) -> list[tuple[tuple[int, int], ...]]:
+        pairs = zip(*self.batch, strict=True)
+        free = [((w, k),) for w in (0, 1) for k in _at("o", self.roles(w))]
+        return [*(((0, j), (1, k)) for j, k in pairs), *free]
 
     def labels(self, side: int, ndim: int, x_ndim: int) -> tuple[list[Label], ...]:
         """Labels of the other operand and of the result.
@@ -208,6 +304,15 @@ class Convolve(Consume):
     def channel(self) -> int:
         """The weight's axis of inputs."""
         return self.numbers.rhs_spec[1]
+
+    def roles(self, operand: int) -> list[str] | None:
+        axes = range(len(self.eqn.invars[1].aval.shape))
+        return ["o" if k == self.out else "i" for k in axes] if operand == 1 else None
+
+    @property
+    def made_of(self) -> list[tuple[tuple[int, int], ...]]:
+        axes, feature = range(len(_source(self.eqn))), self.numbers.out_spec[1]
+        return [((1, self.out),) if k == feature else () for k in axes]
 
     @property
     def groups(self) -> tuple[int, int]:
@@ -317,6 +422,15 @@ class Route(Consume):
         each = axis in (*batch, *self.numbers.rhs_group_dimensions)
         return "i" if axis in summed else "s" if each else "o"
 
+    def roles(self, operand: int) -> list[str] | None:
+        axes = range(len(self.eqn.invars[1].aval.shape))
+        return list(map(self.role, axes)) if operand == 1 else None
+
+    @property
+    def made_of(self) -> list[tuple[tuple[int, int], ...]]:
+        own = [((1, k),) for k in _at("o", self.roles(1) or [])]
+        return [()] * (len(self.eqn.outvars[0].aval.shape) - len(own)) + own
+
     def axes(self) -> tuple[int, int, int, int] | None:
         """Its axes (group, summed, kept), and that of x which counts rows; None where
         there are more."""
@@ -330,6 +444,10 @@ class Route(Consume):
             return None
         (q,), (i,), (g,) = of_x, of_weight, numbers.rhs_group_dimensions
         return g, i, 3 - g - i, 1 - q
+
+
+def _at(role: str, roles: Sequence[str]) -> list[int]:
+    return [k for k, r in enumerate(roles) if r == role]
 
 
 def smaller_as_value(ins: Sequence[Any]) -> list[Any]:
@@ -589,7 +707,13 @@ class Move(Verb):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Same(Move):
-    """The operand as it is, or a copy, or without its gradient."""
+    """The operand as it is, or a copy."""
+
+    @property
+    def is_operand(self) -> bool:
+        """Whether the operand may stand for the result.  A mesh may give the result a
+        type of its own."""
+        return self.eqn.invars[0].aval == self.eqn.outvars[0].aval
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -598,8 +722,110 @@ class Said(Same):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Placed(Said):
+    """The devices that it is to be on, which is a wish."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stop(Same):
+    """Without its gradient."""
+
+    @property
+    def is_operand(self) -> bool:
+        return False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Round(Same):
     """Fewer bits, the same dtype."""
+
+    @property
+    def is_operand(self) -> bool:
+        return False
+
+
+# --- programs inside -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call(Verb):
+    """A program on the last operands, whose outputs are the equation's."""
+
+    jaxpr: Any
+    consts: Sequence[Any]
+
+    @property
+    def first(self) -> int:
+        """Of the operands that enter."""
+        return len(self.eqn.invars) - len(self.jaxpr.invars)
+
+    @property
+    def given(self) -> Sequence[Any]:
+        """The variables that enter."""
+        return self.eqn.invars[self.first :]
+
+
+class Jit(Call):
+    """One that could as well stand in the program around it."""
+
+    @property
+    def name(self) -> str:
+        return str(self.eqn.params.get("name"))
+
+
+class OnShards(Call):
+    """One on the shards of a mesh."""
+
+    def as_cut(self, operand: int, result: int) -> bool:
+        """Whether an operand is cut as a result is put together."""
+        p = self.eqn.params
+        return p["in_specs"][operand] == p["out_specs"][result]
+
+
+class Scan(Verb):
+    """A program on each row of some operands, one after the other.
+
+    Operands: constants, what a step hands to the next one, what has rows.  Results: the
+    latter two.
+    """
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Of constants, and of what is handed on."""
+        return compat.scan_counts(self.eqn)
+
+    @property
+    def body(self) -> Any:
+        return compat.open_jaxpr(self.eqn.params["jaxpr"])[0]
+
+
+class While(Verb):
+    """A program for as long as another one says.
+
+    Operands: constants of the test, those of the body, what a step hands to the next.
+    """
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Of the constants."""
+        return self.eqn.params["cond_nconsts"], self.eqn.params["body_nconsts"]
+
+    @property
+    def test(self) -> Any:
+        return compat.open_jaxpr(self.eqn.params["cond_jaxpr"])[0]
+
+    @property
+    def body(self) -> Any:
+        return compat.open_jaxpr(self.eqn.params["body_jaxpr"])[0]
+
+
+class Branch(Verb):
+    """One of several programs on the other operands, as the first says."""
+
+    @property
+    def branches(self) -> list[tuple[Any, Sequence[Any]]]:
+        """Programs, and their constants."""
+        return list(map(compat.open_jaxpr, self.eqn.params["branches"]))
 
 
 # --- what each primitive is ----------------------------------------------------------
@@ -616,6 +842,19 @@ def only_moves(eqn: Any) -> bool:
     or cast."""
     verb = read(eqn)
     return isinstance(verb, Cast) or (isinstance(verb, Move) and verb.step is None)
+
+
+def varying(var: Any, made_by: Callable[[Any], Any]) -> set[int]:
+    """The axes along which a value really varies: not those along which it was repeated
+    before.  made_by: the equation that made a variable, or None."""
+    made = None if isinstance(var, compat.Literal) else made_by(var)
+    if made is None or not only_moves(made):
+        shape = getattr(var.aval, "shape", ())  # a token has none
+        return {k for k, n in enumerate(shape) if n > 1}
+    verb, was = read(made), varying(made.invars[0], made_by)
+    axes = [frozenset({k} & was) for k in range(len(_source(made)))]
+    (moved,) = verb.carried(axes)  # type: ignore[union-attr, misc]
+    return {k for k, held in enumerate(moved) if held}
 
 
 def _source(eqn: Any) -> tuple[int, ...]:
@@ -686,30 +925,98 @@ def _all_gather(eqn: Any) -> Move | None:
     return Move.whole(eqn, along) if plain else None
 
 
-_VERBS: dict[str, Callable[[Any], Verb | None]] = {
+def _power(eqn: Any) -> Verb:
+    by = eqn.invars[1]
+    half = isinstance(by, compat.Literal) and abs(float(by.val)) == 0.5
+    return Root(eqn) if half else ByElement(eqn)
+
+
+def _call(eqn: Any) -> Verb | None:
+    name, kinds = eqn.primitive.name, {compat.JIT: Jit, "shard_map": OnShards}
+    if compat.CALLS[name] not in eqn.params:
+        return None
+    program = compat.open_jaxpr(eqn.params[compat.CALLS[name]])
+    return kinds.get(name, Call)(eqn, *program)
+
+
+def _least(dtype: Any) -> Any:
+    if jnp.issubdtype(dtype, jnp.floating):
+        return -jnp.inf
+    return dtype != jnp.bool_ and jnp.iinfo(dtype).min
+
+
+def _most(dtype: Any) -> Any:
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.inf
+    return dtype == jnp.bool_ or jnp.iinfo(dtype).max
+
+
+def _reduces(
+    join: Callable[[Any, Any], Any],
+    nothing: Callable[[Any], Any],
+    verb: type[Reduce] = Reduce,
+) -> Callable[[Any], Verb]:
+    return lambda eqn: verb(eqn, join, nothing)
+
+
+_Reader = Callable[[Any], Verb | None]
+
+
+def _all(names: str, reader: _Reader) -> dict[str, _Reader]:
+    return dict.fromkeys(names.split(), reader)
+
+
+_VERBS: dict[str, _Reader] = {
     "dot_general": lambda e: Contract(e, *e.params["dimension_numbers"]),
     "ragged_dot_general": Route,
     "conv_general_dilated": Convolve,
     "gather": LookUp,
+    # by element: not what takes complex numbers apart, whose halves are two features
+    **_all(
+        "abs acos acosh and asin asinh atan atan2 atanh cbrt ceil cos cosh digamma eq "
+        "erf erf_inv erfc exp exp2 expm1 floor integer_pow is_finite lgamma log log1p "
+        "logistic ne nextafter not or rem round sign sin sinh square tan tanh xor",
+        ByElement,
+    ),
     "convert_element_type": Cast,
     "neg": Negate,
-    "mul": Scale,
-    "div": Scale,
-    "reduce_sum": Sum,
-    "add": Add,
-    "add_any": Add,
+    **_all("mul div", Scale),
+    **_all("add add_any", Add),
+    "sub": Subtract,
+    **_all("sqrt rsqrt", Root),
+    "pow": _power,
+    **_all("max min clamp", Bound),
+    **_all("lt le gt ge", Order),
+    "select_n": Select,
+    # many as one
+    "reduce_sum": _reduces(lax.add, lambda _: -0.0, Sum),
+    "reduce_prod": _reduces(lax.mul, lambda _: 1),
+    "reduce_max": _reduces(lax.max, _least),
+    "reduce_min": _reduces(lax.min, _most),
+    "reduce_and": _reduces(lax.bitwise_and, lambda _: -1),
+    "reduce_or": _reduces(lax.bitwise_or, lambda _: 0),
+    "reduce_xor": _reduces(lax.bitwise_xor, lambda _: 0),
+    **_all("reduce_window_sum reduce_window_max reduce_window_min", Pool),
+    **_all("psum psum_invariant", SumOfShards),
+    **_all("argmax argmin debug_callback debug_print", Look),
+    **_all("random_bits threefry2x32 rng_bit_generator rng_uniform", Draw),
+    # several as one
     "concatenate": lambda e: Join(e, e.params["dimension"], new=False),
     # `jnp.stack`, a primitive since jax 0.10
     "stack": lambda e: Join(e, e.params["axis"], new=True),
+    **_all("dynamic_update_slice scatter", lambda e: Write(e, replaces=True)),
+    **_all(
+        "scatter-add scatter-sub scatter-mul scatter-min scatter-max",
+        lambda e: Write(e, replaces=False),
+    ),
+    # as it is
     "optimization_barrier": Barrier,
-    "copy": Same.whole,
-    "stop_gradient": Same.whole,
-    "pvary": Same.whole,
+    **_all("copy pvary", Same.whole),
+    "stop_gradient": Stop.whole,
     "reduce_precision": Round.whole,
-    "sharding_constraint": Said.whole,
-    "name": Said.whole,
-    "reshard": Said.whole,
-    "layout_constraint": Said.whole,
+    "sharding_constraint": Placed.whole,
+    **_all("name reshard layout_constraint", Said.whole),
+    # moved about
     "transpose": lambda e: Move(e, tuple((k,) for k in e.params["permutation"])),
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast,
@@ -721,10 +1028,11 @@ _VERBS: dict[str, Callable[[Any], Verb | None]] = {
     "rev": lambda e: Move.whole(e, dict.fromkeys(e.params["dimensions"], Reverse())),
     "pad": _pad,
     "all_gather": _all_gather,
-    **dict.fromkeys(
-        "abs integer_pow max min reduce_max rsqrt select_n sqrt square sub".split(),
-        Compute,
-    ),
+    # programs inside
+    **dict.fromkeys(compat.CALLS, _call),
+    "scan": Scan,
+    "while": While,
+    "cond": Branch,
 }
 
 

@@ -9,9 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 from jpeft import compat
-
-# One operand, whose value comes out as it is.
-_SAME = frozenset("copy name sharding_constraint layout_constraint".split())
+from jpeft.adapt.equations import (
+    Barrier,
+    Branch,
+    Call,
+    OnShards,
+    Same,
+    Scan,
+    Stop,
+    While,
+    read,
+)
 
 
 def handed_on(jaxpr: Any, stopped: bool = False) -> list[int | None]:
@@ -34,8 +42,7 @@ class _Origins:
         self.stopped = stopped
         self.known: dict[int, tuple[dict[Any, int], dict[Any, tuple[Any, int]]]] = {}
 
-    def of_output(self, program: Any, n: int) -> int | None:
-        jaxpr, _ = compat.open_jaxpr(program)
+    def of_output(self, jaxpr: Any, n: int) -> int | None:
         if id(jaxpr) not in self.known:
             place = {v: k for k, v in enumerate(jaxpr.invars)}
             made = {v: (e, j) for e in jaxpr.eqns for j, v in enumerate(e.outvars)}
@@ -55,30 +62,31 @@ class _Origins:
         return None
 
     def of_equation(self, eqn: Any, n: int) -> int | None:
-        name, p = eqn.primitive.name, eqn.params
-        if name in _SAME or (name == "stop_gradient" and self.stopped):
-            return 0
-        if name == "optimization_barrier":
+        verb = read(eqn)
+        if isinstance(verb, Same):
+            same = verb.is_operand or (isinstance(verb, Stop) and self.stopped)
+            return 0 if same else None
+        if isinstance(verb, Barrier):
             return n
-        if name in compat.CALLS:
-            program = p[compat.CALLS[name]]
-            k = self.of_output(program, n)
+        if isinstance(verb, Call):
+            k = self.of_output(verb.jaxpr, n)
             if k is None:
                 return None
-            k += len(eqn.invars) - len(compat.open_jaxpr(program)[0].invars)
-            cut = name == "shard_map" and p["in_specs"][k] != p["out_specs"][n]
+            k += verb.first
+            cut = isinstance(verb, OnShards) and not verb.as_cut(k, n)
             return None if cut else k
-        if name == "scan":
-            n_consts, n_carry = compat.scan_counts(eqn)
-            k = self.of_output(p["jaxpr"], n)
+        if isinstance(verb, Scan):
+            n_consts, n_carry = verb.counts
+            k = self.of_output(verb.body, n)
             if n < n_carry:  # each step hands on what the step before did
                 return k if k == n_consts + n else None
             return k if k is not None and k >= n_consts + n_carry else None
-        if name == "while":
-            k = self.of_output(p["body_jaxpr"], n)
-            return p["cond_nconsts"] + k if k == p["body_nconsts"] + n else None
-        if name == "cond":
-            first, *others = (self.of_output(b, n) for b in p["branches"])
+        if isinstance(verb, While):
+            of_test, of_body = verb.counts
+            k = self.of_output(verb.body, n)
+            return of_test + of_body + n if k == of_body + n else None
+        if isinstance(verb, Branch):
+            first, *others = (self.of_output(b, n) for b, _ in verb.branches)
             alike = all(k == first for k in others)
             return 1 + first if alike and first is not None else None
         return None

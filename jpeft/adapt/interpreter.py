@@ -10,7 +10,6 @@ plain array where nothing does.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from jax import lax
 
 from jpeft import compat
 from jpeft.adapt.channel import Channel, Ledger, Rows
-from jpeft.adapt.equations import Contract, Join, Product, Route, Verb, read
+from jpeft.adapt.equations import Add, Contract, Join, Product, Route, Verb, read
 from jpeft.leaf import (
     AdaptedLeaf,
     Path,
@@ -36,7 +35,8 @@ from jpeft.leaf import (
 )
 from jpeft.types import DensifyError, DerivativeError
 
-# A rule returns the equation's output (a list for several), or None: no cheap form.
+# (interpreter, verb, operands) -> the equation's output (a list for several), or None:
+# no cheap form.  Of a primitive that holds a program it gets the equation.
 Rule = Callable[["Interpreter", Any, list[Any]], Any]
 
 _RULES: dict[tuple[type[Verb], type], Rule] = {}
@@ -57,14 +57,10 @@ def acts(
     """
 
     def enter(f: Any) -> Any:
-        @functools.wraps(f)
-        def of_equation(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-            return f(it, read(eqn), ins)
-
         if joins:
-            _JOINS.add(of_equation)
+            _JOINS.add(f)
         for verb in verbs:
-            _RULES[verb, kind] = of_equation
+            _RULES[verb, kind] = f
         return f
 
     return enter
@@ -77,7 +73,7 @@ def acts_as(method: str, *verbs: type[Verb], kind: type[AdaptedLeaf]) -> None:
     def as_another(it: Interpreter, verb: Verb, ins: list[Any]) -> Any:
         made = [getattr(x, method)() if isinstance(x, kind) else x for x in ins]
         pairs = zip(made, ins, strict=True)
-        known = all(find_rule(verb.eqn, x) for x, was in pairs if x is not was)
+        known = all(find_rule(verb, x) for x, was in pairs if x is not was)
         return it.bind(verb.eqn, made) if known else None
 
     acts(*verbs or (Verb,), kind=kind, joins=True)(as_another)
@@ -116,9 +112,8 @@ def control_rule(*primitives: str) -> Callable[[Rule], Rule]:
     return enter
 
 
-def find_rule(eqn: Any, leaf: AdaptedLeaf) -> Rule | None:
+def find_rule(verb: Verb | None, leaf: AdaptedLeaf) -> Rule | None:
     """That of the nearest kind, and there of the nearest verb."""
-    verb = read(eqn)
     verbs = () if verb is None else type(verb).__mro__
     for kind in type(leaf).__mro__:
         for each in verbs:
@@ -284,20 +279,22 @@ class Interpreter:
         ins = list(ins)
         if not any(map(is_node, ins)):
             return self.native(eqn)(*ins)
-        name, verb = eqn.primitive.name, read(eqn)
-        leaves = list(filter(is_leaf, ins))
-        multiplies = isinstance(verb, (Contract, Route))
+        name = eqn.primitive.name
         if name in _CONTROL:
             out = _CONTROL[name](self, eqn, ins)
-        elif leaves and multiplies and any(map(_is_complex, ins)):
+            return self.native(eqn)(*self.plain(eqn, ins)) if out is None else out
+        verb = read(eqn)
+        leaves = list(filter(is_leaf, ins))
+        multiplies = isinstance(verb, (Contract, Route))
+        if leaves and multiplies and any(map(_is_complex, ins)):
             out = self._real_and_imaginary(eqn, list(map(settled, ins)))
         elif leaves:
-            first, *others = dict.fromkeys(find_rule(eqn, x) for x in leaves)
+            first, *others = dict.fromkeys(find_rule(verb, x) for x in leaves)
             ins = list(map(settled, ins))
-            out = first(self, eqn, ins) if first else None
+            out = first(self, verb, ins) if first else None
             for found in others:
                 if out is None and found is not None and found in _JOINS:
-                    out = found(self, eqn, ins)
+                    out = found(self, verb, ins)
             if out is not None and isinstance(verb, Join) and is_leaf(out):
                 out = _named_together(out, leaves)
         else:
@@ -455,7 +452,7 @@ def _keep_summands(jaxpr: Any, last: dict[Any, int]) -> None:
     leaf may stand for that (`adds_to`)."""
     sums: dict[Any, Any] = {}
     for k, e in enumerate(jaxpr.eqns):
-        if e.primitive.name not in ("add", "add_any"):
+        if not isinstance(read(e), Add):
             continue
         for v in _vars(e):
             for summand in sums.get(v, ()):

@@ -29,7 +29,7 @@ from jpeft.adapt.equations import (
     Said,
     Same,
     Scale,
-    read,
+    varying,
 )
 from jpeft.adapt.equations import align as align
 from jpeft.adapt.interpreter import Interpreter, acts
@@ -259,30 +259,16 @@ def factor_of(
     leaf = ins[side]
     if by.eqn.outvars[0].aval.shape != leaf.shape:
         return None  # the weight itself is broadcast
-    varying = broadcast_axes(it, by.eqn, 1 - side)
-    return leaf, jnp.broadcast_to(ins[1 - side], leaf.shape), varying
+    wide = varying(by.eqn.invars[1 - side], it.producer)
+    return leaf, jnp.broadcast_to(ins[1 - side], leaf.shape), wide
 
 
-def broadcast_axes(it: Interpreter, eqn: Any, operand: int) -> set[int]:
-    """The axes along which an operand really varies.
-
-    Some are broadcast to the weight's shape by an equation before, which is asked.
-    """
-    var = eqn.invars[operand]
-    found = it.producer(var)
-    move = None if found is None else read(found)
-    if isinstance(move, Move) and move.spreads:
-        wide = [any(move.source[q] > 1 for q in held) for held in move.of]
-        return {k for k, w in enumerate(wide) if w}
-    return {k for k, n in enumerate(var.aval.shape) if n > 1}
-
-
-def factor_along(x: jax.Array, varying: set[int], labels: list[Label]) -> jax.Array:
+def factor_along(x: jax.Array, wide: set[int], labels: list[Label]) -> jax.Array:
     """The operand cut down to the axes it varies along, shaped to scale an array that
     has `labels`."""
-    index = tuple(slice(None) if k in varying else 0 for k in range(x.ndim))
+    index = tuple(slice(None) if k in wide else 0 for k in range(x.ndim))
     x = x[index]
-    kept = sorted(varying)
-    order = [k for k in labels if k in varying]
+    kept = sorted(wide)
+    order = [k for k in labels if k in wide]
     x = align(x, kept, order)
     return x.reshape([x.shape[order.index(k)] if k in order else 1 for k in labels])

@@ -15,7 +15,19 @@ import jax
 import numpy as np
 
 from jpeft import compat
-from jpeft.adapt.equations import Scale, only_moves, read
+from jpeft.adapt.equations import (
+    Add,
+    Bound,
+    Call,
+    Jit,
+    Join,
+    LookUp,
+    Order,
+    Scale,
+    Select,
+    only_moves,
+    read,
+)
 
 DIRECT, CONSTANT, UNKNOWN = "direct", "constant", ""
 CLIPPED, WRAPPED, SHIFTED, REPLACED = "clipped", "wrapped", "shifted", "replaced"
@@ -142,15 +154,14 @@ class Lookups:
 # --- which tables one text looks up --------------------------------------------------
 
 # What happens to ids on the way that leaves them the text's own.
-_TO_AN_INDEX = frozenset("lt add select_n clamp min max concatenate".split())
+_TO_AN_INDEX = (Add, Bound, Join, Order, Select)
 
 
 def _makes_an_index(eqn: Any) -> bool:
-    name = eqn.primitive.name
-    if name == compat.JIT:  # jnp.where
-        inner, _ = compat.open_jaxpr(eqn.params["jaxpr"])
-        return all(map(_makes_an_index, inner.eqns))
-    return name in _TO_AN_INDEX or only_moves(eqn)
+    verb = read(eqn)
+    if isinstance(verb, Jit):  # jnp.where
+        return all(map(_makes_an_index, verb.jaxpr.eqns))
+    return isinstance(verb, _TO_AN_INDEX) or only_moves(eqn)
 
 
 def tables_looked_up(jaxpr: Any) -> list[tuple[int, frozenset[int]]]:
@@ -197,13 +208,12 @@ def _look_into(
         return frozenset().union(*(p for p in parts if p is not None))
 
     for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
-        if name == "gather":
+        verb = read(eqn)
+        if isinstance(verb, LookUp):
             at, by = table(eqn.invars[0]), ids(eqn.invars[1])
             if at is not None and by:
                 found.append((at, by))
-        elif name in compat.CALLS and compat.CALLS[name] in eqn.params:
-            inner, _ = compat.open_jaxpr(eqn.params[compat.CALLS[name]])
-            given = eqn.invars[len(eqn.invars) - len(inner.invars) :]
-            pairs = zip(inner.invars, given, strict=True)
-            _look_into(inner, {}, {v: (table(x), ids(x)) for v, x in pairs}, found)
+        elif isinstance(verb, Call):
+            pairs = zip(verb.jaxpr.invars, verb.given, strict=True)
+            known = {v: (table(x), ids(x)) for v, x in pairs}
+            _look_into(verb.jaxpr, {}, known, found)

@@ -15,23 +15,33 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jpeft import compat, conventions
 from jpeft.adapt.entry import Program
 from jpeft.adapt.equations import (
     Barrier,
+    Branch,
+    Call,
+    Consume,
     Contract,
     Convolve,
+    Jit,
     Join,
     LookUp,
     Move,
     Route,
     Scale,
+    Scan,
+    Select,
     SliceAt,
     Sum,
+    Verb,
+    While,
+    Write,
     read,
+    varying,
 )
 from jpeft.adapt.lookups import CONSTANT, DIRECT, Lookups
 from jpeft.adapt.values import Operand, Values, part_of
@@ -59,13 +69,12 @@ from jpeft.tree.layout import (
 from jpeft.tree.paths import is_array, slots, weight
 from jpeft.types import PyTree
 
-CONSUMERS = {
-    "dot_general": LINEAR,
-    "ragged_dot_general": LINEAR,
-    "conv_general_dilated": CONV,
-    "gather": EMBEDDING,
+_KINDS: dict[type, str] = {
+    Contract: LINEAR,
+    Route: LINEAR,
+    Convolve: CONV,
+    LookUp: EMBEDDING,
 }
-_SPREADS = frozenset({"broadcast_in_dim", "convert_element_type"})
 _FLIP = str.maketrans("io", "oi")
 _NOTHING: frozenset[int] = frozenset()
 
@@ -87,11 +96,31 @@ class Tag:
     row: bool = False
     picked: frozenset[int] = frozenset()
 
-    def moved(self, axes: Sequence[frozenset[int]]) -> Tag:
-        return dataclasses.replace(self, axes=tuple(axes))
+    def moved(
+        self,
+        axes: Sequence[frozenset[int]],
+        gone: Iterable[int] = (),
+        label: str = "s",
+    ) -> Tag:
+        """With other axes.  gone: places of those that left the value, which `label`
+        says what for."""
+        lost = {(a, label) for k in gone for a in self.axes[k]}
+        return dataclasses.replace(self, axes=tuple(axes), gone=self.gone | lost)
 
 
 Tags = list[Tag]
+
+
+def _blurred(tags: Iterable[Tag]) -> Tags:
+    return [dataclasses.replace(t, blurred=True) for t in tags]
+
+
+class At(NamedTuple):
+    """One equation of a program.  context: the programs around it."""
+
+    eqn: Any
+    verb: Verb | None
+    context: tuple[str, ...]
 
 
 def find_uses(
@@ -186,39 +215,40 @@ class _Finder:
     def equation(
         self, eqn: Any, ins: list[Tags], fed: list[bool], context: tuple[str, ...]
     ) -> tuple[list[Tags], list[bool]]:
-        name, params = eqn.primitive.name, eqn.params
-        if name in compat.CALLS and compat.CALLS[name] in params:
-            jaxpr, consts = compat.open_jaxpr(params[compat.CALLS[name]])
-            skip = len(ins) - len(jaxpr.invars)
-            self.lookups.enter(jaxpr, consts, eqn.invars[skip:])
-            self.values.enter(jaxpr.invars, eqn.invars[skip:])
-            label = f"jit:{params.get('name')}" if name == compat.JIT else name
+        name, verb = eqn.primitive.name, read(eqn)
+        if isinstance(verb, Call):
+            jaxpr, skip = verb.jaxpr, verb.first
+            self.lookups.enter(jaxpr, verb.consts, verb.given)
+            self.values.enter(jaxpr.invars, verb.given)
+            label = f"jit:{verb.name}" if isinstance(verb, Jit) else name
             outs = self.walk(jaxpr, ins[skip:], fed[skip:], (*context, label))
             self.values.enter(eqn.outvars, jaxpr.outvars)
             return outs
         operands = [self.operand(eqn, k, ins[k], fed[k]) for k in range(len(ins))]
-        self.values.add(eqn, operands)
+        self.values.add(eqn, verb, operands)
         if not any(ins):
             return [[] for _ in eqn.outvars], [any(fed)] * len(eqn.outvars)
-        if name in ("scan", "while", "cond"):
-            return getattr(self, f"_{name}")(eqn, ins, fed, (*context, name))
-        if name == "concatenate" and not all(ins):
+        for kind, enter in _PROGRAMS.items():
+            if isinstance(verb, kind):
+                return enter(self, At(eqn, verb, (*context, name)), ins, fed)
+        at = At(eqn, verb, context)
+        if isinstance(verb, Join) and not (verb.new or all(ins)):
             for tags in ins:
-                self.record(eqn, tags, None, context)
+                self.record(at, tags)
             if any(fed):  # class tokens or queries beside the text: an activation
                 return [[]], [True]
-        outs = self.consumed(eqn, ins, fed, context)
+        outs = self.consumed(at, ins, fed)
         if outs is None:
-            outs = self.moved(eqn, ins, operands, context)
+            outs = self.moved(at, ins, operands)
         if outs is None:
-            outs = self.computed(eqn, ins, operands, any(fed), context)
+            outs = self.computed(at, ins, operands, any(fed))
         return outs, [any(fed)] * len(eqn.outvars)
 
     def operand(self, eqn: Any, k: int, tags: Tags, fed: bool) -> Operand:
         var = eqn.invars[k]
         value = self.values[var]
         weight = bool(tags) and (not fed or any(t.row for t in tags))
-        number = not value.kind and self.varies_along(var) == 0
+        number = not value.kind and not self.varying(var)
         vector = weight and all(self.is_vector(t) for t in tags)
         leaves = frozenset(t.leaf for t in tags)
         return Operand(value, weight, vector, number, leaves)
@@ -230,122 +260,83 @@ class _Finder:
 
     # -- programs inside ---------------------------------------------------------------
 
-    def _scan(self, eqn: Any, ins: list[Tags], fed: list[bool], context: Any):
-        n_consts, n_carry = compat.scan_counts(eqn)
-        jaxpr, _ = compat.open_jaxpr(eqn.params["jaxpr"])
-        carry, same = self._carry(eqn, ins, jaxpr, n_consts, n_carry, context)
-        rows = [
-            [
-                dataclasses.replace(
-                    t,
-                    axes=t.axes[1:],
-                    gone=t.gone | {(k, "s") for k in t.axes[0]},
-                )
-                for t in tags
-            ]
-            for tags in ins[n_consts + n_carry :]
-        ]
+    def scan(self, at: At, ins: list[Tags], fed: list[bool]):
+        assert isinstance(at.verb, Scan)
+        jaxpr, (n_consts, n_carry) = at.verb.body, at.verb.counts
+        carry, same = self._carry(at, ins, jaxpr, n_consts, n_carry)
+        scanned = ins[n_consts + n_carry :]
+        rows = [[t.moved(t.axes[1:], [0]) for t in tags] for tags in scanned]
         # A carry may come to depend on the data in a later step.
         carried = [any(fed)] * n_carry
         inner_fed = [*fed[:n_consts], *carried, *fed[n_consts + n_carry :]]
         self.values.forget(jaxpr.invars)
         inner, _ = self.walk(
-            jaxpr, [*ins[:n_consts], *carry, *rows], inner_fed, context
+            jaxpr, [*ins[:n_consts], *carry, *rows], inner_fed, at.context
         )
         outs: list[Tags] = [c if s else [] for c, s in zip(carry, same, strict=True)]
         for tags in inner[n_carry:]:  # stacked again, but no rule takes them further
             row = lambda t: frozenset(k for k, label in t.gone if label == "s")
             stacked = [t.moved([row(t), *t.axes]) for t in tags]
-            self.record(eqn, stacked, None, context)
-            outs.append([dataclasses.replace(t, blurred=True) for t in stacked])
-        return outs, [any(fed)] * len(eqn.outvars)
+            self.record(at, stacked)
+            outs.append(_blurred(stacked))
+        return outs, [any(fed)] * len(outs)
 
-    def _while(self, eqn: Any, ins: list[Tags], fed: list[bool], context: Any):
-        n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        body, _ = compat.open_jaxpr(eqn.params["body_jaxpr"])
-        test, _ = compat.open_jaxpr(eqn.params["cond_jaxpr"])
-        first = n_cond + n_body
+    def loop(self, at: At, ins: list[Tags], fed: list[bool]):
+        assert isinstance(at.verb, While)
+        test, body, (n_test, n_body) = at.verb.test, at.verb.body, at.verb.counts
+        first = n_test + n_body
         n_carry = len(ins) - first
-        carry, same = self._carry(eqn, ins[n_cond:], body, n_body, n_carry, context)
+        carry, same = self._carry(at, ins[n_test:], body, n_body, n_carry)
         carried = [any(fed)] * n_carry
         self.values.forget([*test.invars, *body.invars])
-        self.walk(test, [*ins[:n_cond], *carry], [*fed[:n_cond], *carried], context)
+        context = at.context
+        self.walk(test, [*ins[:n_test], *carry], [*fed[:n_test], *carried], context)
         self.walk(
-            body, [*ins[n_cond:first], *carry], [*fed[n_cond:first], *carried], context
+            body, [*ins[n_test:first], *carry], [*fed[n_test:first], *carried], context
         )
         return [c if s else [] for c, s in zip(carry, same, strict=True)], carried
 
     def _carry(
-        self,
-        eqn: Any,
-        ins: list[Tags],
-        jaxpr: Any,
-        before: int,
-        n_carry: int,
-        context: Any,
+        self, at: At, ins: list[Tags], jaxpr: Any, before: int, n_carry: int
     ) -> tuple[list[Tags], list[bool]]:
         """A weight in a carry is a constant if the body hands it back untouched."""
         same = [jaxpr.outvars[k] is jaxpr.invars[before + k] for k in range(n_carry)]
         carry = ins[before : before + n_carry]
         for tags, s in zip(carry, same, strict=True):
             if not s:
-                self.record(eqn, tags, None, context)
-        blur = lambda tags: [dataclasses.replace(t, blurred=True) for t in tags]
-        return [c if s else blur(c) for c, s in zip(carry, same, strict=True)], same
+                self.record(at, tags)
+        return [c if s else _blurred(c) for c, s in zip(carry, same, strict=True)], same
 
-    def _cond(self, eqn: Any, ins: list[Tags], fed: list[bool], context: Any):
-        found: list[Tags] = [[] for _ in eqn.outvars]
-        for branch in eqn.params["branches"]:
-            jaxpr, consts = compat.open_jaxpr(branch)
-            self.lookups.enter(jaxpr, consts, eqn.invars[1:])
-            self.values.enter(jaxpr.invars, eqn.invars[1:])
-            outs, _ = self.walk(jaxpr, ins[1:], fed[1:], context)
+    def branch(self, at: At, ins: list[Tags], fed: list[bool]):
+        assert isinstance(at.verb, Branch)
+        found: list[Tags] = [[] for _ in at.eqn.outvars]
+        for jaxpr, consts in at.verb.branches:
+            self.lookups.enter(jaxpr, consts, at.eqn.invars[1:])
+            self.values.enter(jaxpr.invars, at.eqn.invars[1:])
+            outs, _ = self.walk(jaxpr, ins[1:], fed[1:], at.context)
             for k, tags in enumerate(outs):
-                self.record(eqn, tags, None, context)
-                found[k] += [dataclasses.replace(t, blurred=True) for t in tags]
-        return found, [any(fed)] * len(eqn.outvars)
+                self.record(at, tags)
+                found[k] += _blurred(tags)
+        return found, [any(fed)] * len(found)
 
     # -- what an equation does ---------------------------------------------------------
 
-    def consumed(
-        self, eqn: Any, ins: list[Tags], fed: list[bool], context: tuple[str, ...]
-    ) -> list[Tags] | None:
+    def consumed(self, at: At, ins: list[Tags], fed: list[bool]) -> list[Tags] | None:
         """Records the use if this equation consumes a weight."""
-        verb = read(eqn)
-        ndim = lambda k: len(eqn.invars[k].aval.shape)
-        if isinstance(verb, Contract):
-            of, out = [], []
-            for w in (0, 1):
-                acts = self.is_activation(ins, fed, w)
-                found = [verb.role(w, k) for k in range(ndim(w))]
-                self.record(eqn, ins[w], None if acts else found, context)
-                of.append([] if acts else [t for t in ins[w] if not t.row])
-                out += [(w, k) for k, c in enumerate(found) if c == "o"]
-            pairs = zip(*verb.batch, strict=True)
-            out = [*(((0, j), (1, k)) for j, k in pairs), *((at,) for at in out)]
-            self.product(eqn, of, out)
-            return [[]]
-        if isinstance(verb, Route):
-            roles = list(map(verb.role, range(ndim(1))))
-            self.record(eqn, ins[0], None, context)
-            self.record(eqn, ins[1], roles, context)
-            own = [((1, k),) for k, c in enumerate(roles) if c == "o"]
-            lead = len(eqn.outvars[0].aval.shape) - len(own)
-            self.product(eqn, [[], ins[1]], [()] * lead + own)
-            return [[]]
-        if isinstance(verb, Convolve):
-            roles = ["o" if k == verb.out else "i" for k in range(ndim(1))]
-            self.record(eqn, ins[0], None, context)
-            self.record(eqn, ins[1], roles, context)
-            feature = verb.numbers.out_spec[1]
-            own = [((1, verb.out),) if k == feature else () for k in range(ndim(0))]
-            self.product(eqn, [[], ins[1]], own)
-            return [[]]
+        verb = at.verb
         if isinstance(verb, LookUp):
-            self.record(eqn, ins[1], None, context)
-            if ins[0]:
-                return self._looked_up(verb, ins[0], fed[1], context)
-        return None
+            self.record(at, ins[1])
+            return self._looked_up(at, verb, ins[0], fed[1]) if ins[0] else None
+        if not isinstance(verb, Consume):
+            return None
+        of = []
+        for k, tags in enumerate(ins):
+            acts = isinstance(verb, Contract) and self.is_activation(ins, fed, k)
+            roles = None if acts else verb.roles(k)
+            self.record(at, tags, roles)
+            of.append([t for t in tags if roles and not t.row])
+        self.product(at.eqn, of, verb.made_of)
+        return [[]]
 
     def product(
         self,
@@ -377,12 +368,10 @@ class _Finder:
     def is_token(self, t: Tag) -> bool:
         return self.names[t.leaf].kind in (OTHER, EMBEDDING)
 
-    def _looked_up(
-        self, verb: LookUp, tags: Tags, by_data: bool, context: tuple[str, ...]
-    ) -> list[Tags]:
-        eqn, numbers, sizes = verb.eqn, verb.numbers, verb.sizes
+    def _looked_up(self, at: At, verb: LookUp, tags: Tags, by_data: bool) -> list[Tags]:
+        numbers, sizes = verb.numbers, verb.sizes
         batching, kept, labels = verb.batching, verb.kept, verb.out
-        src = eqn.invars[0].aval.shape
+        src = _shape(at.eqn, 0)
         one = [q for q in numbers.start_index_map if sizes[q] == 1]
 
         def taken(t: Tag, chosen: frozenset[int]) -> list[frozenset[int]]:
@@ -402,68 +391,48 @@ class _Finder:
                 else "o"
                 for k in range(len(src))
             ]
-            lookup = self._lookup(eqn) if by_data else (CONSTANT, ())
-            self.record(eqn, tags, roles, context, lookup)
+            lookup = self._lookup(verb) if by_data else (CONSTANT, ())
+            self.record(at, tags, roles, lookup)
             if not picks:
-                return [
-                    [
-                        dataclasses.replace(t.moved(taken(t, _NOTHING)), row=True)
-                        for t in tags
-                        if not t.blurred
-                    ]
-                ]
+                rows = [t.moved(taken(t, _NOTHING)) for t in tags if not t.blurred]
+                return [[dataclasses.replace(t, row=True) for t in rows]]
         if picks:
             of = lambda t: t.moved(taken(t, t.axes[one[0]]))
             own = lambda t: t.picked | t.axes[one[0]]
             return [[dataclasses.replace(of(t), picked=own(t)) for t in tags]]
         # The rows gathered are matrices still (experts): stack, and still a weight.
-        out = []
-        for t in tags:
-            gone = {(a, "s") for q in (*one, *batching) for a in t.axes[q]}
-            axes = taken(t, _NOTHING)
-            out.append(dataclasses.replace(t.moved(axes), gone=t.gone | gone))
-        return [out]
+        gone = (*one, *batching)
+        return [[t.moved(taken(t, _NOTHING), gone) for t in tags]]
 
-    def _lookup(self, eqn: Any) -> tuple[str, tuple[int, ...]]:
-        """Of a gather of single rows: what becomes of ids beyond the table, and which
+    def _lookup(self, verb: LookUp) -> tuple[str, tuple[int, ...]]:
+        """Of a lookup of single rows: what becomes of ids beyond the table, and which
         inputs they come from."""
-        sizes, shape = eqn.params["slice_sizes"], eqn.invars[0].aval.shape
+        shape, ids = _shape(verb.eqn, 0), verb.eqn.invars[1]
         rows = [
             (column, shape[k])
-            for column, k in enumerate(eqn.params["dimension_numbers"].start_index_map)
-            if sizes[k] < shape[k]
+            for column, k in enumerate(verb.numbers.start_index_map)
+            if verb.sizes[k] < shape[k]
         ]
         if len(rows) != 1:
             return "", ()
-        ids = eqn.invars[1]
         return self.lookups.fate(ids, *rows[0]), self.lookups.sources(ids)
 
     def moved(
-        self,
-        eqn: Any,
-        ins: list[Tags],
-        operands: list[Operand],
-        context: tuple[str, ...],
+        self, at: At, ins: list[Tags], operands: list[Operand]
     ) -> list[Tags] | None:
         """Tags of the outputs if this equation only moves a weight about."""
-        verb = read(eqn)
+        eqn, verb, _ = at
         if isinstance(verb, Sum):  # jnp.einsum sums an axis that only the weight has
-            gone = verb.axes
+            kept = [k for k in range(len(_shape(eqn, 0))) if k not in verb.axes]
             return [
-                [
-                    dataclasses.replace(
-                        t.moved([a for k, a in enumerate(t.axes) if k not in gone]),
-                        gone=t.gone | {(a, "i") for k in gone for a in t.axes[k]},
-                    )
-                    for t in ins[0]
-                ]
+                [t.moved([t.axes[k] for k in kept], verb.axes, "i") for t in ins[0]]
             ]
         if isinstance(verb, Barrier):
             return ins
         if isinstance(verb, Join):
             new = [_NOTHING] if verb.new else []
-            at = lambda a: [*a[: verb.axis], *new, *a[verb.axis :]]
-            return [[t.moved(at(t.axes)) for tags in ins for t in tags]]
+            put = lambda a: [*a[: verb.axis], *new, *a[verb.axis :]]
+            return [[t.moved(put(t.axes)) for tags in ins for t in tags]]
         if isinstance(verb, Scale):
             for side in (0,) if verb.divides else (0, 1):
                 whole = eqn.invars[side].aval.shape == eqn.outvars[0].aval.shape
@@ -474,8 +443,8 @@ class _Finder:
                 small = all(len(t.axes) < 2 for t in ins[side])
                 if small and not operands[1 - side].number:
                     continue
-                if ins[side] and whole and plain and self.varies_along(other) <= 1:
-                    self.meets(eqn, ins, 1 - side, operands, context)
+                if ins[side] and whole and plain and len(self.varying(other)) <= 1:
+                    self.meets(at, ins, 1 - side, operands)
                     return [ins[side]]
             return None
         at_index = isinstance(verb, Move) and verb.step is SliceAt
@@ -490,35 +459,27 @@ class _Finder:
             for k in range(len(eqn.outvars))
         ]
 
-    def varies_along(self, var: Any) -> int:
-        """The number of axes along which a value really varies: a number, or a vector
-        that jnp has broadcast, scales one factor of a delta."""
-        found = None if isinstance(var, compat.Literal) else self.made_by.get(var)
-        if found is not None and found.primitive.name in _SPREADS:
-            return self.varies_along(found.invars[0])
-        shape: tuple[int, ...] = getattr(var.aval, "shape", ())  # a token has none
-        return sum(n > 1 for n in shape)
+    def varying(self, var: Any) -> set[int]:
+        """The axes along which a value really varies: a number, or a vector that jnp
+        has broadcast, scales one factor of a delta."""
+        return varying(var, self.made_by.get)
 
     def computed(
-        self,
-        eqn: Any,
-        ins: list[Tags],
-        operands: list[Operand],
-        fed: bool,
-        context: tuple[str, ...],
+        self, at: At, ins: list[Tags], operands: list[Operand], fed: bool
     ) -> list[Tags]:
         """Anything else: a use; a blurred piece of the weight if no data entered."""
         for k in range(len(ins)):
-            self.meets(eqn, ins, k, operands, context)
+            self.meets(at, ins, k, operands)
         out = []
-        for v in eqn.outvars:
+        edits = isinstance(at.verb, _EDITS)
+        for v in at.eqn.outvars:
             tags = []
             for k, own in enumerate(ins):
-                shape = eqn.invars[k].aval.shape
+                shape = _shape(at.eqn, k)
                 alone = all(x.number for j, x in enumerate(operands) if j != k)
                 for t in own:
-                    stays = (t.row and alone) or _is_edit(eqn, t, shape, v.aval.shape)
-                    if fed and not stays:
+                    stays = edits and _keeps_its_shape(t, shape, v.aval.shape)
+                    if fed and not (stays or (t.row and alone)):
                         continue
                     axes = _axes_after(t, shape, v.aval.shape)
                     tags.append(dataclasses.replace(t.moved(axes), blurred=True))
@@ -527,10 +488,9 @@ class _Finder:
 
     def record(
         self,
-        eqn: Any,
+        at: At,
         tags: Tags,
-        roles: Sequence[str] | None,
-        context: tuple[str, ...],
+        roles: Sequence[str] | None = None,
         lookup: tuple[str, tuple[int, ...]] = ("", ()),
         part: str = "",
         of: frozenset[int] = _NOTHING,
@@ -540,7 +500,7 @@ class _Finder:
         roles: a label for each axis of the value, None for no role.  lookup, part: see
         `Use`.  of: the weights whose product, or scaled value, it is added to.
         """
-        opaque = any(c in compat.CUSTOM_RULES for c in context)
+        opaque = any(c in compat.CUSTOM_RULES for c in at.context)
         for t in tags:
             labels = ""
             if roles is not None:
@@ -556,52 +516,48 @@ class _Finder:
             if t.row and not part:
                 continue
             use = Use(
-                eqn.primitive.name,
+                at.eqn.primitive.name,
                 labels,
-                compat.source_line(eqn),
-                context,
+                compat.source_line(at.eqn),
+                at.context,
                 opaque,
                 t.blurred,
                 *lookup,
                 part,
+                _KINDS.get(type(at.verb), ""),
             )
             self.uses[t.leaf].append((use, of))
 
     def meets(
-        self,
-        eqn: Any,
-        ins: list[Tags],
-        k: int,
-        operands: Sequence[Operand],
-        context: tuple[str, ...],
+        self, at: At, ins: list[Tags], k: int, operands: Sequence[Operand]
     ) -> None:
         """Notes the use of operand k in an equation of activations, and the part that
         it plays there.  What was computed from a weight is noted only if it plays one.
         """
-        shape = eqn.outvars[0].aval.shape if eqn.outvars else ()
+        shape = at.eqn.outvars[0].aval.shape if at.eqn.outvars else ()
         for t in ins[k]:
             part, of = "", _NOTHING
             if operands[k].weight and len(t.axes) == len(shape):
                 own = self.shapes[t.leaf]
                 wide = [any(own[q] > 1 for q in axes - t.picked) for axes in t.axes]
-                part, of = part_of(eqn, operands, k, wide)
+                part, of = part_of(at.verb, operands, k, wide)
             if part or not t.blurred:
-                self.record(eqn, [t], None, context, part=part, of=of)
+                self.record(at, [t], part=part, of=of)
 
 
-# With data these make another weight of a weight: a mask, a gate, a row written.
-_EDITS = frozenset({"mul", "div", "select_n", "dynamic_update_slice"})
+_PROGRAMS: dict[type[Verb], Callable[..., tuple[list[Tags], list[bool]]]] = {
+    Scan: _Finder.scan,
+    While: _Finder.loop,
+    Branch: _Finder.branch,
+}
+# With data these make another weight of a weight: a mask, a gate, a row written.  A sum
+# does not: a position table added to the text is the common case, and a weight with
+# noise added the rare one.
+_EDITS = (Scale, Select, Write)
 
 
-def _is_edit(eqn: Any, t: Tag, src: Sequence[int], dst: Sequence[int]) -> bool:
-    """Whether an equation that data enters still gives a weight of the same shape.
-
-    A sum does not count: a position table added to the text is the common case, and
-    a weight with noise added the rare one.  Nor does what was spread over a batch.
-    """
-    name = eqn.primitive.name
-    if name not in _EDITS and not name.startswith("scatter"):
-        return False
+def _keeps_its_shape(t: Tag, src: Sequence[int], dst: Sequence[int]) -> bool:
+    """Whether it is as large as before, and was not spread over a batch."""
     wide = [bool(ks) for ks, n in zip(t.axes, src, strict=True) if n > 1]
     return tuple(src) == tuple(dst) and len(wide) > 1 and all(wide)
 
@@ -628,9 +584,11 @@ def _one_label(seen: set[str], size: int) -> str:
 
 def _cut(t: Tag, rows: Sequence[int]) -> Tag:
     """An axis of which one row is taken leaves the value: a stack axis."""
-    lost = {(a, "s") for k in rows for a in t.axes[k]}
-    axes = [_NOTHING if k in rows else a for k, a in enumerate(t.axes)]
-    return dataclasses.replace(t.moved(axes), gone=t.gone | lost)
+    return t.moved([_NOTHING if k in rows else a for k, a in enumerate(t.axes)], rows)
+
+
+def _shape(eqn: Any, operand: int) -> tuple[int, ...]:
+    return tuple(eqn.invars[operand].aval.shape)
 
 
 def _read_often(jaxpr: Any) -> set[Any]:
@@ -663,21 +621,21 @@ def _verdict(
         state=state,
         late=small == BIAS and any(u.part == LATE_BIAS for u in uses),
     )
-    eaten = [u for u in uses if u.primitive in CONSUMERS and u.roles]
+    eaten = [u for u in uses if u.kind and u.roles]
     fit = [u for u in eaten if not u.blurred and _is_matrix(u.roles, shape, name)]
-    if any(u.primitive != "gather" for u in fit):
+    if any(u.kind != EMBEDDING for u in fit):
         # Features picked by constants are a product's, if there is one.
-        fit = [u for u in fit if u.primitive != "gather" or u.lookup != CONSTANT]
+        fit = [u for u in fit if u.kind != EMBEDDING or u.lookup != CONSTANT]
     elif fit and small != OTHER:
         return as_small
     if not fit:
-        changed = [u for u in eaten if u.primitive != "gather" and _wide(u, shape)]
+        changed = [u for u in eaten if u.kind != EMBEDDING and _wide(u, shape)]
         if changed and name.kind not in (BIAS, NORM):
             u = changed[0]
             axes = u.roles if _is_matrix(u.roles, shape, name) else None
             return dataclasses.replace(
                 made,
-                kind=CONSUMERS[u.primitive],
+                kind=u.kind,
                 axes=axes,
                 changed_axes=axes,
                 doubt=f"the model changes it before `{u.primitive}` at "
@@ -685,8 +643,8 @@ def _verdict(
             )
         return as_small
     # A tied table is parametrised as a table: (vocabulary, width).
-    fit.sort(key=lambda u: u.primitive != "gather")
-    kind, axes = CONSUMERS[fit[0].primitive], fit[0].roles
+    fit.sort(key=lambda u: u.kind != EMBEDDING)
+    kind, axes = fit[0].kind, fit[0].roles
     seen = {_canonical(u.roles, shape) for u in fit}
     both = {_canonical(axes, shape), _canonical(axes, shape).translate(_FLIP)}
     notes = []
@@ -745,9 +703,9 @@ def _small_kind(
     """A bias, a norm's scale, or neither: by what it does, and where that is in doubt
     by its name."""
     table = sum(n > 1 for n in shape) > 1
-    looked_up = [u for u in uses if table and u.primitive == "gather"]
-    computed = lambda u: u.blurred and u.primitive in CONSUMERS
-    met = [u for u in uses if u.primitive != "gather" and not computed(u)]
+    looked_up = [u for u in uses if table and u.kind == EMBEDDING]
+    computed = lambda u: u.blurred and u.kind
+    met = [u for u in uses if u.kind != EMBEDDING and not computed(u)]
     parts = {u.part for u in met} - {NEUTRAL}
     if name.kind == NORM:
         # What scales a product is a layer's scale, unless a norm is so called.

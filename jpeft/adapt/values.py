@@ -19,7 +19,24 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jpeft import compat
-from jpeft.adapt.equations import Move, Pad, read
+from jpeft.adapt.equations import (
+    Add,
+    Barrier,
+    ByElement,
+    Cast,
+    Contract,
+    Join,
+    Move,
+    Negate,
+    Pad,
+    Pool,
+    Root,
+    Scale,
+    Select,
+    Subtract,
+    SumOfShards,
+    Verb,
+)
 from jpeft.tree.layout import (
     BIAS,
     LATE_BIAS,
@@ -40,15 +57,6 @@ _OF_DATA_ALONE = frozenset({STATISTIC, ROOT})
 Axes = tuple[frozenset[int], ...]
 _NOTHING: frozenset[int] = frozenset()
 _OWN = frozenset({0})
-
-_SUMS = frozenset({"psum", "psum2", "psum_invariant", "pmean"})
-_REDUCTIONS = frozenset(
-    "reduce_sum reduce_max reduce_min reduce_window_sum reduce_window_max".split()
-)
-_ADDS = frozenset({"add", "add_any"})
-# Of a statistic alone these make a statistic.
-_OF_ONE = frozenset("abs square integer_pow log exp sign log1p is_finite".split())
-_OF_TWO = frozenset("add add_any sub mul div max min pow select_n clamp".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,72 +127,59 @@ class Values:
         """The equation's output is a product of weights, with these axes of theirs."""
         self._known[eqn.outvars[0]] = Value(PRODUCT, of, out)
 
-    def add(self, eqn: Any, ins: Sequence[Operand]) -> None:
+    def add(self, eqn: Any, verb: Verb | None, ins: Sequence[Operand]) -> None:
         """What an equation makes of its operands."""
-        for v, x in zip(eqn.outvars, self._made(eqn, ins), strict=True):
+        for v, x in zip(eqn.outvars, self._made(eqn, verb, ins), strict=True):
             self._known[v] = x
 
-    def _made(self, eqn: Any, ins: Sequence[Operand]) -> list[Value]:
-        name, none = eqn.primitive.name, [UNKNOWN] * len(eqn.outvars)
-        if not ins:
+    def _made(self, eqn: Any, verb: Verb | None, ins: Sequence[Operand]) -> list[Value]:
+        none = [UNKNOWN] * len(eqn.outvars)
+        if not ins or verb is None:
             return none
         first = ins[0].value
-        if name in _REDUCTIONS or (name == "dot_general" and _sums_all(eqn)):
+        if isinstance(verb, Pool) or (isinstance(verb, Contract) and verb.sums_all):
             return [Value(STATISTIC)]
-        if name in _SUMS:
-            return [x.value for x in ins] if len(ins) == len(none) else none
-        if name in ("sqrt", "rsqrt") or (name == "pow" and _is_half(eqn.invars[1])):
-            of_weight = ins[0].weight and first.kind != ROOT
-            return [Value(ROOT)] if first.kind == STATISTIC or of_weight else none
-        if name in ("concatenate", "stack"):
-            same = {x.value.kind for x in ins} == {PRODUCT} and name == "concatenate"
+        if isinstance(verb, (Barrier, SumOfShards)):
+            return [x.value for x in ins]
+        if isinstance(verb, Join):
+            same = {x.value.kind for x in ins} == {PRODUCT} and not verb.new
             return [_together([x.value for x in ins])] if same else none
-        if name in _OF_TWO:
-            return [_of_two(name, ins, len(eqn.outvars[0].aval.shape))]
-        if name in _OF_ONE:
-            return [first if first.kind in _OF_DATA_ALONE else UNKNOWN]
-        if first.out:
-            axes = _carried(eqn, first.out)
-            if axes is None:
-                return none
-            return [dataclasses.replace(first, out=a) for a in axes]
-        moves = first.kind and _carried(
-            eqn, (_NOTHING,) * len(eqn.invars[0].aval.shape)
-        )
-        return [first] * len(none) if moves else none
+        if isinstance(verb, ByElement) and not isinstance(verb, (Cast, Negate)):
+            return [_by_element(verb, ins)]
+        if isinstance(verb, Move) and verb.step is Pad:
+            return none  # something stands beside it
+        if first == UNKNOWN:
+            return none
+        own = first.out or (_NOTHING,) * len(eqn.invars[0].aval.shape)
+        axes = verb.carried(own) or []
+        out = [dataclasses.replace(first, out=a if first.out else ()) for a in axes]
+        return out or none
 
 
-def _carried(eqn: Any, axes: Axes) -> list[Axes] | None:
-    """Where the axes of the first operand are in each output of an equation that only
-    moves it about; None if it does more, or puts something beside it."""
-    verb = read(eqn)
-    beside = isinstance(verb, Move) and verb.step is Pad
-    return None if beside or verb is None else verb.carried(axes)
-
-
-def _of_two(name: str, ins: Sequence[Operand], ndim: int) -> Value:
+def _by_element(verb: ByElement, ins: Sequence[Operand]) -> Value:
+    a = ins[0]
+    if isinstance(verb, Root):
+        of_weight = a.weight and a.value.kind != ROOT
+        return Value(ROOT) if a.value.kind == STATISTIC or of_weight else UNKNOWN
     kinds = {x.value.kind for x in ins if not x.number}
     if kinds and kinds <= _OF_DATA_ALONE:
         return Value(ROOT if ROOT in kinds else STATISTIC)
-    if name in ("select_n", "clamp"):
+    if isinstance(verb, Select):
         kinds = {x.value.kind for x in ins[1:] if not x.number}
         return Value(kinds.pop()) if kinds in ({STATISTIC}, {ROOT}) else UNKNOWN
-    a, b = ins
-    if name in ("mul", "div"):
-        if b.number:
+    if isinstance(verb, Scale):
+        if ins[1].number:
             return a.value
-        if a.number and name == "mul":
-            return b.value
-        return _scaled(name, a, b)
-    if name == "sub" and b.value.kind == STATISTIC:
+        if a.number and not verb.divides:
+            return ins[1].value
+        return _scaled(verb, *ins)
+    if isinstance(verb, Subtract) and ins[1].value.kind == STATISTIC:
         return Value(out=a.value.out)
-    if name in _ADDS:
-        return _added(a, b)
-    return UNKNOWN
+    return _added(*ins) if isinstance(verb, Add) else UNKNOWN
 
 
-def _scaled(name: str, a: Operand, b: Operand) -> Value:
-    for x, y in ((a, b), (b, a)) if name == "mul" else ((a, b),):
+def _scaled(verb: Scale, a: Operand, b: Operand) -> Value:
+    for x, y in ((a, b),) if verb.divides else ((a, b), (b, a)):
         if y.value.kind in (ROOT, SCALED_ROOT) and x.value.kind not in _OF_DATA_ALONE:
             if x.vector and not x.value.kind:
                 once = y.value.kind == ROOT
@@ -216,36 +211,22 @@ def _together(values: Sequence[Value]) -> Value:
     return Value(PRODUCT, of, out, any(x.shared for x in values))
 
 
-def _sums_all(eqn: Any) -> bool:
-    """A sum over all that one factor has: the mean of squares as a product."""
-    contracting, batch = eqn.params["dimension_numbers"]
-    return any(
-        contracting[k] and len(contracting[k]) + len(batch[k]) == len(v.aval.shape)
-        for k, v in enumerate(eqn.invars)
-    )
-
-
-def _is_half(var: Any) -> bool:
-    return isinstance(var, compat.Literal) and abs(float(var.val)) == 0.5
-
-
 # --- the part of a weight ------------------------------------------------------------
 
 
 def part_of(
-    eqn: Any, ins: Sequence[Operand], k: int, wide: Sequence[bool]
+    verb: Verb | None, ins: Sequence[Operand], k: int, wide: Sequence[bool]
 ) -> tuple[str, frozenset[int]]:
     """What operand k, made of a weight, does to the other one, and whose product, or
     scaled by what, that is.
 
     wide: along which axes the operand has the weight's own values.
     """
-    name = eqn.primitive.name
-    if len(ins) != 2 or name not in (*_ADDS, "mul", "div"):
+    if not isinstance(verb, (Add, Scale)):
         return "", _NOTHING
     other = ins[1 - k]
     value = other.value
-    if name in _ADDS:
+    if isinstance(verb, Add):
         if other.number:
             return NEUTRAL, _NOTHING
         if value.kind in (NORMALISED, SCALED):
@@ -258,9 +239,9 @@ def part_of(
                 return MAYBE_BIAS, value.of
             return (BIAS if value.kind == PRODUCT else LATE_BIAS), value.of
         return ("" if value.kind or other.weight else MAYBE_BIAS), _NOTHING
-    if value.kind == ROOT or (value.kind == NORMALISED and name == "mul"):
+    if value.kind == ROOT or (value.kind == NORMALISED and not verb.divides):
         return NORM_SCALE, _NOTHING
-    if name == "div":
+    if verb.divides:
         return (NEUTRAL if k == 0 and other.number else ""), _NOTHING
     if other.number:
         return NEUTRAL, _NOTHING

@@ -29,7 +29,32 @@ import numpy as np
 from jax import lax
 
 from jpeft import compat
-from jpeft.adapt.equations import Contract, Gather, Label, Move, align, read
+from jpeft.adapt.equations import (
+    Add,
+    Barrier,
+    ByElement,
+    Contract,
+    Gather,
+    Join,
+    Label,
+    Look,
+    Move,
+    Pad,
+    Placed,
+    Pool,
+    Reduce,
+    Same,
+    Scale,
+    Select,
+    Slice,
+    Split,
+    Subtract,
+    Verb,
+    Write,
+    align,
+    read,
+    varying,
+)
 from jpeft.adapt.interpreter import Interpreter, settled
 from jpeft.adapt.labels import contract
 from jpeft.leaf import Carried, carried, frozen, is_carried, static
@@ -42,26 +67,6 @@ ELSEWHERE = (
     "exclude= the sub-layer"
 )
 
-_UNARY = frozenset(
-    "abs cbrt convert_element_type copy cos erf exp exp2 expm1 floor "
-    "integer_pow is_finite log log1p logistic neg not optimization_barrier "
-    "reduce_precision reshard rsqrt sharding_constraint sign sin sqrt square "
-    "stop_gradient tanh name pvary layout_constraint".split()
-)
-_BINARY = frozenset(
-    "add add_any sub mul div max min pow and or xor ne eq lt le gt ge rem atan2".split()
-)
-# What is only looked at: a norm's mean, a check, a log.
-_HARMLESS = frozenset("argmax argmin debug_callback debug_print".split())
-_JOINS: dict[str, Callable[[Any, Any], Any]] = {
-    "reduce_sum": lax.add,
-    "reduce_max": lax.max,
-    "reduce_min": lax.min,
-    "reduce_prod": lax.mul,
-    "reduce_or": lax.bitwise_or,
-    "reduce_and": lax.bitwise_and,
-}
-
 
 def where_on(on: Any, x: Any, off: Any) -> Any:
     """x, or the number `off` where a prefix is switched off: nothing of x is there,
@@ -70,20 +75,6 @@ def where_on(on: Any, x: Any, off: Any) -> Any:
     By one predicate: a mask of the size of x would be kept for the backward pass.
     """
     return x if on is None else lax.select_n(on > 0, jnp.full_like(x, off), x)
-
-
-def _neutral(name: str, dtype: Any) -> Any:
-    """What a reduction may join to any value without a change of a single bit."""
-    if name in ("reduce_max", "reduce_min"):
-        low = name == "reduce_max"
-        if jnp.issubdtype(dtype, jnp.floating):
-            return -jnp.inf if low else jnp.inf
-        if dtype == jnp.bool_:
-            return not low
-        return jnp.iinfo(dtype).min if low else jnp.iinfo(dtype).max
-    return {"reduce_sum": -0.0, "reduce_prod": 1, "reduce_or": 0, "reduce_and": -1}[
-        name
-    ]
 
 
 class Index:
@@ -187,11 +178,10 @@ class Tagged(Carried):
             return None
 
     def through(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-        name = eqn.primitive.name
         verb = read(eqn)
         if isinstance(verb, Contract):
             return _attend(it, verb, ins)
-        if name in _HARMLESS:
+        if isinstance(verb, Look):  # a norm's mean, a check, a log
             return None
         tagged = [x for x in ins if isinstance(x, Tagged)]
         if any(isinstance(x, Extended) for x in ins) or any(
@@ -199,28 +189,29 @@ class Tagged(Carried):
         ):
             return self._lost(it, eqn)
         plain = [settled(x) for x in ins]
-        if name in _UNARY or name in _BINARY or name == "select_n" or name == "clamp":
-            y = it.native(eqn)(*plain)
-            if eqn.primitive.multiple_results:
-                return [
-                    x.replace(main=z) if is_carried(x) else z
-                    for x, z in zip(ins, y, strict=True)
-                ]
-            return self.replace(main=y) if _spans(self, y) else self._lost(it, eqn)
-        if name in ("dynamic_update_slice", "pad"):
+        if isinstance(verb, Barrier):
+            return [
+                x.replace(main=y) if is_carried(x) else y
+                for x, y in zip(ins, it.native(eqn)(*plain), strict=True)
+            ]
+        pads = isinstance(verb, Move) and verb.step is Pad
+        if pads or isinstance(verb, (ByElement, Same)):
             y = it.native(eqn)(*plain)
             return self.replace(main=y) if _spans(self, y) else self._lost(it, eqn)
-        if name == "scatter":
-            return self._into(it, eqn, ins, plain) or self._lost(it, eqn)
-        if name in ("concatenate", "stack"):
-            return self._together(it, eqn, ins, plain) or self._lost(it, eqn)
-        if name in ("reduce_sum", "reduce_max"):  # einsum sums an axis of size 1
-            gone = tuple(eqn.params["axes"])
+        if isinstance(verb, Write) and verb.replaces:
+            return self._into(it, verb, ins, plain) or self._lost(it, eqn)
+        if isinstance(verb, Join):
+            return self._together(it, verb, ins, plain) or self._lost(it, eqn)
+        if isinstance(verb, Reduce):
+            gone = verb.axes
             if any(self.main.shape[k] != 1 for k in gone):
                 return None
+            # einsum sums an axis of size 1
             return self.moved(it.native(eqn)(*plain), lambda a: a.squeeze(gone))
+        if isinstance(verb, Pool):
+            return None
         if not isinstance(verb, Move) or verb.step is Gather:
-            return None if name.startswith("reduce_") else self._lost(it, eqn)
+            return self._lost(it, eqn)
         y, move = it.native(eqn)(*plain), verb
         if not eqn.primitive.multiple_results:
             return self.moved(y, lambda a: _columns_after(move, a, 0))
@@ -237,38 +228,31 @@ class Tagged(Carried):
             f"carried along{ELSEWHERE}"
         )
 
-    def _into(self, it: Interpreter, eqn: Any, ins: list[Any], plain: list[Any]) -> Any:
+    def _into(
+        self, it: Interpreter, write: Write, ins: list[Any], plain: list[Any]
+    ) -> Any:
         """Written into a cache: what is read from there owes the prefix."""
-        y = it.native(eqn)(*plain)
-        if ins[0] is self:
-            return self.replace(main=y)
-        numbers = eqn.params["dimension_numbers"]
-        gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
-        window = [k for k in range(y.ndim) if k not in gone]
+        y, along = it.native(write.eqn)(*plain), write.axes
 
         def f(a: np.ndarray) -> np.ndarray:
-            loose = [k for k in range(a.ndim) if k not in numbers.update_window_dims]
-            if any(a.shape[k] > 1 for k in loose):
+            if any(n > 1 and k not in along for k, n in enumerate(a.shape)):
                 raise _Lost
-            sizes = [a.shape[k] for k in numbers.update_window_dims]
-            return a.reshape(
-                [sizes[window.index(k)] if k in window else 1 for k in range(y.ndim)]
-            )
+            sizes = {along[k]: a.shape[k] for k in along}
+            return a.reshape([sizes.get(k, 1) for k in range(y.ndim)])
 
         try:
-            return self.moved(y, f)
+            made = self.replace(main=y) if ins[0] is self else self.moved(y, f)
         except _Lost:
             return None
+        return made if _spans(made, y) else None
 
     def _together(
-        self, it: Interpreter, eqn: Any, ins: list[Any], plain: list[Any]
+        self, it: Interpreter, join: Join, ins: list[Any], plain: list[Any]
     ) -> Any:
         """Pieces side by side: halves of rotated keys, a cache and what is new."""
         parts = [x for x in ins if isinstance(x, Tagged)]
-        y = it.native(eqn)(*plain)
-        stacked = eqn.primitive.name == "stack"
-        axis = eqn.params["axis"] if stacked else eqn.params["dimension"]
-        axis %= y.ndim
+        y = it.native(join.eqn)(*plain)
+        axis, stacked = join.axis % y.ndim, join.new
         lift = lambda a: np.expand_dims(a, axis) if stacked else a
         columns = [lift(x.columns.array) for x in parts]
         examples = self.examples and Index(lift(self.examples.array))
@@ -356,27 +340,25 @@ class Extended(Carried):
         raise it.no_derivative(eqn, self.name, "the scores of a prefix")
 
     def through(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-        name = eqn.primitive.name
         verb = read(eqn)
         if isinstance(verb, Contract):
             return _attend(it, verb, ins)
-        if name in _UNARY:
-            if eqn.primitive.multiple_results:
-                return list(lax.optimization_barrier(ins))
-            main = it.native(eqn)(self.main)
-            return self.replace(main=main, extra=self._other(it, eqn, [self.extra]))
-        if name in _BINARY or name == "clamp":
-            return self._elementwise(it, eqn, ins)
-        if name == "select_n":
+        if isinstance(verb, Barrier):
+            return list(lax.optimization_barrier(ins))
+        if isinstance(verb, Select):
             return self._select(it, eqn, ins)
-        if name in _JOINS:
-            return self._reduce(it, eqn)
+        if isinstance(verb, (ByElement, Same)):
+            return self._elementwise(it, verb, ins)
+        if isinstance(verb, Reduce):
+            return self._reduce(it, verb)
         if isinstance(verb, Move) and verb.step is None:
             return self._reshape(it, verb) if verb.regroups else self._moved(it, verb)
-        if name in ("concatenate", "pad"):
-            return self._beside(it, eqn, ins)
-        if name in ("slice", "split"):
-            return self._cut(it, eqn)
+        if isinstance(verb, Join) and not verb.new:
+            return self._beside(it, verb, ins)
+        if isinstance(verb, Move) and verb.step is Pad:
+            return self._padded(it, verb, ins)
+        if isinstance(verb, Move) and verb.step in (Slice, Split):
+            return self._cut(it, verb)
         return self._refuse(it, eqn, "has no meaning for scores in two parts")
 
     def _refuse(self, it: Interpreter, eqn: Any, why: str) -> Any:
@@ -398,29 +380,17 @@ class Extended(Carried):
         extra = move.done_to(self.extra, old, new)
         return self.replace(main=it.native(move.eqn)(self.main), extra=extra, axis=axis)
 
-    def _other(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-        """The equation on the prefix's part, whose shape is another."""
-        if eqn.primitive.name == "sharding_constraint":
-            return ins[0]
-        return it.native(eqn)(*ins)
-
     def _constant(self, it: Interpreter, var: Any, x: Any) -> Any:
         """An operand that is one value along the keys (softmax's maximum and sum), cut
         down to it; None if it is not."""
         if jnp.ndim(x) == 0:
             return x
-        found = it.producer(var)
-        if x.shape[self.axis] != 1:
-            if found is None or found.primitive.name != "broadcast_in_dim":
-                return None
-            to = found.params["broadcast_dimensions"]
-            source = found.invars[0].aval.shape
-            if self.axis in to and source[to.index(self.axis)] != 1:
-                return None
+        if self.axis in varying(var, it.producer):
+            return None
         return lax.slice_in_dim(x, 0, 1, axis=self.axis)
 
-    def _elementwise(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-        name = eqn.primitive.name
+    def _elementwise(self, it: Interpreter, verb: Verb, ins: list[Any]) -> Any:
+        eqn = verb.eqn
         main = it.native(eqn)(*map(settled, ins))
         others = []
         for k, x in enumerate(ins):
@@ -431,24 +401,21 @@ class Extended(Carried):
             if one is None:
                 # A mask, a position bias, a dropout mask: nothing to the prefix.
                 first = ins[0] is self
-                neutral = name in ("add", "add_any", "mul") or (
-                    name in ("sub", "div") and first
-                )
-                if not neutral:
+                times = isinstance(verb, Scale) and not verb.divides
+                less = first and isinstance(verb, (Subtract, Scale))
+                if not (times or less or isinstance(verb, Add)):
                     return self._refuse(it, eqn, "has no neutral value for the prefix")
                 extra = self.extra.astype(main.dtype)
                 return self.replace(main=main, extra=extra)
             others.append(self._met(eqn.invars[k], one))
-        if name == "clamp":
-            extra = lax.clamp(*others)
-        else:
-            # As wide as the model had them: a sum spread over the keys would be kept
-            # so for the backward pass.
-            wide = [
-                x if jnp.shape(y) == jnp.shape(x) else self._spread(x)
-                for x, y in zip(others, map(settled, ins), strict=True)
-            ]
-            extra = self._other(it, eqn, wide)
+        # As wide as the model had them: a sum spread over the keys would be kept so for
+        # the backward pass.
+        wide = [
+            x if jnp.shape(y) == jnp.shape(x) else self._spread(x)
+            for x, y in zip(others, map(settled, ins), strict=True)
+        ]
+        # The prefix's part has another shape, which may not fit on those devices.
+        extra = wide[0] if isinstance(verb, Placed) else it.native(eqn)(*wide)
         return self.replace(main=main, extra=extra)
 
     def _met(self, var: Any, x: Any) -> Any:
@@ -489,57 +456,59 @@ class Extended(Carried):
             found.append(jnp.broadcast_to(one, which.extra.shape))
         return self.replace(main=main, extra=lax.select_n(which.extra, *found))
 
-    def _reduce(self, it: Interpreter, eqn: Any) -> Any:
-        name, gone = eqn.primitive.name, eqn.params["axes"]
+    def _reduce(self, it: Interpreter, over: Reduce) -> Any:
+        eqn, gone = over.eqn, over.axes
         main, extra = it.native(eqn)(self.main), self.extra
         if self.axis not in gone:
             axis = self.axis - sum(k < self.axis for k in gone)
             return self.replace(main=main, extra=it.native(eqn)(extra), axis=axis)
         other = it.native(eqn)(extra)
-        other = where_on(self.on, other, _neutral(name, other.dtype))
-        return _JOINS[name](main, other)
+        other = where_on(self.on, other, over.nothing(other.dtype))
+        return over.join(main, other)
 
-    def _beside(self, it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
+    def _beside(self, it: Interpreter, join: Join, ins: list[Any]) -> Any:
         """Columns that are no keys' (sinks, scores of nothing) are of the real part."""
-        p, at = eqn.params, next(k for k, x in enumerate(ins) if x is self)
+        at = next(k for k, x in enumerate(ins) if x is self)
         size = lambda xs: sum(jnp.shape(x)[self.axis] for x in xs)
-        if eqn.primitive.name == "concatenate":
-            alone = p["dimension"] == self.axis
-            before, behind = size(ins[:at]), size(ins[at + 1 :])
-        else:
-            rows = [(0, 0, 0)] * self.main.ndim
-            before, behind, _ = p["padding_config"][self.axis]
-            rows[self.axis] = (before, behind, 0)
-            alone = at == 0 and list(map(tuple, p["padding_config"])) == rows
-        others = sum(isinstance(x, Extended) for x in ins) > 1
-        if others or not alone or min(before, behind) < 0:
+        alone = sum(isinstance(x, Extended) for x in ins) == 1
+        fits = alone and join.axis == self.axis
+        more = (size(ins[:at]), size(ins[at + 1 :])) if fits else None
+        return self._with_sinks(it, join.eqn, ins, more)
+
+    def _padded(self, it: Interpreter, move: Move, ins: list[Any]) -> Any:
+        pad = move.along.get(self.axis, Pad(0, 0, 0))
+        fits = set(move.along) <= {self.axis} and not pad.inner
+        fits = fits and ins[0] is self and not isinstance(ins[1], Extended)
+        more = (pad.low, pad.high) if fits and min(pad.low, pad.high) >= 0 else None
+        return self._with_sinks(it, move.eqn, ins, more)
+
+    def _with_sinks(
+        self, it: Interpreter, eqn: Any, ins: list[Any], more: tuple[int, int] | None
+    ) -> Any:
+        """more: how many come before and behind; None where they lie elsewhere."""
+        if more is None:
             return self._refuse(it, eqn, "has no meaning for scores in two parts")
         main = it.native(eqn)(*map(settled, ins))
-        sinks = (self.sinks[0] + before, self.sinks[1] + behind)
+        sinks = (self.sinks[0] + more[0], self.sinks[1] + more[1])
         return self.replace(main=main, extra=self.extra.astype(main.dtype), sinks=sinks)
 
-    def _cut(self, it: Interpreter, eqn: Any) -> Any:
+    def _cut(self, it: Interpreter, move: Move) -> Any:
         """Sinks are cut off again, before the sum with the values."""
-        p, n = eqn.params, self.main.shape[self.axis]
-        if eqn.primitive.name == "split":
-            if p["axis"] != self.axis:
-                mains, extras = (it.native(eqn)(x) for x in (self.main, self.extra))
-                pairs = zip(mains, extras, strict=True)
-                return [self.replace(main=x, extra=y) for x, y in pairs]
-            ends = np.cumsum((0, *p["sizes"])).tolist()
+        eqn, own = move.eqn, move.along.get(self.axis)
+        if move.step is Split:
             mains = it.native(eqn)(self.main)
+            if own is None:
+                pairs = zip(mains, it.native(eqn)(self.extra), strict=True)
+                return [self.replace(main=x, extra=y) for x, y in pairs]
+            ends = np.cumsum((0, *own.sizes)).tolist()
             pieces = zip(mains, ends[:-1], ends[1:], strict=True)
             return [self._piece(it, eqn, x, a, b, 1) for x, a, b in pieces]
-        strides = p["strides"] or (1,) * self.main.ndim
-        bounds = [*zip(p["start_indices"], p["limit_indices"], strides, strict=True)]
-        start, limit, stride = bounds[self.axis]
-        bounds[self.axis] = (0, self.extra.shape[self.axis], 1)
-        extra = lax.slice(self.extra, *zip(*bounds, strict=True))
-        cut = self.replace(extra=extra)
+        others = {k: step for k, step in move.along.items() if k != self.axis}
+        cut = self.replace(extra=Slice.done(self.extra, others, ()))
         main = it.native(eqn)(self.main)
-        if (start, limit, stride) == (0, n, 1):
+        if own is None:
             return cut.replace(main=main)
-        return cut._piece(it, eqn, main, start, limit, stride)
+        return cut._piece(it, eqn, main, own.start, own.stop, own.step)
 
     def _piece(
         self, it: Interpreter, eqn: Any, main: Any, start: int, limit: int, stride: int

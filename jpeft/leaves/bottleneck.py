@@ -25,12 +25,20 @@ from jaxtyping import Array, Float
 from jpeft import compat
 from jpeft.adapt.equations import (
     Add,
+    Call,
+    Cast,
     Contract,
     Convolve,
+    Draw,
+    Jit,
     Label,
     Labels,
     Product,
     Route,
+    Same,
+    Scale,
+    Select,
+    SumOfShards,
     only_moves,
     read,
 )
@@ -263,7 +271,7 @@ def _own_output(it: Interpreter, eqn: Any, leaf: Bottleneck) -> jax.Array | None
     made = it.producer(eqn.invars[1 - side])
     if made is None or not _is_sum(made):
         return None
-    at_hand = made.primitive.name != compat.JIT  # what it was made of
+    at_hand = not isinstance(read(made), Jit)  # what it was made of
     products = [v for v in made.invars if at_hand and _is_product(it, v)]
     if len(products) > 1:
         products = [v for v in products if it.readers(v) == 1]
@@ -281,10 +289,15 @@ def _own_output(it: Interpreter, eqn: Any, leaf: Bottleneck) -> jax.Array | None
 
 
 def _is_sum(eqn: Any) -> bool:
-    if eqn.primitive.name == compat.JIT:
-        inner, _ = compat.open_jaxpr(eqn.params["jaxpr"])
-        return any(_is_sum(e) for e in inner.eqns if e.outvars == inner.outvars)
-    return isinstance(read(eqn), Add)
+    verb = read(eqn)
+    if isinstance(verb, Jit):
+        return any(map(_is_sum, _last(verb)))
+    return isinstance(verb, Add)
+
+
+def _last(inner: Jit) -> list[Any]:
+    """The equation that makes all that comes out, if one does."""
+    return [e for e in inner.jaxpr.eqns if e.outvars == inner.jaxpr.outvars]
 
 
 def _is_product(it: Interpreter, var: Any) -> bool:
@@ -292,14 +305,12 @@ def _is_product(it: Interpreter, var: Any) -> bool:
     made = it.producer(var)
     if made is None:
         return False
-    name = made.primitive.name
-    if name == compat.JIT:
-        inner, _ = compat.open_jaxpr(made.params["jaxpr"])
-        last = [e for e in inner.eqns if e.outvars == inner.outvars]
-        return any(map(_multiplies, last))
+    verb = read(made)
+    if isinstance(verb, Jit):
+        return any(map(_multiplies, _last(verb)))
     if _multiplies(made):
         return True
-    moves = only_moves(made) or name in ("psum", "psum_invariant")
+    moves = only_moves(made) or isinstance(verb, SumOfShards)
     return moves and _is_product(it, made.invars[0])
 
 
@@ -401,17 +412,17 @@ class Owing(Late):
 
 
 def _only_drops(it: Interpreter, eqn: Any, ins: list[Any], own: Any) -> bool:
-    name, at = eqn.primitive.name, next(k for k, x in enumerate(ins) if x is own)
-    if name == "convert_element_type":
-        return jnp.issubdtype(eqn.params["new_dtype"], jnp.floating)
-    if name in ("sharding_constraint", "copy", "name"):
-        return True
-    if name == "div":
-        return at == 0 and _is_number(it, eqn.invars[1])
-    if name == "mul":
+    verb, at = read(eqn), next(k for k, x in enumerate(ins) if x is own)
+    if isinstance(verb, Cast):
+        return jnp.issubdtype(verb.dtype, jnp.floating)
+    if isinstance(verb, Same):
+        return verb.is_operand
+    if isinstance(verb, Scale):
         other = eqn.invars[1 - at]
+        if verb.divides:
+            return at == 0 and _is_number(it, other)
         return _is_number(it, other) or _is_mask(it, other, own.shape)
-    if name == "select_n" and len(ins) == 3 and at > 0:
+    if isinstance(verb, Select) and len(ins) == 3 and at > 0:
         return _is_zero(it, eqn.invars[3 - at]) and _is_drawn(
             it, eqn.invars[0], own.shape
         )
@@ -459,7 +470,7 @@ def _drawn(
     if var not in known:
         known[var] = it.is_constant(var) and var.aval.shape == shape
         made = it.producer(var)
-        if made is not None and made.primitive.name in _RANDOM:
+        if made is not None and isinstance(read(made), Draw):
             known[var] = True
         elif made is not None:
             draws = _draws(made)
@@ -470,10 +481,10 @@ def _drawn(
 
 
 def _draws(eqn: Any) -> bool:
-    inner = compat.CALLS.get(eqn.primitive.name)
-    if inner is None or inner not in eqn.params:
-        return eqn.primitive.name in _RANDOM
-    return any(map(_draws, compat.open_jaxpr(eqn.params[inner])[0].eqns))
+    verb = read(eqn)
+    if isinstance(verb, Call):
+        return any(map(_draws, verb.jaxpr.eqns))
+    return isinstance(verb, Draw)
 
 
 def _is_key(var: Any) -> bool:
@@ -484,9 +495,6 @@ def _all_drawn(parts: list[bool | None]) -> bool | None:
     if False in parts:
         return False
     return True if True in parts else None
-
-
-_RANDOM = frozenset({"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"})
 
 
 def _is_zero(it: Interpreter, var: Any) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from jpeft import compat
+from jpeft.adapt.equations import Jit, read
 from jpeft.checks import check_index
 from jpeft.late import Late
 from jpeft.types import PyTree
@@ -245,9 +246,10 @@ def _expanded(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[An
     env.update(zip(jaxpr.invars, args, strict=True))
     value = lambda v: env[v] if _is_var(v) else v.val
     for e in jaxpr.eqns:
-        if e.primitive.name == compat.JIT:
-            inner = compat.open_jaxpr(e.params[compat.CALLS[e.primitive.name]])
-            outs = _expanded(*inner, [value(v) for v in e.invars])
+        verb = read(e)
+        if isinstance(verb, Jit):
+            ins = [value(v) for v in e.invars]
+            outs = _expanded(verb.jaxpr, verb.consts, ins)
             env.update(zip(e.outvars, outs, strict=True))
         else:
             _run(jaxpr, [e], env)

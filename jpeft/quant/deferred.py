@@ -16,14 +16,9 @@ import numpy as np
 from jax import lax
 
 from jpeft import compat
+from jpeft.adapt.equations import ByElement, Join, Move, Pad, Round, Verb
 from jpeft.leaf import adapted_leaf, frozen, is_leaf, static
 from jpeft.quant.leaf import QuantizedValue
-
-# What does the same to each row of its operands.
-_BY_ELEMENT = frozenset(
-    "abs add convert_element_type div integer_pow max min mul neg reduce_precision "
-    "rsqrt select_n sqrt square sub".split()
-)
 
 
 @adapted_leaf
@@ -33,6 +28,8 @@ class Deferred(QuantizedValue):
     base: its operands: quantised or deferred leaves, and arrays.
     primitive, params: the equation.  literals: ((place, number), ...), its other
     operands.  take: which output this is, None if there is one only.
+    by_row: whether it does the same to each row of its operands.  pads: whether it puts
+    a value of its own beside the weight.
     """
 
     base: Any = frozen()
@@ -40,6 +37,8 @@ class Deferred(QuantizedValue):
     params: tuple[tuple[str, Any], ...] = static()
     literals: tuple[tuple[int, Any], ...] = static()
     take: int | None = static()
+    by_row: bool = static()
+    pads: bool = static()
     sizes: tuple[int, ...] = static()
     element: str = static()
     compute_dtype: str | None = static(default=None)
@@ -58,7 +57,7 @@ class Deferred(QuantizedValue):
         operands = [x.value(x.dtype) if is_leaf(x) else x for x in self.base]
         for place, number in self.literals:
             operands.insert(place, number)
-        if self.primitive.name == "pad" and not self.literals:
+        if self.pads and not self.literals:
             # Apart from the array, or JAX cannot differentiate by the filling alone.
             x, fill = operands
             config = dict(self.params)["padding_config"]
@@ -96,7 +95,7 @@ class Deferred(QuantizedValue):
         return tuple(data for data, *_ in below), real, put_back
 
     def unstack(self) -> tuple[Any, Any, Callable[[Any, Any], Any]] | None:
-        if self.primitive.name not in _BY_ELEMENT:
+        if not self.by_row:
             return None
         rows = []
         for x in self.base:
@@ -120,10 +119,11 @@ class Deferred(QuantizedValue):
         return tuple(r[0] for r in rows), tuple(r[1] for r in rows), join
 
 
-def deferred(eqn: Any, ins: list[Any]) -> Any:
+def deferred(verb: Verb, ins: list[Any]) -> Any:
     """The equation, waiting.  None where it must not: a leaf of another kind is among
     its operands, it makes more than the weights that go in (an activation does that),
     or its parameters do not compare."""
+    eqn = verb.eqn
     if any(is_leaf(x) and not isinstance(x, QuantizedValue) for x in ins):
         return None
     operands, literals = [], []
@@ -144,7 +144,7 @@ def deferred(eqn: Any, ins: list[Any]) -> Any:
         and jnp.issubdtype(jnp.result_type(x), jnp.floating)
     ]
     # Beside a key's weight stands a query's, which eight heads may share.
-    room = 8 if eqn.primitive.name == "concatenate" else 1
+    room = 8 if isinstance(verb, Join) else 1
     if any(n > room * weights for n in real):
         return None
     if real and max(a.size for a in outs) > weights + sum(real):
@@ -163,6 +163,8 @@ def deferred(eqn: Any, ins: list[Any]) -> Any:
             params=params,
             literals=tuple(literals),
             take=k if many else None,
+            by_row=isinstance(verb, (ByElement, Round)),
+            pads=isinstance(verb, Move) and verb.step is Pad,
             sizes=tuple(a.shape),
             element=a.dtype.name,
             compute_dtype=first.compute_dtype,

@@ -21,16 +21,15 @@ from jax import lax
 
 from jpeft import compat
 from jpeft.adapt.equations import (
-    Add,
+    ByElement,
     Cast,
-    Change,
-    Compute,
     Convolve,
     Gather,
     Join,
     LookUp,
     Move,
     Product,
+    Reduce,
     Reverse,
     Round,
     Route,
@@ -186,7 +185,7 @@ def _look_up(it: Interpreter, at: LookUp, ins: list[Any]) -> Any:
             if indices.dtype.itemsize < 4:  # room to count with: blocks, and the rows
                 indices = indices.astype(jnp.int32)
             if leaf.is_stack(axis) and leaf.ndim > 2:
-                return _picked(eqn, leaf, axis, indices)
+                return _picked(at, leaf, axis, indices)
             if leaf.order.index(axis) < leaf.lead:
                 return _looked_up(it, eqn, leaf, axis, indices)
     return it.native(eqn)(leaf.value(leaf.dtype), indices)
@@ -281,11 +280,11 @@ def _out_of_range(
     return jnp.where(inside, y, jnp.asarray(fill, y.dtype))
 
 
-def _picked(eqn: Any, leaf: Quantized, axis: int, indices: jax.Array) -> Any:
+def _picked(verb: LookUp, leaf: Quantized, axis: int, indices: jax.Array) -> Any:
     """Matrices of a stack, by index: experts' weights stay codes."""
     if leaf.order[0] != axis:
-        return deferred(eqn, [leaf, indices])
-    sizes, flat = indices.shape[:-1], indices
+        return deferred(verb, [leaf, indices])
+    eqn, sizes, flat = verb.eqn, indices.shape[:-1], indices
     if len(sizes) > 1:  # the best k experts of each token
         flat = indices.reshape(-1, indices.shape[-1])
     out = leaf.along_stack(lambda x, at: _take(eqn, x, flat, at), axis)
@@ -297,7 +296,7 @@ def _picked(eqn: Any, leaf: Quantized, axis: int, indices: jax.Array) -> Any:
     if len(sizes) == 1:
         return out
     split = _regrouped(out, (*sizes, *out.shape[1:]))
-    return deferred(eqn, [leaf, indices]) if split is None else split
+    return deferred(verb, [leaf, indices]) if split is None else split
 
 
 # --- moved ---------------------------------------------------------------------------
@@ -315,7 +314,7 @@ def _moved(it: Interpreter, move: Move, ins: list[Any]) -> Any:
     """The codes stay where they are, whatever is said of the weight."""
     if isinstance(move, Same) and not isinstance(move, Round):
         return ins[0]
-    return None if move.step is Gather else deferred(move.eqn, ins)
+    return None if move.step is Gather else deferred(move, ins)
 
 
 @acts(Move, kind=Quantized)
@@ -338,7 +337,7 @@ def _moved_codes(it: Interpreter, move: Move, ins: list[Any]) -> Any:
     elif move.step is None and not move.spreads and not move.regroups:
         # Only the order changes: nothing is decoded.
         out = leaf.replace(order=tuple(map(move.order.index, leaf.order)))
-    return deferred(move.eqn, ins) if out is None else out
+    return deferred(move, ins) if out is None else out
 
 
 @acts(Join, kind=Quantized)
@@ -350,7 +349,7 @@ def _join(it: Interpreter, join: Join, ins: list[Any]) -> Any:
         and len({jax.tree.structure(x.replace(origin="")) for x in ins}) == 1
     )
     if not alike or not (join.new or first.is_stack(axis)):
-        return deferred(join.eqn, ins)
+        return deferred(join, ins)
     if join.new:
         at, put = 0, lambda xs, at: jnp.stack(xs, at)
         new = first.replace(
@@ -439,6 +438,6 @@ def _all_gather(move: Move, leaf: Quantized) -> Any:
     return leaf.replace(**sent, inner=inner)
 
 
-@acts(Change, Add, Compute, Join, kind=QuantizedValue)
+@acts(ByElement, Reduce, Join, kind=QuantizedValue)
 def _waits(it: Interpreter, verb: Verb, ins: list[Any]) -> Any:
-    return deferred(verb.eqn, ins)
+    return deferred(verb, ins)

@@ -52,6 +52,7 @@ class Use:
     a product, or what has a scale.  "maybe a scale", "maybe a bias": it scales, or is
     added to, something unknown.  "neutral": what any of them may go through.
     """
+    kind: str = ""  # what it takes a weight for: "linear", "conv", "embedding"
 
 
 @dataclasses.dataclass(frozen=True)

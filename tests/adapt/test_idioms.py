@@ -221,6 +221,19 @@ case(
     axes="io",
 )
 case(
+    "scaled by what was repeated, then turned and cast",
+    lambda w, v, x: (
+        x
+        @ (
+            w
+            * jnp.broadcast_to(v[:, None], (6, 8)).T.astype(jnp.float16).astype(w.dtype)
+        )
+    ),
+    [n(8, 6), n(6, k=4)],
+    [X],
+    axes="io",
+)
+case(
     "pad and reverse",
     lambda w, x: x @ jnp.pad(w, ((0, 0), (1, 2)))[:, ::-1],
     [n(8, 5)],

@@ -556,6 +556,17 @@ READ = {
         lambda s: jnp.concatenate([s, sink(s)], -1), lambda w: w
     )(q, k, jnp.concatenate([v, jnp.zeros_like(v[:, :1])], 1)),
     "some of the queries": with_sink(lambda s: s[:, 1:4], lambda w: w),
+    "clipped": with_sink(lambda s: jnp.clip(s, -0.1, 0.2), lambda w: w),
+    "bent": with_sink(lambda s: 3 * jnp.arctan(s), lambda w: w),
+    "times what was repeated, then turned": with_sink(
+        lambda s: (
+            s
+            * jnp.broadcast_to(
+                jnp.arange(1.0, 1 + s.shape[1]), (len(s), *s.shape[:0:-1])
+            ).transpose(0, 2, 1)
+        ),
+        lambda w: w,
+    ),
     "queries of no example": pooled,
     "heads of no example": pooled_heads,
 }

@@ -217,6 +217,25 @@ PUT_TOGETHER = {
 }
 
 
+BY_ELEMENT = {
+    "bent": jnp.tanh,
+    "a power of two": jnp.exp2,
+    "kept between two": lambda w: jax.lax.clamp(-0.2, w, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", BY_ELEMENT)
+def test_what_is_done_to_each_value_waits_for_the_product(name):
+    f, w, x = BY_ELEMENT[name], idioms.n(64, 64), idioms.n(5, 64, k=1)
+    uses = jpeft.find_uses(lambda p, x: x @ p["w"], {"w": w}, x)
+    params = FORMATS["nf4"](jax.random.key(0), {"w": w}, uses=uses)
+    fn = lambda p, x: jnp.sum(jnp.sin(x @ f(p["w"])))
+    got = jax.value_and_grad(jpeft.adapt(fn), 1)(params, x)
+    want = jax.value_and_grad(fn, 1)(jpeft.merge(params), x)
+    for a, b in zip(got, want, strict=True):
+        assert jnp.linalg.norm(a - b) < 4e-5 * jnp.linalg.norm(b)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("format", slow_but(["nf4"], FORMATS))
 @pytest.mark.parametrize("name", PUT_TOGETHER)
