@@ -155,6 +155,10 @@ def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
     pages = [p.removeprefix("docs/") for p in PAGES if p.startswith("docs/")]
     assert sorted(re.findall(r"[\w-]+\.md", menu)) == sorted(pages)
+    books = [f"notebooks/{f.name}" for f in ROOT.glob("docs/notebooks/*.ipynb")]
+    assert sorted(re.findall(r"[\w/-]+\.ipynb", menu)) == sorted(books)
+    scripts = re.findall(r"examples/\w+\.py", menu)
+    assert len(scripts) == 4 and all((ROOT / s).is_file() for s in scripts)
 
 
 def test_every_promised_name_is_in_the_api():
