@@ -1,5 +1,6 @@
 """The code of the README and of docs/ runs as it stands."""
 
+import inspect
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -177,6 +178,19 @@ def test_every_promised_name_is_in_the_api():
         for part in name.split("."):
             owner = getattr(owner, part)
         assert owner.__doc__, name
+
+
+def test_every_promised_name_has_an_example():
+    """A doctest, which runs; a warning may have code that shows what to do about it."""
+    for name in re.findall(r"^::: jpeft\.([\w.]+)$", PAGES["docs/api.md"], re.M):
+        if name.startswith("kernels."):  # on arrays as `quant` makes them
+            continue
+        promised = jpeft
+        for part in name.split("."):
+            promised = getattr(promised, part)
+        text = inspect.cleandoc(promised.__doc__)
+        warning = isinstance(promised, type) and issubclass(promised, Warning)
+        assert ">>> " in text or warning and "\n\n    " in text, name
 
 
 def test_every_message_that_is_explained_exists():
