@@ -1,6 +1,7 @@
 """jpeft: parameter-efficient fine-tuning of any JAX model."""
 
 from jpeft import config as config
+from jpeft import extend as extend
 from jpeft import hf as hf
 from jpeft import objectives as objectives
 from jpeft import optim as optim
@@ -27,6 +28,7 @@ from jpeft.methods.diff_pruning import sparsify as sparsify
 from jpeft.methods.dora import dora as dora
 from jpeft.methods.full import full as full
 from jpeft.methods.gated import gated as gated
+from jpeft.methods.hira import hira as hira
 from jpeft.methods.ia3 import ia3 as ia3
 from jpeft.methods.loftq import loftq as loftq
 from jpeft.methods.loha import loha as loha

@@ -4,6 +4,7 @@ leaf gets its key, its box and its place."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from jpeft.finite import all_finite
 from jpeft.leaf import AdaptedLeaf, box_of, boxed_like, innermost, layers, wide_dtype
 from jpeft.sharding.specs import place_beside
 from jpeft.transform import Pattern, Transform, folded
-from jpeft.tree.layout import UNUSED, LeafUse, layouts
+from jpeft.tree.layout import CONV, UNUSED, LeafUse, layouts
 from jpeft.tree.paths import Slots, slots, suggest, weight
 from jpeft.tree.sublayers import weights_of_parts
 from jpeft.tree.where import Where, asks_parts, select
@@ -159,6 +160,18 @@ class Ranked(LeafMethod):
 
     def alpha_of(self, path: str) -> float | None:
         return matched(self.alpha_pattern, path, self.alpha)
+
+
+def check_rank(path: str, rank: int, use: LeafUse) -> None:
+    """Raises if a matrix has no room for a delta of this rank."""
+    n_in, n_out = math.prod(use.sizes("i")), math.prod(use.sizes("o"))
+    if rank > min(n_in, n_out):
+        kind = "convolution " if use.kind == CONV else ""
+        raise ValueError(
+            f"{path}: rank {rank} is larger than the {kind}matrix {n_in} x {n_out} of "
+            f"shape {use.shape}; use rank <= {min(n_in, n_out)} "
+            f"(rank_pattern={{{path!r}: {min(n_in, n_out)}}}) or exclude={path!r}"
+        )
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:

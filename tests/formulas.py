@@ -1,4 +1,4 @@
-"""What each leaf makes of a weight: its paper's formula, in float64 NumPy.
+"""What leaves make of a weight: the formulas of the papers, in float64 NumPy.
 
 Of kernels (*stack, in, out), as those of Linen's layers are.
 """
@@ -32,41 +32,47 @@ def gate(alpha):
     return np.clip(3 / (1 + np.exp(-array(alpha))) - 1.5, 0, 1)
 
 
-def dora(x, w):
+def dora(x, w, tree):
     turned = w + x.scale * array(x.a) @ array(x.b)
     length = np.sqrt(np.sum(turned**2, axis=-2, keepdims=True))
     return turned / length * array(x.m)[..., None, :]
 
 
-# Class of a leaf -> (the leaf, its base's value) -> W'.  Of `tree` what others lend.
-FORMULAS = {
-    "LowRank": lambda x, w, tree: w + x.scale * array(x.a) @ array(x.b),
-    "ShiftedLowRank": lambda x, w, tree: (
-        w + x.scale * (array(x.a) @ array(x.b) - array(x.a0) @ array(x.b0))
-    ),
-    "Triplets": lambda x, w, tree: (
-        w + x.scale * (array(x.p) * array(x.lam)[..., None, :]) @ array(x.q)
-    ),
-    "DoRALeaf": lambda x, w, tree: dora(x, w),
-    "Hadamard": lambda x, w, tree: (
-        w + x.scale * (array(x.a1) @ array(x.b1)) * (array(x.a2) @ array(x.b2))
-    ),
-    "Kronecker": lambda x, w, tree: (
-        w + x.scale * kronecker(factor(x, "w1"), factor(x, "w2"))
-    ),
-    "VeRALeaf": lambda x, w, tree: w + vera(x, w, tree),
-    "ScaledOutput": lambda x, w, tree: w * array(x.scale)[..., None, :],
-    "ScaledInput": lambda x, w, tree: w * array(x.scale)[..., :, None],
-    "ScaledBias": lambda x, w, tree: w * lent(x, tree),
-    "Delta": lambda x, w, tree: w + array(x.delta),
-    "Whole": lambda x, w, tree: array(x.value),
-    "GatedDelta": lambda x, w, tree: w + gate(x.alpha) * array(x.delta),
-    "GroupedDelta": lambda x, w, tree: (
-        w + gate(x.alpha) * gate(x.group) * array(x.delta)
-    ),
-    # What the codes stand for is pinned in tests/formats.
-    "Quantized": lambda x, w, tree: array(x.materialize(np.float32)),
-}
+def low_rank(x, w, tree):
+    return w + x.scale * array(x.a) @ array(x.b)
+
+
+def shifted(x, w, tree):
+    return w + x.scale * (array(x.a) @ array(x.b) - array(x.a0) @ array(x.b0))
+
+
+def triplets(x, w, tree):
+    return w + x.scale * (array(x.p) * array(x.lam)[..., None, :]) @ array(x.q)
+
+
+def hadamard(x, w, tree):
+    one, two = array(x.a1) @ array(x.b1), array(x.a2) @ array(x.b2)
+    return w + x.scale * one * two
+
+
+def hira(x, w, tree):
+    return w * (1 + x.scale * array(x.a) @ array(x.b))
+
+
+def lokr(x, w, tree):
+    return w + x.scale * kronecker(factor(x, "w1"), factor(x, "w2"))
+
+
+def added(x, w, tree):
+    return w + array(x.delta)
+
+
+def gated(x, w, tree):
+    return w + gate(x.alpha) * array(x.delta)
+
+
+def gated_in_groups(x, w, tree):
+    return w + gate(x.alpha) * gate(x.group) * array(x.delta)
 
 
 def vera(x, w, tree):
@@ -74,7 +80,7 @@ def vera(x, w, tree):
     a, b = array(shared.shared_a), array(shared.shared_b)
     inputs, outputs = w.shape[-2:]
     a = a[:inputs] * array(x.d)[..., None, :]
-    return a @ (b[:, :outputs] * array(x.b)[..., None, :])
+    return w + a @ (b[:, :outputs] * array(x.b)[..., None, :])
 
 
 def lent(x, tree):
@@ -91,8 +97,11 @@ def every(tree):
             x = getattr(x, "base", None)
 
 
-def value(x, tree):
+def value(x, tree, table):
+    """table: class of a leaf -> its formula, (the leaf, its base's value, the tree, of
+    which what others lend)."""
     if not is_leaf(x):
         return array(x)
-    base = None if type(x).__name__ == "Quantized" else value(x.base, tree)
-    return FORMULAS[type(x).__name__](x, base, tree)
+    if type(x).__name__ == "Quantized":  # tests/formats pin what codes stand for
+        return array(x.materialize(np.float32))
+    return table[type(x).__name__](x, value(x.base, tree, table), tree)

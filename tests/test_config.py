@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from every_method import needed
 
 import jpeft
 from jpeft.transform import METHODS
@@ -101,46 +102,21 @@ def test_arguments_that_do_not_fit_are_named(call, message):
     assert re.fullmatch(message, str(error.value))
 
 
-# What a method cannot do without, and how many more it takes by position.
-NEEDED = {
-    "adalora": ({"rank": 3}, 1),
-    "adapter": ({}, 2),
-    "bitfit": ({}, 0),
-    "diff_pruning": ({}, 0),
-    "dora": ({"rank": 3}, 1),
-    "full": ({"where": ".*"}, 0),
-    "gated": ({"transform": jpeft.lora(2)}, 0),
-    "ia3": ({}, 0),
-    "loftq": ({"rank": 3}, 1),
-    "loha": ({"rank": 3}, 1),
-    "lokr": ({"rank": 3}, 1),
-    "lora": ({"rank": 3}, 1),
-    "mam": ({}, 3),
-    "norm_tuning": ({}, 0),
-    "p_tuning": ({"length": 3}, 0),
-    "p_tuning_v2": ({"length": 3}, 0),
-    "prefix": ({"length": 3}, 0),
-    "prompt": ({"length": 3}, 0),
-    "quantize": ({}, 4),
-    "unipelt": ({}, 4),
-    "vera": ({}, 1),
-}
-
-
 def test_a_call_is_the_configuration_of_the_same_arguments():
-    assert set(NEEDED) == set(METHODS) - {"chain"}
-    for name, (needed, more) in NEEDED.items():
-        made = getattr(jpeft, name)(*needed.values())
-        assert made == getattr(jpeft, name)(**needed)
-        data = {k: getattr(v, "to_config", lambda v=v: v)() for k, v in needed.items()}
+    for name, cls in METHODS.items():
+        if name == "chain":
+            continue
+        given = needed(cls)
+        made = getattr(jpeft, name)(*given.values())
+        assert made == getattr(jpeft, name)(**given)
+        data = {k: getattr(v, "to_config", lambda v=v: v)() for k, v in given.items()}
         assert made == jpeft.from_config({"method": name, **data})
         assert made == jpeft.from_config(made.to_config())
         assert copy.deepcopy(made) == pickle.loads(pickle.dumps(made)) == made
         parameters = inspect.signature(getattr(jpeft, name)).parameters.values()
         kinds = [p.kind for p in parameters]
-        by_position = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        assert kinds == sorted(kinds) and len(by_position) == len(needed) + more
-        assert {p.name for p in parameters if p.default is p.empty} == set(needed)
+        assert kinds == sorted(kinds)
+        assert {p.name for p in parameters if p.default is p.empty} == set(given)
 
 
 def test_what_a_configuration_leaves_out():

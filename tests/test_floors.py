@@ -14,12 +14,14 @@ FLOORS = {
     "jpeft.compat": 0,
     "jpeft.checks": 0,
     "jpeft.late": 0,
+    "jpeft.conventions": 0,
     "jpeft.boxes": 1,
     "jpeft.finite": 1,
     "jpeft.serialization": 2,
     "jpeft.virtual": 1,
     "jpeft.formats": 1,
     "jpeft.sharding.plan": 1,
+    "jpeft.sharding.explicit": 2,
     "jpeft.kernels": 2,
     "jpeft.leaf": 3,
     "jpeft.sharding.specs": 4,
@@ -36,6 +38,7 @@ FLOORS = {
     "jpeft.checkpoint": 11,
     "jpeft.sharding": 11,
     "jpeft.config": 11,
+    "jpeft.extend": 11,
     "jpeft.hf": 12,
 }
 EVERYWHERE = {"jax", "jaxtyping", "numpy"}

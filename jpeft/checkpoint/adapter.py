@@ -66,6 +66,7 @@ from jpeft.leaf import (
     is_stored,
     layers,
     roles,
+    title,
 )
 from jpeft.methods.quantize import Quantize
 from jpeft.quant.leaf import Quantized, boxed
@@ -437,7 +438,7 @@ def _grown(saved: Saved, path: str, leaf: AdaptedLeaf, axis: int) -> AdaptedLeaf
         )
     more = leaf.grown(axis)
     if more is None:
-        raise CheckpointError(_not_grown(saved, path, leaf.title, axis))
+        raise CheckpointError(_not_grown(saved, path, title(leaf), axis))
     return more
 
 

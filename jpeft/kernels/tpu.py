@@ -337,15 +337,10 @@ def _encode(
 ) -> Int32[Array, "rows columns"]:
     """`codebooks.encode` with codes in 32 bits: here a comparison of floats cannot
     select among bytes."""
-    if format == "nf4":
-        return _count_above(x, codebooks.midpoints(codebooks.NF4))
-    if format == "fp4":
-        order = codebooks._FP4_ORDER
-        place = _count_above(x, codebooks.midpoints(codebooks.FP4[list(order)]))
-        return codebooks.look_up(place, [jnp.int32(k) for k in order])
-    if format == "int4":
-        return (jnp.round(x * 7.0) + 8.0).astype(jnp.int32)
-    raise ValueError(f"no fixed 4-bit code book is named {format!r}")
+    book = codebooks.fixed(format)
+    if book.even is not None:
+        return (jnp.round(x * book.even) + 8.0).astype(jnp.int32)
+    return book.in_order(_count_above(x, book.thresholds), jnp.int32)
 
 
 def _count_above(x: jax.Array, thresholds: np.ndarray) -> jax.Array:

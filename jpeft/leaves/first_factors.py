@@ -25,6 +25,7 @@ from jpeft import compat
 from jpeft.checks import refusal
 from jpeft.leaf import wide_dtype
 from jpeft.leaves.draw import drawn
+from jpeft.sharding.explicit import whole
 
 DRAWN, PISSA, OLORA = ("gaussian", "kaiming"), "pissa", "olora"
 INITS = (*DRAWN, PISSA, f"{PISSA}_niter_<n>", OLORA)
@@ -102,7 +103,7 @@ def factors(
         tuple(n for n, c in zip(weight.shape, axes, strict=True) if c == g)
         for g in "sio"
     )
-    matrices = _replicated(jnp.transpose(weight, order))
+    matrices = whole(jnp.transpose(weight, order))
     matrices = matrices.reshape(math.prod(stack), math.prod(ins), math.prod(outs))
 
     def one(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -116,19 +117,6 @@ def factors(
     # One after the other: the workspace is that of one matrix.
     a, b = lax.map(one, (jnp.arange(math.prod(stack)), matrices))
     return a.reshape(*stack, *ins, rank), b.reshape(*stack, rank, *outs)
-
-
-def _replicated(x: jax.Array) -> jax.Array:
-    """On an explicit mesh: whole on every device, as decompositions need it.
-
-    On an automatic one the compiler gathers what it needs, a matrix at a time.
-    """
-    sharding = jax.typeof(x).sharding
-    if all(names is None for names in sharding.spec):
-        return x
-    return jax.sharding.reshard(
-        x, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    )
 
 
 # --- the mathematics -----------------------------------------------------------------

@@ -9,7 +9,6 @@ base's own; what moves the weight about before that moves the factors.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jpeft import compat
@@ -51,9 +49,11 @@ from jpeft.adapt.labels import (
 from jpeft.leaf import (
     adapted_leaf,
     is_leaf,
+    labels_of,
     static,
     trainable,
 )
+from jpeft.sharding.explicit import Places, places, places_of
 
 # --- the leaf ------------------------------------------------------------------------
 
@@ -182,7 +182,7 @@ def _gathered_weight(
     group = "s" if row and in_a and in_b else "i" if in_a else "o"
     axes = "".join(group if isinstance(k, tuple) else leaf.axes[k] for k in out)  # type: ignore[index]
     place = lambda labels: [R if k == R else out.index(k) for k in labels]
-    new = LowRank.labels_of(axes)
+    new = labels_of(LowRank, axes)
     return leaf.replace(
         base=base,
         axes=axes,
@@ -334,7 +334,7 @@ def low_rank_product(
     a: Float[Array, "..."], b: Float[Array, "..."], axes: str, dtype: Any
 ) -> Float[Array, "..."]:
     """A.B as an array with the weight's axes, multiplied and summed in `dtype`."""
-    labels = LowRank.labels_of(axes)
+    labels = labels_of(LowRank, axes)
     z, zl = contract(
         jnp.asarray(a).astype(dtype),
         labels["a"],
@@ -385,7 +385,7 @@ def through(
         dtype=jnp.dtype(leaf.dtype),
         labels=tuple(map(tuple, (xl, labels[first], labels[second], keep, out))),
         options=tuple(options.items()),
-        places=_places(x, xl, out, out_sharding),
+        places=(places_of(x, xl, out_sharding), places(out_sharding, out)),
         matrices=as_matrices_here(x),
     )
 
@@ -404,7 +404,7 @@ def _two_steps(
     dtype: Any,
     labels: tuple[tuple[Label, ...], ...],
     options: tuple[tuple[str, Any], ...],
-    places: Any,
+    places: tuple[Places | None, Places | None],
     matrices: bool,
 ) -> jax.Array:
     """scale * (x.f).g.
@@ -414,29 +414,10 @@ def _two_steps(
     """
     xl, fl, gl, keep, out = map(list, labels)
     f, g = f.astype(dtype), g.astype(dtype)
-    h, hl = contract(x, xl, f, fl, keep, place=_placer(places, 1), **dict(options))
+    h, hl = contract(x, xl, f, fl, keep, place=places[0], **dict(options))
     h = _scaled(h.astype(dtype), scale)
-    place = _placer(places, 2)
-    return expanded(h, hl, g, gl, out, matrices=matrices, place=place, **dict(options))
-
-
-def _places(x: Any, xl: list[Label], out: list[Label], sharding: Any) -> Any:
-    """Where the two products go on an explicit mesh, if the equation says where its own
-    goes: (mesh, mesh axes of each label of the first, and of the second)."""
-    if sharding is None:
-        return None
-    places = lambda labels, spec: tuple(itertools.zip_longest(labels, spec))
-    of_x = places(xl, jax.typeof(x).sharding.spec)
-    return sharding.mesh, of_x, places(out, sharding.spec)
-
-
-def _placer(places: Any, product: int) -> Any:
-    if places is None:
-        return None
-    mesh, axes = places[0], dict(places[product])
-    return lambda labels: NamedSharding(
-        mesh, PartitionSpec(*(axes.get(k) for k in labels))
-    )
+    more = dict(options)
+    return expanded(h, hl, g, gl, out, matrices=matrices, place=places[1], **more)
 
 
 def dropped(leaf: LowRank, x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -5,17 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from jpeft import conventions
 from jpeft.adapt.lookups import DIRECT
 from jpeft.tree.layout import EMBEDDING, MATRIX, LeafUse, traced
 from jpeft.tree.paths import suggest
-
-_OTHER_TABLES = re.compile(
-    r"pos|wpe|type|segment|bias|relative|distance|patch|time|class|label|lang|speaker",
-    re.I,
-)
-_TOKENS = re.compile(
-    r"tok|word|wte|vocab|shared|embedder|input_embedding|^embed(ding|der)?s?$", re.I
-)
 
 
 def is_table(use: LeafUse) -> bool:
@@ -50,7 +43,8 @@ def looked_up_together(path: str, known: Mapping[str, LeafUse]) -> list[str]:
     ids = {u.ids for u in known[path].uses if u.lookup == DIRECT and u.ids}
     # Positions made of ids may look as if they were clipped to their table.
     may_hold = lambda p, u: (
-        u.lookup == DIRECT or (u.lookup in LOST and not _named(p, _OTHER_TABLES))
+        u.lookup == DIRECT
+        or (u.lookup in LOST and not _named(p, conventions.OTHER_TABLES))
     )
     return [
         p
@@ -87,7 +81,7 @@ def token_embeddings(
             f"mode 'tokens' it is the ids that tell{_asking(known)}; a model that "
             f'is given vectors instead of ids takes jpeft.{method}(..., mode="kv")'
         )
-    if len(found) > 1 and not all(_named(p, _TOKENS) for p in found):
+    if len(found) > 1 and not all(_named(p, conventions.TOKEN_TABLES) for p in found):
         together = {found[0], *looked_up_together(found[0], candidates)}
         if not set(found) <= together:
             raise ValueError(
@@ -111,12 +105,13 @@ def _token_tables(candidates: Mapping[str, LeafUse]) -> list[str]:
     tables = {
         p: u
         for p, u in candidates.items()
-        if u.kind == EMBEDDING or (u.kind == MATRIX and _named(p, _TOKENS))
+        if u.kind == EMBEDDING
+        or (u.kind == MATRIX and _named(p, conventions.TOKEN_TABLES))
     }
     fed = {p: u for p, u in tables.items() if u.lookup != "constant"}
-    found = [p for p in fed if not _named(p, _OTHER_TABLES)] or list(fed)
+    found = [p for p in fed if not _named(p, conventions.OTHER_TABLES)] or list(fed)
     if len(found) > 1:
-        found = [p for p in found if _named(p, _TOKENS)] or found
+        found = [p for p in found if _named(p, conventions.TOKEN_TABLES)] or found
     return found
 
 

@@ -33,7 +33,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jpeft import compat
-from jpeft.attach import Ranked
+from jpeft.attach import Ranked, check_rank
 from jpeft.boxes import same_box, unbox
 from jpeft.checks import Positive, Rate
 from jpeft.leaf import (
@@ -47,7 +47,6 @@ from jpeft.leaf import (
 )
 from jpeft.leaves.draw import drawn, filled
 from jpeft.leaves.low_rank import ActsAsLowRank, LowRank
-from jpeft.methods.lora import check_rank
 from jpeft.transform import method
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.paths import slots

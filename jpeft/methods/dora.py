@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jpeft.adapt.entry import stand_in
@@ -42,6 +42,7 @@ from jpeft.leaf import (
     frozen,
     is_leaf,
     is_stored,
+    labels_of,
     static,
     trainable,
     wide_dtype,
@@ -50,6 +51,7 @@ from jpeft.leaves import first_factors
 from jpeft.leaves.low_rank import LowRank
 from jpeft.leaves.scaled import ScaledOutput, spread
 from jpeft.methods.lora import LoRA
+from jpeft.sharding.explicit import cut, places
 from jpeft.transform import method
 from jpeft.tree.layout import LeafUse
 
@@ -145,16 +147,16 @@ def change_of_norm(
     Summed in float32 (float64 for float64).  base: an array, or a leaf that holds one.
     """
     wide = wide_dtype(base.dtype)
-    labels = LowRank.labels_of(axes)
+    labels = labels_of(LowRank, axes)
     al, bl = labels["a"], labels["b"]
-    columns = ScaledOutput.labels_of(axes)["scale"]
+    columns = labels_of(ScaledOutput, axes)["scale"]
     a, b = (lax.stop_gradient(x).astype(wide) for x in (a, b))
     options: dict[str, Any] = {"preferred_element_type": wide}
 
     def into(w: jax.Array, a: jax.Array) -> jax.Array:
         """W^T A: (*stack, rank, *out)."""
         wl: list[Label] = list(range(len(axes)))
-        z, zl = contract(w, wl, a, al, bl, place=_beside(w, wl), **options)
+        z, zl = contract(w, wl, a, al, bl, place=places(cut(w), wl), **options)
         return align(z, zl, bl)
 
     a_like = a.astype(base.dtype)
@@ -175,21 +177,10 @@ def change_of_norm(
     return align(jnp.sum(total, bl.index(R)), [k for k in bl if k != R], columns)
 
 
-def _beside(w: jax.Array, labels: list[Label]) -> Any:
-    """Where a product with the weight goes on an explicit mesh."""
-    sharding = jax.typeof(w).sharding
-    if all(names is None for names in sharding.spec):
-        return None
-    names = dict(zip(labels, sharding.spec, strict=True))
-    return lambda wanted: NamedSharding(
-        sharding.mesh, PartitionSpec(*(names.get(k) for k in wanted))
-    )
-
-
 def norm_of(w: Float[Array, "..."], axes: str) -> Float[Array, "..."]:
     """|W| of each column, squared and summed in float32 (float64 for float64)."""
     wide = wide_dtype(w.dtype)
-    columns = ScaledOutput.labels_of(axes)["scale"]
+    columns = labels_of(ScaledOutput, axes)["scale"]
     inputs = tuple(k for k in range(len(axes)) if k not in columns)
     norm = jnp.sqrt(jnp.sum(jnp.square(w.astype(wide)), inputs))
     return align(norm, sorted(columns), columns)  # type: ignore[type-var]

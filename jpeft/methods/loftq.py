@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 
 from jpeft import compat
+from jpeft.attach import check_rank
 from jpeft.boxes import unbox
 from jpeft.checks import Count
 from jpeft.formats.blocks import BLOCK_SIZE
 from jpeft.leaf import AdaptedLeaf, box_of, boxed_like
 from jpeft.leaves.first_factors import PISSA, draw_a, factors
 from jpeft.leaves.low_rank import LowRank, low_rank_product
-from jpeft.methods.lora import LowRankMethod, check_rank
+from jpeft.methods.lora import LowRankMethod
 from jpeft.methods.quantize import (
     BlockSize,
     ComputeDtype,

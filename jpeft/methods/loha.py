@@ -31,13 +31,12 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jpeft.adapt.equations import Label, Product, align
 from jpeft.adapt.interpreter import Interpreter, contracts
 from jpeft.adapt.labels import R, contract
-from jpeft.attach import Ranked
+from jpeft.attach import Ranked, check_rank
 from jpeft.checks import one_of
 from jpeft.leaf import (
     adapted_leaf,
@@ -56,7 +55,7 @@ from jpeft.leaves.low_rank import (
     low_rank_product,
     through,
 )
-from jpeft.methods.lora import check_rank
+from jpeft.sharding.explicit import places
 from jpeft.transform import method
 from jpeft.tree.layout import CONV, LINEAR, MATRIX, LeafUse
 
@@ -155,13 +154,7 @@ def _densely(
     options = dict(options)
     every: list[Label] = list(range(leaf.ndim))
     delta = leaf.delta(wide_dtype(leaf.dtype)).astype(leaf.dtype)
-    sharding = options.pop("out_sharding")
-    place = None
-    if sharding is not None:  # an explicit mesh asks of each product where it goes
-        names = dict(zip(out, sharding.spec, strict=True))
-        place = lambda labels: NamedSharding(
-            sharding.mesh, PartitionSpec(*(names.get(k) for k in labels))
-        )
+    place = places(options.pop("out_sharding"), out)
     y, yl = contract(x, xl, delta, every, out, place=place, **options)
     return align(y, yl, out)
 

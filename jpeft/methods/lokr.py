@@ -30,7 +30,7 @@ from typing import Annotated, Any, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jpeft.adapt.equations import (
@@ -60,10 +60,11 @@ from jpeft.adapt.labels import (
 )
 from jpeft.attach import Ranked
 from jpeft.checks import check_count, one_of, plain
-from jpeft.leaf import adapted_leaf, is_leaf, static, trainable
+from jpeft.leaf import adapted_leaf, is_leaf, labels_of, static, trainable
 from jpeft.leaves import first_factors
 from jpeft.leaves.draw import filled
 from jpeft.leaves.scaled import ScaledInput, ScaledOutput
+from jpeft.sharding.explicit import places_of
 from jpeft.transform import method
 from jpeft.tree.layout import LINEAR, MATRIX, LeafUse
 
@@ -155,7 +156,8 @@ def _product(
 ) -> jax.Array:
     """scale * x (W1 x W2), summed over the axes of `group`."""
     dtype = jnp.dtype(leaf.dtype)
-    places = _places(x, xl, out, out_sharding)
+    # On an explicit mesh free axes stay where they are.
+    place = places_of(x, xl, out_sharding, kept=out)
     summed = [k for k in _axes(leaf, group) if k in xl]
     rest = [k for k in xl if k not in summed]
     x = align(x, xl, [*rest, *summed])
@@ -170,9 +172,9 @@ def _product(
         w, wl = getattr(leaf, name).astype(dtype), labels[name]
         later = {k for m in steps[n + 1 :] for k in labels[m]}
         keep = {*out, *made, *later, *(stack if later else ())}
-        x, xl = contract(x, xl, w, wl, keep, place=places, **options)
+        x, xl = contract(x, xl, w, wl, keep, place=place, **options)
         x = x.astype(dtype) if later else x
-    # Outputs in front or behind: where they stand in `out` is seen to by the reshape.
+    # Outputs in front or behind: the reshape puts them in the order of `out`.
     others = [k for k in out if k in xl]
     x = align(x, xl, [*others, *made])
     mine = [k for k in out if k not in others]
@@ -209,17 +211,6 @@ def _order(leaf: Kronecker, split: Sequence[str]) -> list[str]:
         return total
 
     return list(min(itertools.permutations(labels), key=cost))
-
-
-def _places(x: Any, xl: list[Label], out: list[Label], sharding: Any) -> Any:
-    """Where the products go on an explicit mesh: free axes where they are."""
-    if sharding is None:
-        return None
-    names = dict(zip(xl, jax.typeof(x).sharding.spec, strict=True))
-    free = {k: v for k, v in names.items() if k in out}
-    return lambda labels: NamedSharding(
-        sharding.mesh, PartitionSpec(*(free.get(k) for k in labels))
-    )
 
 
 @acts(Route, kind=Kronecker)
@@ -278,7 +269,7 @@ def _scale(it: Interpreter, by: Scale, ins: list[Any]) -> Any:
         x = x * factor_along(v, varying, labels).astype(x.dtype)
         return leaf.replace(base=it.base(by.eqn, ins), **{name: x})
     kind = ScaledOutput if groups <= {"s", "o"} else ScaledInput
-    labels = kind.labels_of(leaf.axes)["scale"]
+    labels = labels_of(kind, leaf.axes)["scale"]
     if not varying <= set(labels):
         return None
     sizes = [leaf.shape[k] for k in labels]  # type: ignore[index]

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.adapt.labels import R
-from jpeft.attach import Ranked
+from jpeft.attach import Ranked, check_rank
 from jpeft.checks import Rate
 from jpeft.leaf import (
     adapted_leaf,
@@ -48,7 +48,7 @@ from jpeft.leaves import first_factors
 from jpeft.leaves.draw import filled
 from jpeft.leaves.low_rank import ActsAsLowRank, LowRank
 from jpeft.transform import method
-from jpeft.tree.layout import CONV, EMBEDDING, LeafUse
+from jpeft.tree.layout import EMBEDDING, LeafUse
 
 # --- the leaf of a delta that does not start at zero ---------------------------------
 
@@ -193,15 +193,3 @@ class LoRA(LowRankMethod):
 
 
 lora = LoRA
-
-
-def check_rank(path: str, rank: int, use: LeafUse) -> None:
-    """Raises if a matrix has no room for a delta of this rank."""
-    n_in, n_out = math.prod(use.sizes("i")), math.prod(use.sizes("o"))
-    if rank > min(n_in, n_out):
-        kind = "convolution " if use.kind == CONV else ""
-        raise ValueError(
-            f"{path}: rank {rank} is larger than the {kind}matrix {n_in} x {n_out} of "
-            f"shape {use.shape}; use rank <= {min(n_in, n_out)} "
-            f"(rank_pattern={{{path!r}: {min(n_in, n_out)}}}) or exclude={path!r}"
-        )

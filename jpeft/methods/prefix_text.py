@@ -16,7 +16,7 @@ import numpy as np
 
 from jpeft.adapt.entry import evaluate
 from jpeft.boxes import unbox
-from jpeft.leaf import is_leaf, is_stored, layers
+from jpeft.leaf import is_leaf, is_stored, layers, whose
 from jpeft.leaves.attention import KEY, VALUE, Tagged, rows_of
 from jpeft.leaves.prefix import NETWORK_ELSEWHERE, MadePrefix, Prefix
 from jpeft.tree.paths import slots
@@ -134,7 +134,7 @@ def _numbered(
         return slot
     if isinstance(slot, MadePrefix):
         if slot.origin not in lengths:
-            raise ValueError(f"prefix_from_text: {slot.where()}{NETWORK_ELSEWHERE}")
+            raise ValueError(f"prefix_from_text: {whose(slot)}{NETWORK_ELSEWHERE}")
         features = sum(map(slot.count, (KEY, VALUE)))
         shape = *jnp.shape(unbox(slot.on)), lengths[slot.origin], features
         slot = slot.holding(jnp.zeros(shape))

@@ -39,7 +39,8 @@ from jpeft.leaf import (
     static,
     unboxed,
 )
-from jpeft.sharding.specs import leaf_specs, whole_shards
+from jpeft.sharding.plan import whole_shards
+from jpeft.sharding.specs import leaf_specs
 from jpeft.tree.layout import EMBEDDING
 
 
@@ -52,10 +53,6 @@ class QuantizedValue(AdaptedLeaf):
     def value(self, dtype: Any) -> jax.Array:
         """The whole weight in `dtype`."""
         raise NotImplementedError
-
-    @property
-    def merges(self) -> bool:
-        return True
 
     def materialize(self, dtype: Any = None) -> jax.Array:
         return unboxed(self).value(self.dtype if dtype is None else dtype)

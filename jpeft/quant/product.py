@@ -189,7 +189,7 @@ def _by_tiles(how: How, leaf: Quantized, q: Blocks, x: jax.Array) -> jax.Array:
     """In plain JAX, on each device of a mesh for its part (`jpeft.sharding.plan`)."""
     kind, size = leaf.kind, leaf.block_size
     axis = 0 if leaf.is_matrix else 1
-    per_byte = 2 if kind.packed else 1
+    per_byte = kind.per_byte
     stored = q.codes.shape[axis] * per_byte
     filled_up = not leaf.is_matrix and stored != leaf.length
     names = [name for name, a in q._asdict().items() if a is not None]

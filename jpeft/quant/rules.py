@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft import compat
 from jpeft.adapt.equations import (
@@ -52,7 +51,7 @@ from jpeft.leaf import array_fields, is_leaf
 from jpeft.quant.deferred import deferred
 from jpeft.quant.leaf import Quantized, QuantizedValue
 from jpeft.quant.product import How, linear, product
-from jpeft.sharding.specs import whole_shards
+from jpeft.sharding.explicit import reshaped
 
 # --- consumed ------------------------------------------------------------------------
 
@@ -122,7 +121,7 @@ def _merged(x: jax.Array, *counts: int) -> jax.Array:
     places = lambda spec: [
         spec[b - n] if n else None for n, b in zip(counts, ends, strict=True)
     ]
-    return _reshaped(x, sizes, places)
+    return reshaped(x, sizes, places)
 
 
 def _split(x: jax.Array, sizes: Sequence[int], *counts: int) -> jax.Array:
@@ -132,18 +131,7 @@ def _split(x: jax.Array, sizes: Sequence[int], *counts: int) -> jax.Array:
         for of_axis, n in zip(spec, counts, strict=True)
         for place in (of_axis, *[None] * (n - 1))[:n]
     ]
-    return _reshaped(x, sizes, places)
-
-
-def _reshaped(x: jax.Array, sizes: Sequence[int], places: Any) -> jax.Array:
-    """On an explicit mesh the first of merged axes says where the whole goes, which JAX
-    leaves to be said."""
-    sharding = compat.typed_sharding(x)
-    if sharding is None:
-        return x.reshape(sizes)
-    spec = PartitionSpec(*places(sharding.spec))
-    spec = whole_shards(spec, tuple(sizes), sharding.mesh)
-    return lax.reshape(x, sizes, out_sharding=NamedSharding(sharding.mesh, spec))
+    return reshaped(x, sizes, places)
 
 
 def _inside(leaf: QuantizedValue, x: jax.Array) -> str:

@@ -2,9 +2,10 @@
 
     specs      the place of each array of a leaf, from that of its weight
     plan       an operation on quantised matrices, one shard a device
+    explicit   where a product goes, on meshes whose axes are part of types
     adapted    whole adapted trees, and what a compiler for TPU has to be told of them
 
-The last stands above the other rooms, which stand on the first two.
+The last stands above the other rooms, which stand on the first three.
 """
 
 import importlib

@@ -20,7 +20,8 @@ from jpeft.leaf import (
 )
 from jpeft.quant.leaf import Quantized
 from jpeft.sharding import plan
-from jpeft.sharding.specs import leaf_specs, whole_shards
+from jpeft.sharding.plan import whole_shards
+from jpeft.sharding.specs import leaf_specs
 from jpeft.tree.paths import is_array, slots, suggest, weight
 from jpeft.types import PyTree
 

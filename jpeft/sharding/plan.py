@@ -679,3 +679,18 @@ def _unit(operation: Operation, letter: str, mesh: Mapping[str, int]) -> int | N
 
 def _entries(dim: Dim, operation: Operation) -> int:
     return -(-operation.sizes[dim.letter or ""] // dim.per)
+
+
+def whole_shards(
+    spec: PartitionSpec, shape: tuple[int, ...], mesh: Any
+) -> PartitionSpec:
+    """The specification without the axes that do not divide evenly: replicated there.
+
+    Scales of blocks are few, and a handful over many devices does not divide.
+    """
+    out = []
+    for names, n in zip(tuple(spec), shape, strict=False):
+        each = names if isinstance(names, tuple) else (names,)
+        parts = math.prod(mesh.shape[a] for a in each if a is not None)
+        out.append(names if n % parts == 0 else None)
+    return PartitionSpec(*out)

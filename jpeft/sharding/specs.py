@@ -3,7 +3,6 @@ two share."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from jpeft.leaf import (
     is_stored,
     transients,
 )
+from jpeft.sharding.plan import whole_shards
 
 
 def place_of(base: Any) -> Sharding | None:
@@ -83,18 +83,3 @@ def leaf_specs(leaf: AdaptedLeaf, spec: PartitionSpec) -> Any:
     for n, x in transients(leaf).items():
         changes[n] = jax.tree.map(lambda _: PartitionSpec(), x)
     return leaf.replace(**changes)
-
-
-def whole_shards(
-    spec: PartitionSpec, shape: tuple[int, ...], mesh: Any
-) -> PartitionSpec:
-    """The specification without the axes that do not divide evenly: replicated there.
-
-    Scales of blocks are few, and a handful over many devices does not divide.
-    """
-    out = []
-    for names, n in zip(tuple(spec), shape, strict=False):
-        each = names if isinstance(names, tuple) else (names,)
-        parts = math.prod(mesh.shape[a] for a in each if a is not None)
-        out.append(names if n % parts == 0 else None)
-    return PartitionSpec(*out)

@@ -1,4 +1,4 @@
-"""DoRA, rescaled weights, LoHa, LoKr, VeRA: every way a model uses a weight.
+"""Methods that change a weight, and every way a model uses one.
 
 Each case runs `fn(w, *args)` with random arrays in the leaf over `w` and compares it
 with `fn` of the merged weight.  What a method cannot do it refuses.
@@ -7,9 +7,9 @@ with `fn` of the merged weight.  What a method cannot do it refuses.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
+import every_method
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +20,6 @@ from jax.sharding import PartitionSpec as P
 from speed import slow_but
 
 import jpeft
-from jpeft.methods.ia3 import INPUT, OUTPUT, _Rescale
-from jpeft.methods.vera import _Vectors, draw
 from jpeft.tree.layout import LeafUse
 
 
@@ -29,25 +27,10 @@ def n(*shape, k=0):
     return 0.5 * jax.random.normal(jax.random.key(k), shape)
 
 
-def vera_alone(path, w, use):
-    whole = jpeft.vera(rank=4)
-    n_in, n_out = (math.prod(use.sizes(g)) for g in "io")
-    shared = draw(jax.random.key(5), n_in + 3, 4, n_out + 2)
-    return _Vectors(whole=whole, holder=path, shared=shared)
-
-
-def rescale(part):
-    whole = jpeft.ia3(where=".*", feedforward=".*")
-    return lambda *_: _Rescale(whole=whole, part=part, where=".*")
-
-
 METHODS = {
-    "dora": lambda *_: jpeft.dora(rank=2, alpha=3),
-    "output": rescale(OUTPUT),
-    "input": rescale(INPUT),
-    "loha": lambda *_: jpeft.loha(rank=2, alpha=3),
-    "lokr": lambda *_: jpeft.lokr(rank=1, alpha=1.5),
-    "vera": vera_alone,
+    f"{name} {part}".strip(): alone
+    for name, method in every_method.METHODS.items()
+    for part, alone in method.alone.items()
 }
 
 
@@ -57,7 +40,6 @@ class Case:
     w: Any
     args: tuple
     axes: str
-    refused: tuple = ()  # by which methods
 
 
 X, H = n(3, 5, 8, k=1), n(3, 5, 2, 4, k=2)
@@ -108,7 +90,6 @@ CASES = {
         n(4, 8, 6),
         (X,),
         "sio",
-        ("input",),  # each matrix rescales the activation in its own way
     ),
     "a stack, scanned": Case(scanned, n(3, 8, 8), (X,), "sio"),
     "a stack, indexed": Case(lambda w, x: x @ w[1], n(3, 8, 6), (X,), "sio"),
@@ -120,49 +101,40 @@ CASES = {
         n(3, 8, 6),
         (X,),
         "sio",
-        ("lokr",),
     ),
-    "sliced outputs": Case(lambda w, x: x @ w[:, 1:4], n(8, 6), (X,), "io", ("lokr",)),
-    "sliced inputs": Case(
-        lambda w, x: x[..., 2:] @ w[2:], n(8, 6), (X,), "io", ("lokr",)
-    ),
+    "sliced outputs": Case(lambda w, x: x @ w[:, 1:4], n(8, 6), (X,), "io"),
+    "sliced inputs": Case(lambda w, x: x[..., 2:] @ w[2:], n(8, 6), (X,), "io"),
     "beside a plain one": Case(
         lambda w, x: x @ jnp.concatenate([w, jnp.ones((8, 2))], 1),
         n(8, 6),
         (X,),
         "io",
-        ("lokr", "input"),
     ),
     "stacked": Case(
         lambda w, x: jnp.einsum("btd,kdf->kbtf", x, jnp.stack([w, jnp.ones((8, 6))])),
         n(8, 6),
         (X,),
         "io",
-        ("lokr", "input"),
     ),
     "padded": Case(
         lambda w, x: x @ lax.pad(w, 0.7, [(0, 0, 0), (1, 2, 0)]),
         n(8, 6),
         (X,),
         "io",
-        ("lokr", "input"),  # 0.7 would be rescaled with its row
     ),
     "scaled by a vector": Case(
         lambda w, x, v: x @ (-w * v[None] / v[0]), n(8, 6), (X, n(6, k=3) + 2), "io"
     ),
-    "table, tied": Case(lambda w, ids: w[ids] @ w.T, n(11, 8), (IDS,), "io", ("lokr",)),
+    "table, tied": Case(lambda w, ids: w[ids] @ w.T, n(11, 8), (IDS,), "io"),
     "table, out of range": Case(
         lambda w, ids: jnp.take(w, ids, axis=0, mode="fill", fill_value=3.0),
         n(7, 8),
         (IDS,),
         "io",
-        ("lokr",),
     ),
-    "convolution": Case(conv, n(3, 8, 6), (X,), "iio", ("input", "lokr")),
-    "convolution in groups": Case(
-        lambda w, x: conv(w, x, 2), n(3, 4, 6), (X,), "iio", ("input", "lokr")
-    ),
-    "shards by rows": Case(by_rows, n(8, 6), (n(5, 8),), "io", ("lokr",)),
+    "convolution": Case(conv, n(3, 8, 6), (X,), "iio"),
+    "convolution in groups": Case(lambda w, x: conv(w, x, 2), n(3, 4, 6), (X,), "iio"),
+    "shards by rows": Case(by_rows, n(8, 6), (n(5, 8),), "io"),
     "remat in vmap": Case(
         lambda w, x: jax.vmap(jax.checkpoint(lambda x: jnp.sin(x @ w)))(x),
         n(8, 6),
@@ -174,8 +146,8 @@ CASES = {
 
 def attached(method, w, axes):
     use = LeafUse("w", w.shape, "linear", axes)
-    transform = METHODS[method]("w", w, use)
-    return moved({"w": transform.adapted(jax.random.key(4), "w", w, use)})
+    transform = METHODS[method].make()
+    return moved(transform(jax.random.key(4), {"w": w}, uses={"w": use}))
 
 
 @pytest.mark.sample(6)
@@ -185,7 +157,7 @@ def test_it_acts_as_its_merged_weight_or_is_refused(name, method):
     case = CASES[name]
     params = attached(method, case.w, case.axes)
     apply = jax.jit(jpeft.adapt(lambda p, *args: case.fn(p["w"], *args)))
-    if method in case.refused:
+    if name in METHODS[method].refused:
         with pytest.raises(jpeft.DensifyError, match="w: "):
             apply(params, *case.args)
         return
@@ -225,14 +197,12 @@ def test_gradients_are_those_of_the_merged_weight(method):
 
 
 @pytest.mark.sample(2)
-@pytest.mark.parametrize("method", ["dora", "output", "input", "loha", "lokr", "vera"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "pissa"])
 @pytest.mark.parametrize("format", slow_but(["nf4"], ["nf4", "int8"]))
 def test_over_a_quantised_weight(method, format):
     q = jpeft.quantize(format, compute_dtype=None, block_size=32, double=False)
     base = q(jax.random.key(0), {"w": n(64, 48)}, uses=None)["w"]
-    use = LeafUse("w", base.shape, "linear", "io")
-    leaf = METHODS[method]("w", base, use).adapted(jax.random.key(4), "w", base, use)
-    params = moved({"w": leaf})
+    params = attached(method, base, "io")
     x = n(5, 64, k=3)
     got = jax.jit(jpeft.adapt(lambda p, x: x @ p["w"]))(params, x)
     want = x @ jpeft.merge(params)["w"]

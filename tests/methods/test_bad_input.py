@@ -1,12 +1,17 @@
 """Bad input: each message says which leaf, what was expected, what to type instead."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from every_method import needed
 
 import jpeft
+from jpeft.attach import Ranked
+from jpeft.transform import METHODS
 
 KEY = jax.random.key(0)
 
@@ -150,8 +155,11 @@ def test_rank_and_alpha_patterns():
     assert layer["mlp"]["up"]["kernel"].scale == 4.0
 
 
+RANKED = [n for n, t in METHODS.items() if issubclass(t, Ranked) and n != "vera"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora", "dora", "adalora", "loha", "lokr", "loftq"])
+@pytest.mark.parametrize("name", RANKED)
 def test_without_alpha_the_scale_is_one_whatever_the_rank(name):
     t = getattr(jpeft, name)(rank=2, rank_pattern={".*query.*": 3})
     layer = t(KEY, tree())["layers"]["0"]
@@ -390,17 +398,13 @@ def test_offload_of_a_name():
     )
 
 
-FACTORIES = {
-    **dict.fromkeys(["lora", "dora", "adalora", "vera", "loha", "lokr", "loftq"], (2,)),
-    **dict.fromkeys(["adapter", "prefix", "p_tuning", "p_tuning_v2", "prompt"], (2,)),
-    **dict.fromkeys(["ia3", "bitfit", "norm_tuning", "mam", "unipelt"], ()),
-    "diff_pruning": (),
-    "full": (".*",),
-}
+HAVE_A_DTYPE = [
+    n for n, t in METHODS.items() if "dtype" in {f.name for f in dataclasses.fields(t)}
+]
 
 
 @pytest.mark.parametrize("dtype", ["floaty", "int8", 3.5])
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", HAVE_A_DTYPE)
 def test_a_dtype_that_is_none_or_not_floating(name, dtype):
     with pytest.raises(ValueError, match=r"dtype=.*: expected a floating-point dtype"):
-        getattr(jpeft, name)(*FACTORIES[name], dtype=dtype)
+        getattr(jpeft, name)(**needed(METHODS[name]), dtype=dtype)

@@ -13,6 +13,7 @@ import optax
 import pytest
 from draws import moved
 from every_method import (
+    FORMULAS,
     KEY,
     METHODS,
     adapted,
@@ -143,7 +144,7 @@ def test_a_merged_weight_is_the_formula(method):
     for path, leaf in slots(tree).items():
         if not is_leaf(leaf):
             continue
-        want = formulas.value(leaf, tree)
+        want = formulas.value(leaf, tree, FORMULAS)
         # float32, sums of at most 14 terms
         atol = 16 * np.finfo(np.float32).eps * np.abs(want).max()
         np.testing.assert_allclose(merged[path], want, rtol=0, atol=atol)
@@ -152,7 +153,9 @@ def test_a_merged_weight_is_the_formula(method):
 
 
 # alpha is 3 and the rank 2 wherever a method has both.
-SCALES = dict.fromkeys(("lora", "adalora", "pissa", "dora", "loha", "lokr"), 1.5)
+SCALES = dict.fromkeys(
+    ("lora", "adalora", "pissa", "dora", "hira", "loha", "lokr"), 1.5
+)
 SCALES |= {"qlora": 1.5, "loftq": 1.5, "rslora": 3 / 2**0.5}
 
 

@@ -20,8 +20,7 @@ import jpeft
 from jpeft.formats import codebooks
 from jpeft.kernels import four_bit
 from jpeft.sharding import plan
-from jpeft.sharding.plan import Dim, Operation
-from jpeft.sharding.specs import whole_shards
+from jpeft.sharding.plan import Dim, Operation, whole_shards
 
 BOOK = jnp.asarray(codebooks.NF4)
 BATCH, TOKENS, WIDTH, HIDDEN, LAYERS = 4, 8, 128, 256, 2
@@ -635,7 +634,7 @@ def test_a_weight_gathered_for_its_use_is_sent_as_codes(format, axis, block_size
     noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape)
     trainable, frozen = jpeft.partition(params)
     trainable = jax.tree.map(noise, trainable)
-    x = normal(2, 8, 512)
+    x = normal(2, 8, 512) / 32  # where tanh is flat, rounding is all its derivative
     on = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     plain = lambda p, x: jnp.tanh(x @ p["kernel"])
 

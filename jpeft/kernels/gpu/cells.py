@@ -36,15 +36,13 @@ class Cells:
     @functools.cache
     def of(cls, format: str) -> Cells | None:
         """None for a format whose codes are just rounded."""
-        if format == "nf4":
-            return cls._cut(codebooks.midpoints(codebooks.NF4), range(16), False)
-        if format == "fp4":
-            order = np.argsort(codebooks.FP4[:8]).tolist()
-            thresholds = codebooks.midpoints(codebooks.FP4[order])
-            return cls._cut(thresholds, order, True)
-        if format == "int4":
+        book = codebooks.fixed(format)
+        if book.even is not None:
             return None
-        raise ValueError(f"no fixed 4-bit code book is named {format!r}")
+        if not book.sign_apart:
+            return cls._cut(book.thresholds, book.order, False)
+        order = np.argsort(book.values[:8]).tolist()
+        return cls._cut(codebooks.midpoints(book.values[order]), order, True)
 
     @classmethod
     def _cut(cls, thresholds: np.ndarray, order: Iterable[int], apart: bool) -> Cells:

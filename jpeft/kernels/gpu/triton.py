@@ -374,8 +374,9 @@ class _Quantize:
         if self.cells is not None:
             look_up = lambda cell: [plt.load(t.at[cell & 31]) for t in tables]
             return self.cells.encode(x, look_up)
-        if self.format == "int4":
-            return round_to_bits(x, 7.0, 8) & 15
+        even = codebooks.fixed(self.format).even
+        if even is not None:
+            return round_to_bits(x, even, 8) & 15
         return codebooks.encode(x, self.format).astype(jnp.int32)
 
 
