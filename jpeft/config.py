@@ -41,9 +41,10 @@ def from_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> Transform
     """The transform that a configuration or a recipe file describes.
 
     config: what `transform.to_config()` returned, a recipe as a dict, the path of a
-    TOML recipe, or the name of one that comes with jpeft ("lora", "sft/qlora"; all of
-    them: `jpeft.config.recipes()`).  Unknown keys, methods and names are refused with
-    the nearest known one.  A recipe's [train] table is left to the program that trains.
+    TOML recipe, or the name of one that comes with jpeft, such as "lora" or "sft/qlora"
+    (`jpeft.config.recipes()` lists them).  Unknown keys, methods and names are refused
+    with the nearest known one.  A recipe's [train] table is left to the program that
+    trains.
 
     >>> from_config("sft/lora").where
     'linear'
