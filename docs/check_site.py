@@ -2,7 +2,7 @@
 
     mkdocs build --strict -d site && python docs/check_site.py site
 
-Links inside of the site need a file, and an element of that name behind a `#`.  Of links
+Links inside need a file, and an element of the name behind a `#`.  Of links
 to elsewhere only the form is looked at.  Every promised name needs its description.
 """
 
