@@ -162,7 +162,14 @@ def _let_export(cls: type, statics: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class AdaptedLeaf:
-    """A weight with a method attached.  See the module's docstring for the laws."""
+    """A weight with a method attached.  See the module's docstring for the laws.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = jpeft.lora(rank=2)(jax.random.key(0), {"kernel": jnp.ones((5, 3))})
+    >>> leaf = params["kernel"]
+    >>> isinstance(leaf, jpeft.AdaptedLeaf), leaf.shape, leaf.base.shape, leaf.a.shape
+    (True, (5, 3), (5, 3), (5, 2))
+    """
 
     base: Any = frozen()
     # The transform that made this leaf ("lora-1a2b3c4d"): the same one refuses to be
