@@ -26,6 +26,9 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax  # noqa: E402  reads the variables above, those below at its first use
 import pytest  # noqa: E402
+import shapes  # noqa: E402
+
+shapes.check()
 
 # Without optimisation, by one thread, and by the older way to generate code (jax 0.12
 # has no such flag), a program compiles in a third of the time.
