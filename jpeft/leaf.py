@@ -699,35 +699,3 @@ def named(leaf: AdaptedLeaf, path: str) -> AdaptedLeaf:
         return x.replace(path=Path(path), base=down(x.base)) if is_leaf(x) else x
 
     return down(unboxed(leaf))
-
-
-def leaf_specs(leaf: AdaptedLeaf, spec: PartitionSpec) -> Any:
-    """Partition specifications of a leaf's arrays, from that of its weight.
-
-    Each array is sharded as the weight's axes it inherits; the rank never is.
-    """
-    names = tuple(spec) + (None,) * (leaf.ndim - len(spec))
-    changes: dict[str, Any] = {
-        n: PartitionSpec(*(None if k is None else names[k] for k in axes))
-        for n, axes in field_axes(leaf).items()
-    }
-    if not is_stored(leaf):
-        changes["base"] = leaf_specs(leaf.base, spec) if is_leaf(leaf.base) else spec
-    for n, x in transients(leaf).items():
-        changes[n] = jax.tree.map(lambda _: PartitionSpec(), x)
-    return leaf.replace(**changes)
-
-
-def whole_shards(
-    spec: PartitionSpec, shape: tuple[int, ...], mesh: Any
-) -> PartitionSpec:
-    """The specification without the axes that do not divide evenly: replicated there.
-
-    Scales of blocks are few, and a handful over many devices does not divide.
-    """
-    out = []
-    for names, n in zip(tuple(spec), shape, strict=False):
-        each = names if isinstance(names, tuple) else (names,)
-        parts = math.prod(mesh.shape[a] for a in each if a is not None)
-        out.append(names if n % parts == 0 else None)
-    return PartitionSpec(*out)

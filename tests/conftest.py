@@ -9,8 +9,12 @@ import gc
 import os
 import re
 import shutil
+import sys
 import zlib
 from pathlib import Path
+
+# The modules beside the scripts, as the scripts see them.
+sys.path[1:1] = [str(Path(__file__).parents[1] / r) for r in ("benchmarks", "examples")]
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

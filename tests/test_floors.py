@@ -9,30 +9,35 @@ ROOT = Path(__file__).parents[1] / "jpeft"
 # The longest prefix counts.  A module may import modules of lower floors, and of its
 # own floor only within its own folder.
 FLOORS = {
-    "jpeft": 10,
+    "jpeft": 13,
     "jpeft.types": 0,
     "jpeft.compat": 0,
     "jpeft.checks": 0,
     "jpeft.late": 0,
+    "jpeft.conventions": 0,
     "jpeft.boxes": 1,
     "jpeft.finite": 1,
     "jpeft.serialization": 2,
     "jpeft.virtual": 1,
     "jpeft.formats": 1,
+    "jpeft.sharding.plan": 1,
     "jpeft.kernels": 2,
     "jpeft.leaf": 3,
-    "jpeft.tree": 4,
-    "jpeft.adapt": 5,
-    "jpeft.transform": 6,
-    "jpeft.quant": 6,
-    "jpeft.methods": 7,
-    "jpeft.objectives": 8,
-    "jpeft.optim": 8,
-    "jpeft.plot": 8,
-    "jpeft.checkpoint": 8,
-    "jpeft.hf": 9,
-    "jpeft.sharding": 8,
-    "jpeft.config": 8,
+    "jpeft.sharding.specs": 4,
+    "jpeft.tree": 5,
+    "jpeft.adapt": 6,
+    "jpeft.transform": 7,
+    "jpeft.attach": 8,
+    "jpeft.quant": 8,
+    "jpeft.leaves": 9,
+    "jpeft.methods": 10,
+    "jpeft.objectives": 11,
+    "jpeft.optim": 11,
+    "jpeft.plot": 11,
+    "jpeft.checkpoint": 11,
+    "jpeft.sharding": 11,
+    "jpeft.config": 11,
+    "jpeft.hf": 12,
 }
 EVERYWHERE = {"jax", "jaxtyping", "numpy"}
 ROOMS = {
@@ -46,7 +51,7 @@ ROOMS = {
     "safetensors": {"jpeft.checkpoint._safetensors"},
     "gguf": {"jpeft.hf._gguf"},
     # The instructions that no Pallas primitive stands for.
-    "jaxlib": {"jpeft.kernels._gpu_mosaic", "jpeft.kernels._gpu_few"},
+    "jaxlib": {"jpeft.kernels.gpu"},
     "tomllib": {"jpeft.config"},
 }
 STANDARD = set(__import__("sys").stdlib_module_names) - set(ROOMS)

@@ -42,7 +42,7 @@ NOT_RUN = {
         "minutes to hours; tests/examples/test_language_scripts.py runs the scripts"
     ],
     "docs/measured.md": [
-        "hours; tests/examples/test_compare_methods.py runs the scripts on less"
+        "hours; tests/benchmarks/test_compare_methods.py runs the scripts on less"
     ],
     "docs/meshes.md": ["needs a step and data of one's own"],
     "docs/start.md": ["installs"],

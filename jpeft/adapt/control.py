@@ -21,7 +21,8 @@ from jpeft import compat
 from jpeft.adapt.channel import Channel, Links, Rows, crossing, knows_rows
 from jpeft.adapt.handed import handed_on, handed_through
 from jpeft.adapt.interpreter import Interpreter, control_rule, has_tracer, settled
-from jpeft.leaf import fold_key, has_key, is_leaf, is_node, leaf_specs
+from jpeft.leaf import fold_key, has_key, is_leaf, is_node
+from jpeft.sharding.specs import leaf_specs
 
 _STEP = 2
 _OUT_OF_LOOP = "and an adapted weight cannot leave a loop, a branch or a shard_map"

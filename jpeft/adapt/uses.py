@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jpeft import compat
+from jpeft import compat, conventions
 from jpeft.adapt.entry import Program
 from jpeft.adapt.equations import (
     Barrier,
@@ -54,9 +54,6 @@ from jpeft.tree.layout import (
     Use,
     Uses,
     by_name,
-    in_norm,
-    named_as,
-    never_a_bias,
     state_of,
 )
 from jpeft.tree.paths import is_array, slots, weight
@@ -658,7 +655,7 @@ def _verdict(
     small = OTHER if state else _small_kind(path, name, uses, shape)
     parts = {u.part for u in uses}
     of_product = parts & {BIAS, LATE_BIAS, MAYBE_BIAS}
-    of_norm = name.of_norm and (in_norm(path) or not of_product)
+    of_norm = name.of_norm and (conventions.in_norm(path) or not of_product)
     as_small = dataclasses.replace(
         made,
         kind=small,
@@ -754,7 +751,7 @@ def _small_kind(
     parts = {u.part for u in met} - {NEUTRAL}
     if name.kind == NORM:
         # What scales a product is a layer's scale, unless a norm is so called.
-        scales = parts == {LAYER_SCALE} and not in_norm(path)
+        scales = parts == {LAYER_SCALE} and not conventions.in_norm(path)
         return OTHER if scales else NORM
     if name.kind == BIAS:
         return BIAS
@@ -766,13 +763,13 @@ def _small_kind(
     if looked_up:
         # Rows that the text's own ids choose are embeddings, wherever they are added.
         chosen = any(u.lookup in (DIRECT, CONSTANT) for u in looked_up)
-        named = named_as(BIAS, path)
+        named = conventions.may_be_bias(path)
         return BIAS if parts <= _BIAS_PARTS and (named or not chosen) else OTHER
     if parts <= _BIAS_PARTS:
-        return OTHER if never_a_bias(path) else BIAS
-    if parts <= _BIAS_PARTS | {MAYBE_BIAS} and named_as(BIAS, path):
+        return OTHER if conventions.never_a_bias(path) else BIAS
+    if parts <= _BIAS_PARTS | {MAYBE_BIAS} and conventions.may_be_bias(path):
         return BIAS
-    if parts <= {NORM_SCALE, MAYBE_SCALE} and named_as(NORM, path):
+    if parts <= {NORM_SCALE, MAYBE_SCALE} and conventions.may_be_scale(path):
         return NORM
     return OTHER
 

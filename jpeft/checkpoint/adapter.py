@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from jpeft.adapt.labels import R
-from jpeft.boxes import same_box, unbox
+from jpeft.boxes import STATISTIC, same_box, unbox
 from jpeft.checkpoint import _orbax
 from jpeft.checkpoint.base import (
     Fingerprint,
@@ -69,16 +69,12 @@ from jpeft.leaf import (
 )
 from jpeft.methods.quantize import Quantize
 from jpeft.quant.leaf import Quantized, boxed
-from jpeft.transform import (
-    Transform,
-    freeze_value,
-    is_adapted,
-    transform_from_config,
-)
-from jpeft.tree.beside import beside, place_of
+from jpeft.sharding.specs import beside, place_of
+from jpeft.transform import Transform, freeze_value, transform_from_config
+from jpeft.tree.describe import is_adapted
+from jpeft.tree.partition import NOTHING_TRAINS
 from jpeft.tree.paths import slots, weight
-from jpeft.tree.split import NOTHING_TRAINS
-from jpeft.tree.state import STATISTIC, states
+from jpeft.tree.state import states
 from jpeft.types import CheckpointError, DamagedError, PyTree, __version__
 
 

@@ -20,16 +20,17 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft import compat
-from jpeft.boxes import unbox
+from jpeft.boxes import PASSING, STATISTIC, unbox
 from jpeft.checkpoint.digest import digests
 from jpeft.checkpoint.folder import Folder
 from jpeft.checkpoint.names import Names, told_by
 from jpeft.leaf import KINDS, array_fields, innermost, is_leaf, layers
 from jpeft.methods.quantize import ACTIVATION, Quantize
 from jpeft.quant.leaf import Layout, Quantized, boxed
-from jpeft.transform import freeze_value, place_beside
+from jpeft.sharding.specs import place_beside
+from jpeft.transform import freeze_value
 from jpeft.tree.paths import Slots, is_array, slots, suggest, weight
-from jpeft.tree.state import PASSING, STATISTIC, states
+from jpeft.tree.state import states
 from jpeft.types import CheckpointError, PyTree
 
 Fingerprint = dict[str, dict[str, Any]]

@@ -30,7 +30,8 @@ from jpeft.leaf import box_of, is_leaf
 from jpeft.methods.quantize import Quantize
 from jpeft.quant.exchange import STATE, TYPES, from_bitsandbytes
 from jpeft.quant.leaf import Quantized, boxed
-from jpeft.transform import Transform, place_beside
+from jpeft.sharding.specs import place_beside
+from jpeft.transform import Transform
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.paths import Slots, is_array, slots, suggest, weight
 from jpeft.types import CheckpointError, PyTree

@@ -67,6 +67,11 @@ class Format:
     """A number format.
 
     bits: of a code.
+    encode: the codes of values in [-1, 1], which are divided by their block's largest.
+    encode_blocks: instead, (blocks, where they are) -> (codes, scales, zeros or None).
+    book: what each code stands for, in parts of the scale; from a call, since a table
+        of 256 is made when it is needed.
+    parts: instead, into how many steps from one code to the next the scale is cut.
     learned: the code book comes from the data.  zero_point: blocks have one each.
     of_gguf: blocks of 32, scales in float16.  least: blocks have the value of code 0
     in place of a zero point.  signed: codes are int8.
@@ -75,6 +80,10 @@ class Format:
 
     name: str
     bits: int
+    encode: Callable[[jax.Array], jax.Array] | None = None
+    encode_blocks: Callable[[jax.Array, _View], tuple[Any, Any, Any]] | None = None
+    book: Callable[[], np.ndarray] | None = None
+    parts: int | None = None
     learned: bool = False
     zero_point: bool = False
     of_gguf: bool = False
@@ -87,6 +96,11 @@ class Format:
         return self.bits == 4
 
     @property
+    def per_byte(self) -> int:
+        """How many codes are stored in a byte."""
+        return 2 if self.packed else 1
+
+    @property
     def has_book(self) -> bool:
         """A table of sixteen values says all: the 4-bit kernels apply."""
         return self.packed and not self.zero_point and not self.least
@@ -96,28 +110,8 @@ class Format:
         return np.dtype(np.float16 if self.of_gguf else np.float32)
 
 
-# What float16 rounds to infinity.
-_INFINITE = 65520.0
 # What block_size=None means, in GGUF's formats and in others.
 GGUF_BLOCK, BLOCK_SIZE = 32, 64
-
-FORMATS = {
-    f.name: f
-    for f in (
-        Format("nf4", 4),
-        Format("fp4", 4),
-        Format("int4", 4),
-        Format("int4_asymmetric", 4, zero_point=True),
-        Format("quantile4", 4, learned=True),
-        Format("int8", 8, signed=True),
-        Format("int8_asymmetric", 8, zero_point=True),
-        Format("dynamic8", 8),
-        Format("quantile8", 8, learned=True),
-        Format("q4_0", 4, of_gguf=True, largest=8 * _INFINITE),
-        Format("q4_1", 4, of_gguf=True, least=True, largest=_INFINITE),
-        Format("q8_0", 8, of_gguf=True, signed=True, largest=127 * _INFINITE),
-    )
-}
 
 
 class Blocks(NamedTuple):
@@ -156,10 +150,8 @@ def quantize(
         x = _fill(x, packing.padded(size), axis)
     view = _View(x.shape, block_size, axis, stack)
     blocks = view.split(x)
-    if format.of_gguf:
-        codes, scales, zeros = _ENCODERS[format.name](blocks, view)
-    elif format.zero_point:
-        codes, scales, zeros = _linear_with_zero(blocks, format.bits, view)
+    if format.encode_blocks is not None:
+        codes, scales, zeros = format.encode_blocks(blocks, view)
     else:
         scales = view.reduce(jnp.max, jnp.abs(blocks))
         unit = scaled(blocks, scales)
@@ -249,7 +241,7 @@ def along(
     q: Blocks, format: Format, block_size: int | str, axis: int, dtype: Any
 ) -> Parts:
     """Parts of a quantised matrix along its blocks, in groups of 64.  q: `filled`."""
-    per_byte, shared = (2 if format.packed else 1), q.scales.shape[axis] == 1
+    per_byte, shared = format.per_byte, q.scales.shape[axis] == 1
     size = block_size
     if isinstance(block_size, int) and block_size > GROUP and not shared:
         size = GROUP  # every group of 64 gets its scale
@@ -318,13 +310,11 @@ def decode(
         # is rounded, fused or not.
         assert zeros is not None
         return codes.astype(jnp.float32) * scales + zeros.astype(jnp.float32)
-    if format.name == "q8_0":  # exact as well: 8 bits by 11
-        return codes.astype(jnp.float32) * scales
     if zeros is not None:
         code, zero = codes.astype(jnp.int32), zeros.astype(jnp.int32)
         return (code - zero).astype(jnp.float32) * scales
-    if format.name == "int8":
-        return codes.astype(jnp.float32) * (scales * np.float32(1 / 127))
+    if format.parts is not None:  # of q8_0 1: 8 bits by 11 are exact as well
+        return codes.astype(jnp.float32) * (scales * np.float32(1 / format.parts))
     if book is None:
         book = jnp.asarray(book_of(format))
     if format.packed:
@@ -341,24 +331,17 @@ def decode(
 
 
 def book_of(format: Format) -> np.ndarray:
-    """The fixed code book of a format, float32."""
-    if format.name == "dynamic8":
-        return codebooks.dynamic_map()
-    if format.name == "q4_0":
-        return codebooks.Q4_0
-    return codebooks.CODEBOOKS[format.name]
+    """The fixed code book of a format that has one, float32."""
+    assert format.book is not None, format.name
+    return format.book()
 
 
 # --- encoding ------------------------------------------------------------------------
 
 
 def _encode(unit: jax.Array, format: Format, book: Any, stack: int) -> jax.Array:
-    if format.name == "int8":
-        return jnp.round(unit * 127.0).astype(jnp.int8)
-    if format.name == "dynamic8":
-        return codebooks.encode_dynamic(unit)
-    if not format.learned:
-        return codebooks.encode(unit, format.name)
+    if format.encode is not None:
+        return format.encode(unit)
 
     def of_matrix(x: jax.Array, b: jax.Array) -> jax.Array:
         return codebooks.place(x, (b[1:] + b[:-1]) * 0.5)
@@ -423,9 +406,6 @@ def _q8_0(blocks: jax.Array, view: _View) -> tuple[jax.Array, jax.Array, None]:
     near = jnp.floor(jnp.abs(unit))
     near = near + jnp.floor(2.0 * (jnp.abs(unit) - near))
     return (jnp.sign(unit) * near).astype(jnp.int8), _half(step), None
-
-
-_ENCODERS: dict[str, Callable[..., Any]] = {"q4_0": _q4_0, "q4_1": _q4_1, "q8_0": _q8_0}
 
 
 def _divided(x: jax.Array, by: float) -> jax.Array:
@@ -544,3 +524,52 @@ def _of_groups(s: Any, groups: int, block_size: int | str, axis: int) -> Any:
     s = jnp.repeat(s, block_size // GROUP, axis)
     s = jax.lax.slice_in_dim(s, 0, groups, axis=axis)
     return jnp.expand_dims(s, axis + 1)
+
+
+# --- the formats ---------------------------------------------------------------------
+
+# What float16 rounds to infinity.
+_INFINITE = 65520.0
+
+
+def _with_book(name: str) -> Format:
+    book = lambda: codebooks.fixed(name).values
+    return Format(name, 4, encode=lambda x: codebooks.encode(x, name), book=book)
+
+
+def _with_zero(name: str, bits: int) -> Format:
+    encode = lambda blocks, view: _linear_with_zero(blocks, bits, view)
+    return Format(name, bits, encode_blocks=encode, zero_point=True)
+
+
+def _gguf(name: str, bits: int, encode: Any, *, steps: float, **more: Any) -> Format:
+    """steps: the largest value in steps of the scale."""
+    largest = steps * _INFINITE
+    return Format(
+        name, bits, encode_blocks=encode, of_gguf=True, largest=largest, **more
+    )
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        *map(_with_book, codebooks.BOOKS),
+        _with_zero("int4_asymmetric", 4),
+        Format("quantile4", 4, learned=True),
+        Format(
+            "int8",
+            8,
+            encode=lambda x: jnp.round(x * 127.0).astype(jnp.int8),
+            parts=127,
+            signed=True,
+        ),
+        _with_zero("int8_asymmetric", 8),
+        Format(
+            "dynamic8", 8, encode=codebooks.encode_dynamic, book=codebooks.dynamic_map
+        ),
+        Format("quantile8", 8, learned=True),
+        _gguf("q4_0", 4, _q4_0, steps=8, book=lambda: codebooks.Q4_0),
+        _gguf("q4_1", 4, _q4_1, steps=1, least=True),
+        _gguf("q8_0", 8, _q8_0, steps=127, parts=1, signed=True),
+    )
+}

@@ -17,9 +17,11 @@ zeros (codes 0 and 8) the other way round.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,15 +43,57 @@ _FP4_POSITIVE = np.array([
 FP4 = np.concatenate([_FP4_POSITIVE, -_FP4_POSITIVE])
 INT4 = ((np.arange(16) - 8) / np.float32(7)).astype(np.float32)
 Q4_0 = (np.arange(16) - 8).astype(np.float32)
-# The codes of fp4 by rising value; of the two zeros bitsandbytes has code 0 first.
-_FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
-
-CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4}
 
 
 def midpoints(values: np.ndarray) -> np.ndarray:
     """Where the nearest of sorted values changes, in float32."""
     return (values[1:] + values[:-1]) / np.float32(2)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Book:
+    """A fixed 4-bit code book, and how the code of the nearest value is found.
+
+    values: of the sixteen codes, float32.
+    even: codes k stand for (k - 8) / even, so that they are rounded, not looked for.
+    sign_apart: bit 3 is the sign, and the other bits stand for the magnitude.
+    """
+
+    values: np.ndarray
+    even: float | None = None
+    sign_apart: bool = False
+
+    @functools.cached_property
+    def order(self) -> tuple[int, ...]:
+        """The codes by rising value; of fp4's two zeros bitsandbytes has code 0
+        first."""
+        return tuple(np.argsort(self.values, kind="stable").tolist())
+
+    @functools.cached_property
+    def thresholds(self) -> np.ndarray:
+        """Where the next code of `order` begins, float32 (15,)."""
+        return midpoints(self.values[list(self.order)])
+
+    def in_order(self, places: Array, dtype: Any) -> Array:
+        """The code at each place of `order`."""
+        if self.order == tuple(range(16)):
+            return places
+        return look_up(places, [jnp.asarray(k, dtype) for k in self.order])
+
+
+BOOKS = {
+    "nf4": Book(NF4),
+    "fp4": Book(FP4, sign_apart=True),
+    "int4": Book(INT4, even=7.0),
+}
+CODEBOOKS = {name: book.values for name, book in BOOKS.items()}
+
+
+def fixed(format: str) -> Book:
+    """The fixed 4-bit code book of this name; raises ValueError for others."""
+    if format not in BOOKS:
+        raise ValueError(f"no fixed 4-bit code book is named {format!r}")
+    return BOOKS[format]
 
 
 @functools.cache
@@ -96,15 +140,11 @@ def encode(x: Float[Array, "*shape"], format: str) -> UInt8[Array, "*shape"]:
     Between two values the lower code wins, in int4 the even one.  Written in compares
     and selects only, for Pallas; NaN gets the last code.
     """
-    if format == "nf4":
-        return count_above(x, [float(m) for m in midpoints(NF4)])
-    if format == "fp4":
-        middle = midpoints(FP4[list(_FP4_ORDER)])
-        place = count_above(x, [float(m) for m in middle])
-        return look_up(place, [jnp.uint8(k) for k in _FP4_ORDER])
-    if format == "int4":
-        return (jnp.round(x * 7.0) + 8.0).astype(jnp.int32).astype(jnp.uint8)
-    raise ValueError(f"no fixed 4-bit code book is named {format!r}")
+    book = fixed(format)
+    if book.even is not None:
+        return (jnp.round(x * book.even) + 8.0).astype(jnp.int32).astype(jnp.uint8)
+    places = count_above(x, [float(m) for m in book.thresholds])
+    return book.in_order(places, jnp.uint8)
 
 
 def encode_dynamic(x: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:

@@ -21,9 +21,15 @@ from jpeft.checks import check_float, shown
 from jpeft.hf import names
 from jpeft.hf._files import CONFIG, Files, GgufFiles, open_files
 from jpeft.hf._gguf import NUMBERS
-from jpeft.hf.names import KERNEL, NameMap, Wanted
+from jpeft.hf.names import NameMap, Wanted
 from jpeft.leaf import box_of
-from jpeft.quant.exchange import BLOCK_BYTES, gguf_arrays, gguf_inputs, gguf_leaf
+from jpeft.quant.exchange import (
+    BLOCK_BYTES,
+    KERNEL,
+    gguf_arrays,
+    gguf_inputs,
+    gguf_leaf,
+)
 from jpeft.quant.leaf import boxed
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.paths import is_array, slots, suggest, weight

@@ -8,10 +8,11 @@
             a stack (*stack, 16) too
 
 A *block* is what shares a scale; a *tile* is what one step of a kernel works on.  The
-platform is chosen here (and, of arrays on a mesh, in `partitioned`) when a program is
-compiled (`jax.lax.platform_dependent`): Pallas for TPU and NVIDIA GPUs, plain JAX for
-the rest.  `_plain` is the meaning of all of them, for numbers below 2^126, and what
-`jax.export` gets where a size is a symbol: a kernel's tiles are chosen by numbers.
+platform is chosen here (and, of arrays on a mesh, in `jpeft.sharding.plan`) when a
+program is compiled (`jax.lax.platform_dependent`): Pallas for TPU and NVIDIA GPUs,
+plain JAX for the rest.  `plain` is the meaning of all of them, for numbers below
+2^126, and what `jax.export` gets where a size is a symbol: a kernel's tiles are chosen
+by numbers.
 
 Products differentiate with respect to x, and what they keep for that is the
 codes and scales.  The gradient of scales and book is zero: they are constants.
@@ -36,8 +37,9 @@ from jpeft import compat
 from jpeft.formats.blocks import BLOCK_SIZES
 from jpeft.formats.codebooks import CODEBOOKS
 from jpeft.formats.packing import GROUP
-from jpeft.kernels import _plain, partitioned, targets
-from jpeft.kernels.partitioned import OWN, Dim
+from jpeft.kernels import plain, targets
+from jpeft.sharding import plan
+from jpeft.sharding.plan import OWN, Dim
 
 
 def quantize(
@@ -242,20 +244,21 @@ def _everywhere(name: str) -> Callable[..., Any]:
 
     def run(*arrays: jax.Array, **static: Any) -> Any:
         split = functools.partial(_SPLIT[name], **static)
-        plain = functools.partial(getattr(_plain, name), **static)
+        whole = functools.partial(getattr(plain, name), **static)
         if any(not isinstance(n, int) for x in arrays for n in x.shape):
-            return split(plain, arrays)  # exported with a symbolic size
-        from jpeft.kernels import _gpu, _tpu  # half a second: when they are needed
+            return split(whole, arrays)  # exported with a symbolic size
+        from jpeft.kernels import tpu  # half a second: when they are needed
+        from jpeft.kernels.gpu import route
 
         def of(backend: Any) -> Callable[..., Any]:
             return functools.partial(getattr(backend, name), **static)
 
-        target = _target(_gpu, _tpu)
+        target = _target(route, tpu)
 
         def one(*a: jax.Array) -> Any:
             with target():
                 return lax.platform_dependent(
-                    *a, tpu=of(_tpu), cuda=of(_gpu), default=plain
+                    *a, tpu=of(tpu), cuda=of(route), default=whole
                 )
 
         return split(one, arrays)
@@ -285,7 +288,7 @@ def _target(gpu: Any, tpu: Any) -> Callable[[], contextlib.ExitStack]:
 # --- several devices -----------------------------------------------------------------
 
 
-def dims_of_weight(block_size: int) -> tuple[partitioned.Dims, ...]:
+def dims_of_weight(block_size: int) -> tuple[plan.Dims, ...]:
     """The axes of codes, scales and book."""
     n = Dim("n")
     return (Dim("k", 2), n), (Dim("k", block_size), n), (OWN,)
@@ -304,11 +307,11 @@ def _split_product(
     def whole(x: jax.Array, codes: jax.Array, *more: jax.Array) -> jax.Array:
         # Tied to x, W is not shared between the passes, nor made ahead of its use.
         codes, x = lax.optimization_barrier((codes, x))
-        w = _plain.dequantize(codes, *more, block_size=block_size, dtype=x.dtype)
+        w = plain.dequantize(codes, *more, block_size=block_size, dtype=x.dtype)
         axes = (((1,), (1 if transposed else 0,)), ((), ()))
         return lax.dot_general(x, w, axes, preferred_element_type=dtype)
 
-    return partitioned.product(
+    return plan.product(
         run,
         x,
         (codes, scales, book),
@@ -323,10 +326,10 @@ def _split_product(
 def _split_dequantize(
     run: Callable[..., Any], arrays: Sequence[jax.Array], *, block_size: int, dtype: Any
 ) -> jax.Array:
-    (w,) = partitioned.elementwise(
+    (w,) = plan.elementwise(
         lambda *a: (run(*a),),
         arrays,
-        whole=lambda *a: (_plain.dequantize(*a, block_size=block_size, dtype=dtype),),
+        whole=lambda *a: (plain.dequantize(*a, block_size=block_size, dtype=dtype),),
         dims=dims_of_weight(block_size),
         results=((Dim("k"), Dim("n")),),
         sizes={"k": 2 * arrays[0].shape[0], "n": arrays[0].shape[1]},
@@ -343,10 +346,10 @@ def _split_quantize(
     block_size: int,
 ) -> tuple[jax.Array, jax.Array]:
     (w,) = arrays
-    codes, scales = partitioned.elementwise(
+    codes, scales = plan.elementwise(
         run,
         (w,),
-        whole=lambda w: _plain.quantize(w, format=format, block_size=block_size),
+        whole=lambda w: plain.quantize(w, format=format, block_size=block_size),
         dims=((Dim("k"), Dim("n")),),
         results=dims_of_weight(block_size)[:2],
         sizes={"k": w.shape[0], "n": w.shape[1]},

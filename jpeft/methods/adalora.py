@@ -33,6 +33,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jpeft import compat
+from jpeft.attach import Ranked
 from jpeft.boxes import same_box, unbox
 from jpeft.checks import Positive, Rate
 from jpeft.leaf import (
@@ -44,9 +45,8 @@ from jpeft.leaf import (
     static,
     trainable,
 )
-from jpeft.methods._draw import drawn, filled
-from jpeft.methods._low_rank import ActsAsLowRank, LowRank
-from jpeft.methods._ranked import Ranked
+from jpeft.leaves.draw import drawn, filled
+from jpeft.leaves.low_rank import ActsAsLowRank, LowRank
 from jpeft.methods.lora import check_rank
 from jpeft.transform import method
 from jpeft.tree.layout import LeafUse

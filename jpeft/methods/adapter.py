@@ -32,6 +32,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
+from jpeft.attach import LeafMethod, check_target, matched
 from jpeft.checks import (
     Count,
     Counts,
@@ -42,14 +43,9 @@ from jpeft.checks import (
     refusal,
 )
 from jpeft.leaf import AdaptedLeaf, Path, shapes_beside
-from jpeft.methods._bottleneck import ACTIVATIONS, Bottleneck, BranchEnd, BranchStart
-from jpeft.methods._draw import drawn, filled
-from jpeft.transform import (
-    LeafMethod,
-    check_target,
-    matched,
-    method,
-)
+from jpeft.leaves.bottleneck import ACTIVATIONS, Bottleneck, BranchEnd, BranchStart
+from jpeft.leaves.draw import drawn, filled
+from jpeft.transform import method
 from jpeft.tree.layout import LeafUse, layouts
 from jpeft.tree.paths import Slots, suggest
 from jpeft.tree.sublayers import SubLayer, parts_of

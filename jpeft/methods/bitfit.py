@@ -19,9 +19,10 @@ from typing import Annotated, Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jpeft.adapt.equations import Product
+from jpeft.adapt.equations import Product, align
 from jpeft.adapt.interpreter import Interpreter, contracts
-from jpeft.adapt.labels import Labelled, align
+from jpeft.adapt.labels import Labelled
+from jpeft.attach import LeafMethod
 from jpeft.checks import Floating
 from jpeft.leaf import (
     AdaptedLeaf,
@@ -29,8 +30,8 @@ from jpeft.leaf import (
     shapes_beside,
     trainable,
 )
-from jpeft.methods._draw import filled
-from jpeft.transform import LeafMethod, method
+from jpeft.leaves.draw import filled
+from jpeft.transform import method
 from jpeft.tree.layout import BIAS, LINEAR, MATRIX, LeafUse
 from jpeft.tree.paths import Slots
 from jpeft.tree.where import Where, check_where_or_nothing

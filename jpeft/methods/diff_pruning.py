@@ -43,6 +43,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jpeft import compat
+from jpeft.attach import LeafMethod
 from jpeft.boxes import unbox
 from jpeft.checks import Floating, Positive, real
 from jpeft.leaf import (
@@ -59,12 +60,9 @@ from jpeft.leaf import (
     trainable,
     unboxed,
 )
-from jpeft.methods._draw import filled
-from jpeft.transform import (
-    LeafMethod,
-    method,
-    place_beside,
-)
+from jpeft.leaves.draw import filled
+from jpeft.sharding.specs import place_beside
+from jpeft.transform import method
 from jpeft.tree.layout import UNUSED, LeafUse
 from jpeft.tree.paths import slots
 from jpeft.tree.where import Where

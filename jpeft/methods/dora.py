@@ -34,8 +34,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jpeft.adapt.entry import stand_in
+from jpeft.adapt.equations import Label, align
 from jpeft.adapt.interpreter import Interpreter, acts_as
-from jpeft.adapt.labels import Label, Labelled, R, align, contract
+from jpeft.adapt.labels import Labelled, R, contract
 from jpeft.leaf import (
     adapted_leaf,
     frozen,
@@ -45,9 +46,9 @@ from jpeft.leaf import (
     trainable,
     wide_dtype,
 )
-from jpeft.methods import _init
-from jpeft.methods._low_rank import LowRank
-from jpeft.methods._scaled import ScaledOutput, spread
+from jpeft.leaves import first_factors
+from jpeft.leaves.low_rank import LowRank
+from jpeft.leaves.scaled import ScaledOutput, spread
 from jpeft.methods.lora import LoRA
 from jpeft.transform import method
 from jpeft.tree.layout import LeafUse
@@ -218,10 +219,11 @@ class DoRA(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init not in _init.DRAWN:
+        if self.init not in first_factors.DRAWN:
             raise ValueError(
-                f"dora: init={self.init!r}: expected one of {_init.DRAWN}; other first "
-                "values of A and B would turn the columns before the first step"
+                f"dora: init={self.init!r}: expected one of {first_factors.DRAWN}; "
+                "other first values of A and B would turn the columns before the "
+                "first step"
             )
 
     def attach(self, key: jax.Array, path: str, base: Any, use: LeafUse) -> Any:

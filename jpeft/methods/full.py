@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jpeft.attach import LeafMethod
 from jpeft.checks import Floating
 from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, trainable
-from jpeft.transform import LeafMethod, method
+from jpeft.transform import method
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.where import Where
 

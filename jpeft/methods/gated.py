@@ -30,6 +30,7 @@ import numpy as np
 from jpeft.adapt.equations import Product
 from jpeft.adapt.interpreter import Interpreter, contracts
 from jpeft.adapt.labels import Labelled
+from jpeft.attach import path_key
 from jpeft.boxes import unbox
 from jpeft.checks import shown
 from jpeft.leaf import (
@@ -48,19 +49,15 @@ from jpeft.leaf import (
     trainable,
     wide_dtype,
 )
-from jpeft.methods._draw import drawn, filled
-from jpeft.methods._gate import open_gate
-from jpeft.methods._low_rank import LowRank, dropped, through
+from jpeft.leaves.draw import drawn, filled
+from jpeft.leaves.gate import open_gate
+from jpeft.leaves.low_rank import LowRank, dropped, through
+from jpeft.leaves.prefix import Prefix
 from jpeft.methods.adapter import Adapter
 from jpeft.methods.lora import LoRA
-from jpeft.methods.prefix import Prefix, PrefixTuning
-from jpeft.transform import (
-    Transform,
-    method,
-    path_key,
-    place_beside,
-    transform_from_config,
-)
+from jpeft.methods.prefix import PrefixTuning
+from jpeft.sharding.specs import place_beside
+from jpeft.transform import Transform, method, transform_from_config
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.paths import slots
 from jpeft.tree.sublayers import parts_of

@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from jpeft.attach import LeafMethod
 from jpeft.checks import Floating
 from jpeft.leaf import (
     AdaptedLeaf,
@@ -38,9 +39,9 @@ from jpeft.leaf import (
     transient,
     wide_dtype,
 )
-from jpeft.methods._draw import filled
-from jpeft.methods._scaled import ScaledInput, ScaledOutput
-from jpeft.transform import LeafMethod, Transform, method
+from jpeft.leaves.draw import filled
+from jpeft.leaves.scaled import ScaledInput, ScaledOutput
+from jpeft.transform import Transform, method
 from jpeft.tree.layout import BIAS, CONV, LINEAR, MATRIX, LeafUse, layouts
 from jpeft.tree.paths import Slots, slots, suggest
 from jpeft.tree.sublayers import MLP, SubLayer, sublayers

@@ -23,8 +23,8 @@ from jpeft.boxes import unbox
 from jpeft.checks import Count
 from jpeft.formats.blocks import BLOCK_SIZE
 from jpeft.leaf import AdaptedLeaf, box_of, boxed_like
-from jpeft.methods._init import PISSA, draw_a, factors
-from jpeft.methods._low_rank import LowRank, low_rank_product
+from jpeft.leaves.first_factors import PISSA, draw_a, factors
+from jpeft.leaves.low_rank import LowRank, low_rank_product
 from jpeft.methods.lora import LowRankMethod, check_rank
 from jpeft.methods.quantize import (
     BlockSize,
@@ -35,7 +35,8 @@ from jpeft.methods.quantize import (
 )
 from jpeft.quant.arrays import block_of, check_in_format
 from jpeft.quant.leaf import Quantized, arrangement, boxed
-from jpeft.transform import method, place_beside, written
+from jpeft.sharding.specs import place_beside
+from jpeft.transform import method, written
 from jpeft.tree.layout import EMBEDDING, LeafUse
 from jpeft.tree.paths import weight
 

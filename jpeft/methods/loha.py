@@ -34,9 +34,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jpeft.adapt.equations import Product
+from jpeft.adapt.equations import Label, Product, align
 from jpeft.adapt.interpreter import Interpreter, contracts
-from jpeft.adapt.labels import Label, R, align, contract
+from jpeft.adapt.labels import R, contract
+from jpeft.attach import Ranked
 from jpeft.checks import one_of
 from jpeft.leaf import (
     adapted_leaf,
@@ -46,16 +47,15 @@ from jpeft.leaf import (
     trainable,
     wide_dtype,
 )
-from jpeft.methods import _init
-from jpeft.methods._draw import drawn, filled
-from jpeft.methods._low_rank import (
+from jpeft.leaves import first_factors
+from jpeft.leaves.draw import drawn, filled
+from jpeft.leaves.low_rank import (
     ActsAsLowRank,
     LowRank,
     as_low_rank,
     low_rank_product,
     through,
 )
-from jpeft.methods._ranked import Ranked
 from jpeft.methods.lora import check_rank
 from jpeft.transform import method
 from jpeft.tree.layout import CONV, LINEAR, MATRIX, LeafUse
@@ -194,7 +194,9 @@ def draw(
             "b2": zeros("b2"),
         }
     rank = shapes["a1"][-1]
-    uniform = lambda k, n, fan: _init.draw_a(k, shapes[n], fan, "kaiming", jnp.float32)
+    uniform = lambda k, n, fan: first_factors.draw_a(
+        k, shapes[n], fan, "kaiming", jnp.float32
+    )
     return {
         "a1": uniform(k1, "a1", fan_in),
         "b1": uniform(k2, "b1", rank),

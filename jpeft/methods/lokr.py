@@ -35,6 +35,7 @@ from jaxtyping import Array, Float
 
 from jpeft.adapt.equations import (
     Join,
+    Label,
     Move,
     Negate,
     Product,
@@ -45,25 +46,24 @@ from jpeft.adapt.equations import (
     Split,
     Sum,
     Verb,
+    align,
     smaller_as_value,
 )
 from jpeft.adapt.interpreter import Interpreter, acts, contracts
 from jpeft.adapt.labels import (
-    Label,
     Labelled,
     Moving,
-    align,
     contract,
     factor_along,
     factor_of,
     moved,
 )
+from jpeft.attach import Ranked
 from jpeft.checks import check_count, one_of, plain
 from jpeft.leaf import adapted_leaf, is_leaf, static, trainable
-from jpeft.methods import _init
-from jpeft.methods._draw import filled
-from jpeft.methods._ranked import Ranked
-from jpeft.methods._scaled import ScaledInput, ScaledOutput
+from jpeft.leaves import first_factors
+from jpeft.leaves.draw import filled
+from jpeft.leaves.scaled import ScaledInput, ScaledOutput
 from jpeft.transform import method
 from jpeft.tree.layout import LINEAR, MATRIX, LeafUse
 
@@ -328,7 +328,7 @@ def draw(
     return {
         n: filled(shape, 0, jnp.float32)
         if n in zero
-        else _init.draw_a(k, shape, shape[-2], "kaiming", jnp.float32)
+        else first_factors.draw_a(k, shape, shape[-2], "kaiming", jnp.float32)
         for k, (n, shape) in zip(keys, shapes.items(), strict=True)
     }
 

@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from jpeft.adapt.labels import R
+from jpeft.attach import Ranked
 from jpeft.checks import Rate
 from jpeft.leaf import (
     adapted_leaf,
@@ -43,10 +44,9 @@ from jpeft.leaf import (
     static,
     trainable,
 )
-from jpeft.methods import _init
-from jpeft.methods._draw import filled
-from jpeft.methods._low_rank import ActsAsLowRank, LowRank
-from jpeft.methods._ranked import Ranked
+from jpeft.leaves import first_factors
+from jpeft.leaves.draw import filled
+from jpeft.leaves.low_rank import ActsAsLowRank, LowRank
 from jpeft.transform import method
 from jpeft.tree.layout import CONV, EMBEDDING, LeafUse
 
@@ -95,7 +95,7 @@ class ShiftedLowRank(ActsAsLowRank):
 # --- the method ----------------------------------------------------------------------
 
 
-Init = Annotated[str, _init.check_init]
+Init = Annotated[str, first_factors.check_init]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,10 +167,10 @@ class LoRA(LowRankMethod):
             "scale": self.scale_of(path),
             "dropout": float(self.dropout),
         }
-        if self.init in _init.DRAWN:
+        if self.init in first_factors.DRAWN:
             shapes = shapes_beside(LowRank, use.shape, use.axes, r=rank)
             fan_in = 1 if use.kind == EMBEDDING else math.prod(use.sizes("i"))
-            a = _init.draw_a(key, shapes["a"], fan_in, self.init, dtype)
+            a = first_factors.draw_a(key, shapes["a"], fan_in, self.init, dtype)
             return LowRank(a=a, b=filled(shapes["b"], 0, dtype), **common)
         if is_leaf(base) or isinstance(base, jax.ShapeDtypeStruct):
             raise ValueError(
@@ -178,7 +178,7 @@ class LoRA(LowRankMethod):
                 f"here stands a {type(base).__name__}; {self._instead(base)}, or "
                 f"exclude={path!r}"
             )
-        a, b = _init.factors_of(
+        a, b = first_factors.factors_of(
             key,
             path,
             base,

@@ -16,10 +16,9 @@ from __future__ import annotations
 import dataclasses
 
 from jpeft.checks import Count, Floating, Positive
-from jpeft.methods._recipe import Recipe
 from jpeft.methods.adapter import Scale, adapter
 from jpeft.methods.prefix import Network, prefix
-from jpeft.transform import Transform, chain, method
+from jpeft.transform import Recipe, Transform, chain, method
 from jpeft.tree.where import Where
 
 

@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 
 import jax
 
+from jpeft.attach import LeafMethod
 from jpeft.checks import Floating
-from jpeft.methods._draw import filled
+from jpeft.leaves.draw import filled
 from jpeft.methods.bitfit import Delta
-from jpeft.transform import LeafMethod, method
+from jpeft.transform import method
 from jpeft.tree.layout import NORM, LeafUse
 from jpeft.tree.where import Where
 

@@ -32,332 +32,51 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
-from jpeft.adapt.equations import (
-    Cast,
-    Gather,
-    Move,
-    Negate,
-    Pad,
-    Product,
-    Same,
-    Scale,
-    Verb,
-)
-from jpeft.adapt.interpreter import Interpreter, acts, contracts
-from jpeft.adapt.labels import Label, Labelled, moved
+from jpeft.attach import check_finite, path_key
 from jpeft.boxes import unbox
 from jpeft.checks import Count, Floating, one_of, plain, refusal
 from jpeft.leaf import (
     AdaptedLeaf,
-    Several,
-    Sharing,
-    adapted_leaf,
-    array_fields,
     box_of,
     boxed_like,
-    frozen,
     innermost,
-    is_leaf,
-    static,
-    trainable,
-    transient,
+    layers,
     wide_dtype,
 )
-from jpeft.methods._attention import BOTH, KEY, VALUE, Index, Tagged
-from jpeft.methods._draw import drawn
-from jpeft.methods._prefix_targets import (
+from jpeft.leaves.attention import KEY, VALUE
+from jpeft.leaves.draw import drawn
+from jpeft.leaves.embedding import VirtualEmbedding
+from jpeft.leaves.prefix import MadePrefix, OfKernel, Prefix
+from jpeft.leaves.projections import (
     Runs,
     check_apart,
     check_free,
     chosen_layers,
+    in_doubt,
     targets,
 )
-from jpeft.methods._prefix_tokens import tokens_prefix
-from jpeft.methods.p_tuning import linear, lstm
-from jpeft.transform import (
-    Transform,
-    check_finite,
-    method,
-    path_key,
-    place_beside,
+from jpeft.leaves.token_rows import Columns, Draw, TokenRows
+from jpeft.leaves.token_tables import (
+    check_lookups,
+    is_table,
+    looked_up_together,
+    token_embeddings,
 )
+from jpeft.sharding.specs import place_beside
+from jpeft.transform import Transform, method
 from jpeft.tree.layout import LeafUse, layouts
-from jpeft.tree.paths import slots, weight
-from jpeft.tree.sublayers import parts_of
+from jpeft.tree.paths import Slots, slots, weight
+from jpeft.tree.sublayers import CROSS, SubLayer, parts_of
 from jpeft.tree.where import Where
 
 INITS = ("gaussian", "unit", "zeros")
 Network = Annotated[str, one_of(("mlp", "lstm"))]
-NETWORK_ELSEWHERE = (
-    "the network that makes this prefix is held by another weight of the same "
-    "transform; pass the whole tree"
-)
-
-# --- the leaves ----------------------------------------------------------------------
-
-
-@adapted_leaf
-class _OfKernel(Labelled):
-    """On a kernel whose output features are keys, values, or both among others.
-
-    on: 1, or 0 where the prefix is switched off.  runs: what the output features are;
-    () means that all are what `role` says: keys, values, or both at once.  features:
-    where the output features have gone since (`Index` over the output axes), if the
-    kernel was moved about.
-    """
-
-    on: Any = frozen("s", off=0)
-    role: str = static(default=KEY)
-    runs: Runs = static(default=())
-    features: Index | None = static(default=None)
-
-    def columns(self) -> np.ndarray:
-        """For each output feature the column of the payload, -1 for none."""
-        if self.features is not None:
-            return self.features.array
-        shape = [n for n, c in zip(self.shape, self.axes, strict=True) if c == "o"]
-        if not self.runs:
-            return np.arange(math.prod(shape)).reshape(shape)
-        found, at = [], {KEY: 0, VALUE: self.count(KEY)}
-        for role, n in self.runs:
-            start = at.get(role)
-            found.append(np.full(n, -1) if start is None else start + np.arange(n))
-            if start is not None:
-                at[role] += n
-        return np.concatenate(found).reshape(shape)
-
-    def count(self, role: str) -> int:
-        """How many features of the payload are keys, or values."""
-        if self.runs:
-            return sum(n for r, n in self.runs if r == role)
-        if self.role not in (role, BOTH):
-            return 0
-        return math.prod(
-            n for n, c in zip(self.shape, self.axes, strict=True) if c == "o"
-        )
-
-    def move(self, base: Any, f: Any, axes: str | None = None) -> Self:
-        place = lambda a: [k for k, c in enumerate(a) if c == "o"]
-        with jax.ensure_compile_time_eval():
-            columns = f(
-                jnp.asarray(self.columns(), jnp.int32),
-                place(self.axes),
-                place(self.axes if axes is None else axes),
-            )
-            features = Index(columns)
-        old = self.labels()
-        made = self.replace(base=base, axes=self.axes if axes is None else axes)
-        new = made.labels()
-        arrays = {n: f(getattr(self, n), old[n], new[n]) for n in old}
-        return made.replace(features=features, **arrays)
-
-    def unstack(self) -> Any:
-        return super().unstack() if self.axes[:1] == "s" else None
-
-    def switched(self, on: float) -> Self:
-        return self.replace(on=jax.tree.map(lambda x: jnp.full_like(x, on), self.on))
-
-
-@adapted_leaf
-class Prefix(_OfKernel, Several):
-    """Learned keys, values, or both, beside what a kernel makes.
-
-    keys, values: (*stack, length, features), or (*stack, tasks, length, features).
-    task: with several tasks, that of each example; put there by `jpeft.select`.
-    """
-
-    keys: Any = trainable(("s", "length", "feature"), default=None)
-    values: Any = trainable(("s", "length", "feature"), default=None)
-    tasks: int = static(default=1)
-    task: Any = transient()
-
-    def holds(self) -> int:
-        return self.tasks
-
-    def select(self, ids: jax.Array) -> Self:
-        return self.replace(task=ids) if self.tasks > 1 else self
-
-    def labels(self) -> dict[str, list[Label]]:
-        found = super().labels()
-        for n in (KEY, VALUE):
-            if n in found and self.tasks > 1:
-                found[n].insert(-2, "task")
-        return found
-
-
-@adapted_leaf
-class MadePrefix(_OfKernel, Sharing):
-    """A prefix made by a network; `lends` the part that all layers share.
-
-    w (*stack, width, features) and c (*stack, features): the last layer, its own.
-    start (*stack, length, features), or None: what the network's output is added to;
-    set by `prefix_from_text`.  embedding (length, d), w1 (d, width), b1 (width): held
-    by one leaf for all.  Of an LSTM: w1 (2, d, 2 width), r1 (2, width / 2, 2 width),
-    b1 (2, 2 width).
-    """
-
-    w: Any = trainable(("s", "width", "feature"))
-    c: Any = trainable(("s", "feature"))
-    embedding: Any = trainable(("length", "d"), default=None)
-    w1: Any = trainable(("d", "width"), default=None)
-    r1: Any = trainable(("way", "half", "gates"), default=None)
-    b1: Any = trainable(("width",), default=None)
-    start: Any = frozen(("s", "length", "feature"), default=None)
-    hidden: Any = transient()
-
-    def labels(self) -> dict[str, list[Label]]:
-        found = super().labels()
-        if self.r1 is not None:
-            found |= {"w1": ["way", "d", "gates"], "b1": ["way", "gates"]}
-        return found
-
-    def lends(self) -> Mapping[str, Any] | None:
-        if self.embedding is None:
-            return None
-        e, w1, b1 = map(unbox, (self.embedding, self.w1, self.b1))
-        if self.r1 is not None:
-            return {"hidden": lstm(e, w1, unbox(self.r1), b1)}
-        return {"hidden": jnp.tanh(linear(e, w1, b1))}
-
-    def borrow(self, lent: Mapping[str, Any]) -> Self:
-        return self.replace(hidden=lent["hidden"])
-
-    def finalize(self) -> AdaptedLeaf:
-        """What the network makes, without the network."""
-        if self.hidden is None:
-            raise ValueError(f"{self.where()}{NETWORK_ELSEWHERE}")
-        w, c = unbox(self.w), unbox(self.c)
-        rows = jnp.matmul(self.hidden, w, precision="highest") + c[..., None, :]
-        return self.holding(rows if self.start is None else rows + unbox(self.start))
-
-    def holding(self, rows: Float[jax.Array, "*stack length features"]) -> AdaptedLeaf:
-        """The prefix of these rows, keys before values, without a network."""
-        n = self.count(KEY)
-        parts: dict[str, Any] = {KEY: rows[..., :n], VALUE: rows[..., n:]}
-        made = Prefix(
-            base=self.base,
-            axes=self.axes,
-            on=unbox(self.on),
-            role=self.role,
-            runs=self.runs,
-            features=self.features,
-            origin=self.origin,
-            path=self.path,
-            **{r: x for r, x in parts.items() if x.shape[-1]},
-        )
-        return boxed_like(box_of(self), made)
-
-    def started(self, rows: Float[jax.Array, "*stack length features"]) -> AdaptedLeaf:
-        """With a last layer of zeros, so that the prefix begins as these rows."""
-        own = {n: unbox(x) for n, x in array_fields(self).items()}
-        own |= {n: jnp.zeros_like(own[n]) for n in ("w", "c")}
-        own["start"] = jnp.asarray(rows).astype(own["c"].dtype)
-        leaf = place_beside(self.replace(**own), unbox(innermost(self)))
-        return boxed_like(box_of(self), leaf.replace(base=self.base))
-
-
-# --- rules ---------------------------------------------------------------------------
-
-
-@contracts(kind=Prefix)
-def _project(it: Interpreter, at: Product) -> Any:
-    leaf, out = at.leaf, at.out
-    mine = [k for k in out if isinstance(k, int)]
-    if [leaf.axes[k] for k in mine if leaf.shape[k] > 1] != [
-        "o" for k, c in enumerate(leaf.axes) if c == "o" and leaf.shape[k] > 1
-    ]:
-        return None  # used the other way round, or a whole stack at once
-    y = it.base(at.eqn, at.ins())
-    columns = leaf.columns()
-    shape = [leaf.shape[k] if k in mine and leaf.axes[k] == "o" else 1 for k in out]  # type: ignore[index]
-    order = [k for k in mine if leaf.axes[k] == "o"]
-    places = [k for k, c in enumerate(leaf.axes) if c == "o"]
-    columns = columns.transpose([places.index(k) for k in order]).reshape(shape)
-    name = str.__str__(leaf.path)
-    message = (
-        f"{name}: the prefix of this kernel reached no attention that could be read. "
-        "An opaque kernel (cuDNN, Pallas, flash attention in blocks) or a linear "
-        "attention needs jpeft.prefix(..., mode='tokens')"
-    )
-    for role in (KEY, VALUE):
-        if getattr(leaf, role) is not None:
-            it.ledger.owe((name, role), message)
-    keys, values, examples = leaf.keys, leaf.values, None
-    if leaf.tasks > 1:
-        keys, values, examples = _for_examples(leaf, jnp.shape(y), out)
-    free = [k for k, label in enumerate(out) if not isinstance(label, int)]
-    order = None
-    if len(free) > 1:
-        n = jnp.shape(y)[free[-1]]
-        places = [n if k == free[-1] else 1 for k in range(len(out))]
-        order = Index(np.arange(n).reshape(places))
-    tag = Tagged(
-        main=y,
-        keys=keys,
-        values=values,
-        on=leaf.on,
-        columns=Index(columns),
-        examples=examples,
-        order=order,
-        shared=leaf.role == BOTH,
-        name=leaf.path,
-    )
-    # So that a kernel of which nothing is key or value gives its plain output.
-    return tag.moved(y, lambda a: a)
-
-
-def _for_examples(
-    leaf: Prefix, shape: Sequence[int], out: Sequence[Label]
-) -> tuple[Any, Any, Index]:
-    """Each example's own rows, and which axis of the output counts examples."""
-    if leaf.task is None:
-        raise ValueError(
-            f"{leaf.where()}this prefix holds {leaf.tasks} tasks; say which one each "
-            "example has: params = jpeft.select(params, task_ids)"
-        )
-    n = leaf.task.shape[0]
-    axis = next((k for k, label in enumerate(out) if not isinstance(label, int)), None)
-    if axis is None or shape[axis] != n:
-        raise ValueError(
-            f"{leaf.where()}{n} task ids were selected, but the activations {shape} "
-            "have another number of examples; examples must lead"
-        )
-    one_each = isinstance(leaf.task, np.ndarray) and np.array_equal(
-        leaf.task, np.arange(leaf.tasks)
-    )
-    pick = lambda x: x if x is None or one_each else x[leaf.task]
-    index = np.arange(n).reshape([n if k == axis else 1 for k in range(len(shape))])
-    return pick(leaf.keys), pick(leaf.values), Index(index)
-
-
-@acts(Cast, Negate, kind=_OfKernel)
-def _of_the_base(it: Interpreter, verb: Verb, ins: list[Any]) -> Any:
-    """The learned rows are no product of the kernel, so what changes its values leaves
-    them alone."""
-    return ins[0].replace(base=it.base(verb.eqn, ins))
-
-
-@acts(Move, kind=_OfKernel)
-def _moved(it: Interpreter, move: Move, ins: list[Any]) -> Any:
-    if move.step in (Pad, Gather):
-        return None  # features that the prefix knows nothing of
-    return (_of_the_base if isinstance(move, Same) else moved)(it, move, ins)
-
-
-@acts(Scale, kind=_OfKernel)
-def _scale(it: Interpreter, by: Scale, ins: list[Any]) -> Any:
-    leaf = next(filter(is_leaf, ins))
-    if all(map(is_leaf, ins)) or by.eqn.outvars[0].aval.shape != leaf.shape:
-        return None
-    return leaf.replace(base=it.base(by.eqn, ins))
-
 
 # --- the method ----------------------------------------------------------------------
 
@@ -509,7 +228,7 @@ class PrefixTuning(Transform):
             "runs": runs,
             "origin": self.origin(),
         }
-        shape = _OfKernel(**common)
+        shape = OfKernel(**common)
         n = {r: shape.count(r) for r in (KEY, VALUE)}
         leaf: AdaptedLeaf
         if self.reparametrization is None:
@@ -580,6 +299,124 @@ class PTuningV2(PrefixTuning):
 
 
 p_tuning_v2 = PTuningV2
+
+
+# --- attaching, in mode "tokens" -----------------------------------------------------
+
+
+def tokens_prefix(
+    transform: Transform,
+    key: jax.Array,
+    flat: Slots,
+    parts: Sequence[SubLayer],
+    known: Mapping[str, LeafUse],
+    *,
+    tokens: int,
+    draw: Draw,
+    heads: int | None = None,
+    dtype: Any = None,
+) -> Any:
+    """The tree with a prefix of `tokens` virtual tokens in the attentions `parts`.
+
+    known: the use of every weight, axes of the projections told.
+    draw: (key, shape, dtype) -> the first values.
+    """
+    at = dict(flat.items())
+    made: dict[str, AdaptedLeaf] = {}
+    name, origin = transform.name, transform.origin()
+    places = _places(parts, known, at, heads)
+    check_finite({p: at[p] for p in places}, name)
+    for path, (axes, columns, stream) in places.items():
+        slot = at[path]
+        base = weight(slot)
+        sizes = {
+            c: [n for n, a in zip(base.shape, axes, strict=True) if a == c]
+            for c in "so"
+        }
+        n = sum(k for mine, k in columns if mine) if columns else math.prod(sizes["o"])
+        own = wide_dtype(base.dtype) if dtype is None else jnp.dtype(dtype)
+        leaf = TokenRows(
+            base=base,
+            axes=axes,
+            rows=draw(path_key(key, path), (*sizes["s"], tokens, n), own),
+            columns=columns,
+            stream=stream,
+        )
+        made[path] = _put(transform, path, slot, leaf)
+    tables = {p: u for p, u in known.items() if is_table(u) and p not in places}
+    heard: set[str] = set()  # tables whose ids another one tells of
+    for path in token_embeddings(tables, name, known):
+        silent = path in heard
+        heard.update(looked_up_together(path, tables))
+        slot = at[path]
+        told = [x for x in layers(slot) if getattr(x, "vocab", None) is not None]
+        if told:
+            theirs = getattr(told[0], "tokens")  # noqa: B009  of a prompt, whichever
+            if theirs != tokens:
+                raise ValueError(
+                    f"{path}: {type(told[0]).__name__} gave {theirs} virtual tokens a "
+                    f"meaning, and this {name} has {tokens}; they are the same tokens, "
+                    "so make the lengths equal"
+                )
+            continue
+        use = known[path]
+        check_lookups(path, use, name)
+        assert use.axes is not None
+        leaf = VirtualEmbedding(
+            base=slot,
+            axes=use.axes,
+            vocab=use.sizes("i")[0],
+            tokens=tokens,
+            silent=silent,
+        )
+        made[path] = leaf.replace(origin=origin)
+    return flat.rebuild(made.get(p, x) for p, x in flat.items())
+
+
+def _put(transform: Transform, path: str, slot: Any, leaf: AdaptedLeaf) -> AdaptedLeaf:
+    for below in layers(slot):
+        if below.origin == transform.origin():
+            raise ValueError(
+                f"{path}: this very {transform.name} transform is already applied "
+                "here; apply it to the base, jpeft.unload(params), or change where="
+            )
+    leaf = place_beside(leaf, unbox(innermost(slot)))
+    return boxed_like(box_of(slot), leaf.replace(base=slot, origin=transform.origin()))
+
+
+def _places(
+    parts: Sequence[SubLayer],
+    known: Mapping[str, LeafUse],
+    at: Mapping[str, Any],
+    heads: int | None,
+) -> dict[str, tuple[str, Columns, str]]:
+    """For each bias or kernel: its axes, the features overwritten, whose text."""
+    out = {}
+    for part in parts:
+        stream = "encoder" if part.kind == CROSS and part.stream else part.stream
+        for kernel in dict.fromkeys((*part.key, *part.value)):
+            use = known[kernel]
+            if use.axes is None:
+                raise ValueError(in_doubt(kernel, use, part))
+            stack, features = use.sizes("s"), use.sizes("o")
+            makes = [r for r in ("key", "value") if kernel in getattr(part, r)]
+            marks = [part.features(r, features, heads=heads).ravel() for r in makes]
+            cut = np.logical_or.reduce(marks)
+            columns = () if cut.all() else _runs(cut)
+            bias = use.bias
+            if bias is not None and weight(at[bias]).shape == (*stack, *features):
+                axes = "s" * len(stack) + "o" * len(features)
+                out[bias] = axes, columns, stream
+            else:
+                out[kernel] = use.axes, columns, stream
+    return out
+
+
+def _runs(cut: np.ndarray) -> Columns:
+    ends = [*(np.flatnonzero(np.diff(cut)) + 1), len(cut)]
+    return tuple(
+        (bool(cut[a]), int(b - a)) for a, b in zip([0, *ends], ends, strict=False)
+    )
 
 
 # --- first values --------------------------------------------------------------------

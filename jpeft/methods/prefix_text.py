@@ -17,8 +17,8 @@ import numpy as np
 from jpeft.adapt.entry import evaluate
 from jpeft.boxes import unbox
 from jpeft.leaf import is_leaf, is_stored, layers
-from jpeft.methods._attention import KEY, VALUE, Tagged, rows_of
-from jpeft.methods.prefix import NETWORK_ELSEWHERE, MadePrefix, Prefix
+from jpeft.leaves.attention import KEY, VALUE, Tagged, rows_of
+from jpeft.leaves.prefix import NETWORK_ELSEWHERE, MadePrefix, Prefix
 from jpeft.tree.paths import slots
 
 

@@ -31,23 +31,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jpeft.attach import LeafMethod, check_target
 from jpeft.checks import Count, Floating, plain, refusal
 from jpeft.leaf import is_leaf, layers, wide_dtype
-from jpeft.methods._draw import drawn
-from jpeft.methods._virtual import (
-    Prompt,
-    VirtualEmbedding,
+from jpeft.leaves.draw import drawn
+from jpeft.leaves.embedding import Prompt, VirtualEmbedding
+from jpeft.leaves.token_tables import (
     check_lookups,
     check_together,
     is_table,
     looked_up_together,
     token_embedding,
 )
-from jpeft.transform import (
-    LeafMethod,
-    check_target,
-    method,
-)
+from jpeft.transform import method
 from jpeft.tree.layout import LeafUse, layouts
 from jpeft.tree.paths import Slots
 from jpeft.tree.where import Where, select

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
+from jpeft.attach import LeafMethod
 from jpeft.boxes import unbox
 from jpeft.checks import check_floating
 from jpeft.formats.blocks import BLOCK_SIZE
@@ -27,7 +28,8 @@ from jpeft.quant.arrays import (
     check_in_format,
 )
 from jpeft.quant.leaf import Layout, Quantized, arrangement, boxed, quantize_array
-from jpeft.transform import LeafMethod, method, place_beside, written
+from jpeft.sharding.specs import place_beside
+from jpeft.transform import method, written
 from jpeft.tree.layout import LeafUse
 from jpeft.tree.paths import Slots, weight
 from jpeft.tree.where import Where

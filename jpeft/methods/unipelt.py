@@ -15,15 +15,13 @@ from __future__ import annotations
 import dataclasses
 
 from jpeft.checks import Count, CountOrZero, Floating, Positive
-from jpeft.methods._recipe import Recipe
+from jpeft.conventions import QUERY_VALUE
 from jpeft.methods.adapter import adapter
 from jpeft.methods.gated import gated
 from jpeft.methods.lora import lora
 from jpeft.methods.prefix import prefix
-from jpeft.transform import Transform, chain, method
+from jpeft.transform import Recipe, Transform, chain, method
 from jpeft.tree.where import Where
-
-QUERY_VALUE = r"(.*/)?(query|value|q_proj|v_proj|q|v|wq|wv)/(kernel|w|weight)"
 
 
 @method("unipelt")

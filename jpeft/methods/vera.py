@@ -29,9 +29,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jpeft.adapt.equations import Product
+from jpeft.adapt.equations import Label, Product, align
 from jpeft.adapt.interpreter import Interpreter, contracts
-from jpeft.adapt.labels import Label, align, contract
+from jpeft.adapt.labels import contract
+from jpeft.attach import LeafMethod, path_key
 from jpeft.checks import Count, Floating, Positive, Rate
 from jpeft.leaf import (
     AdaptedLeaf,
@@ -43,16 +44,10 @@ from jpeft.leaf import (
     trainable,
     transient,
 )
-from jpeft.methods._draw import drawn
-from jpeft.methods._low_rank import ActsAsLowRank, LowRank, as_low_rank, dropped
-from jpeft.methods._scaled import spread, times
-from jpeft.transform import (
-    LeafMethod,
-    Transform,
-    method,
-    path_key,
-    written,
-)
+from jpeft.leaves.draw import drawn
+from jpeft.leaves.low_rank import ActsAsLowRank, LowRank, as_low_rank, dropped
+from jpeft.leaves.scaled import spread, times
+from jpeft.transform import Transform, method, written
 from jpeft.tree.layout import LINEAR, MATRIX, LeafUse
 from jpeft.tree.paths import slots
 from jpeft.tree.where import Where

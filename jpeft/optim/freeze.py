@@ -18,8 +18,8 @@ from jpeft.checks import check_flag
 from jpeft.compat import is_key_array
 from jpeft.late import Late
 from jpeft.leaf import innermost
+from jpeft.tree.partition import combine, is_placeholder, partition, trainable_mask
 from jpeft.tree.paths import slots
-from jpeft.tree.split import combine, is_placeholder, partition, trainable_mask
 from jpeft.types import PyTree
 
 if TYPE_CHECKING:

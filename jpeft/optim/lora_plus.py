@@ -15,8 +15,8 @@ import jax
 from jpeft.checks import check_flag, check_positive
 from jpeft.late import Late
 from jpeft.leaf import STATIC, TRAINABLE, is_leaf, roles
+from jpeft.tree.partition import beside, is_placeholder
 from jpeft.tree.paths import slots
-from jpeft.tree.split import beside, is_placeholder
 from jpeft.types import PyTree
 
 if TYPE_CHECKING:

@@ -162,9 +162,8 @@ def codebook(name: str) -> np.ndarray:
             f"quant.codebook: {name!r} has no fixed code book: "
             + ("it is learned, see q.book" if kind.learned else "blocks have a range")
         )
-    if kind.signed:  # by code + 128
-        top = np.float32(127 if name == "int8" else 1)
-        return (np.arange(-128, 128) / top).astype(np.float32)
+    if kind.parts is not None:  # by code + 128
+        return (np.arange(-128, 128) / np.float32(kind.parts)).astype(np.float32)
     return blocks.book_of(kind).copy()
 
 

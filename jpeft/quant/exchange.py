@@ -423,7 +423,8 @@ def gguf_arrays(raw: np.ndarray, format: str, axes: str) -> dict[str, np.ndarray
         codes = np.concatenate([codes & 15, codes >> 4], -1)
         # In whole groups of two blocks; see `jpeft.formats.packing`.
         odd = codes.shape[1] % 2
-        zero = 8 if format == "q4_0" else 0
+        book = FORMATS[format].book
+        zero = 0 if book is None else int(np.argmin(np.abs(book())))
         codes = np.pad(codes, ((0, 0), (0, odd), (0, 0)), constant_values=zero)
         codes = codes.reshape(rows, -1, 2, packing.GROUP // 2)
         codes = codes[:, :, 0] | codes[:, :, 1] << 4

@@ -36,11 +36,10 @@ from jpeft.leaf import (
     array_fields,
     field_axes,
     frozen,
-    leaf_specs,
     static,
     unboxed,
-    whole_shards,
 )
+from jpeft.sharding.specs import leaf_specs, whole_shards
 from jpeft.tree.layout import EMBEDDING
 
 

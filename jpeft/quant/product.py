@@ -24,11 +24,12 @@ from jpeft import compat
 from jpeft.formats import blocks
 from jpeft.formats.blocks import BLOCK_SIZES, CHANNEL, TENSOR, Blocks
 from jpeft.formats.packing import GROUP
-from jpeft.kernels import four_bit, partitioned, tiled
+from jpeft.kernels import four_bit, tiled
 from jpeft.kernels.four_bit import constant_cotangents
-from jpeft.kernels.partitioned import OWN, Dim
 from jpeft.kernels.tiled import Tiles
 from jpeft.quant.leaf import Quantized, QuantizedValue
+from jpeft.sharding import plan
+from jpeft.sharding.plan import OWN, Dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ def shape_of(leaf: Quantized) -> tuple[int, int]:
 
 def _whereabouts(leaf: Quantized) -> contextlib.AbstractContextManager[None]:
     """What was declared of the weight and of activations (`jpeft.sharding.declare`)."""
-    declared = partitioned.declared()
+    declared = plan.declared()
     nothing = contextlib.nullcontext()
     if declared is None:
         return nothing
@@ -119,9 +120,7 @@ def _whereabouts(leaf: Quantized) -> contextlib.AbstractContextManager[None]:
     if any(axes for group in parts.values() for axes in group[1:]):
         return nothing  # axes become one, and only the first of them may be cut
     cuts = {letter: group[0] for letter, group in parts.items() if group}
-    return partitioned.known(
-        declared.mesh, {**cuts, partitioned.TOKENS: declared.tokens}
-    )
+    return plan.known(declared.mesh, {**cuts, plan.TOKENS: declared.tokens})
 
 
 def _matrices(leaf: Quantized) -> Blocks:
@@ -187,10 +186,10 @@ def _kernel_block(leaf: Quantized) -> int | None:
 
 
 def _by_tiles(how: How, leaf: Quantized, q: Blocks, x: jax.Array) -> jax.Array:
-    """In plain JAX, on each device of a mesh for its part (`partitioned`)."""
+    """In plain JAX, on each device of a mesh for its part (`jpeft.sharding.plan`)."""
     kind, size = leaf.kind, leaf.block_size
     axis = 0 if leaf.is_matrix else 1
-    per_byte = 2 if kind.packed else 1
+    per_byte = kind.per_byte
     stored = q.codes.shape[axis] * per_byte
     filled_up = not leaf.is_matrix and stored != leaf.length
     names = [name for name, a in q._asdict().items() if a is not None]
@@ -223,7 +222,7 @@ def _by_tiles(how: How, leaf: Quantized, q: Blocks, x: jax.Array) -> jax.Array:
 
     blocked, other = ("k", "n") if leaf.is_matrix else ("n", "k")
 
-    def dims(name: str) -> partitioned.Dims:
+    def dims(name: str) -> plan.Dims:
         if name == "book":
             return (OWN,)
         per = per_byte if name == "codes" else size if isinstance(size, int) else 1
@@ -231,7 +230,7 @@ def _by_tiles(how: How, leaf: Quantized, q: Blocks, x: jax.Array) -> jax.Array:
         return both if leaf.is_matrix else both[::-1]
 
     length = leaf.length if filled_up else stored
-    return partitioned.product(
+    return plan.product(
         multiply,
         x,
         [getattr(q, name) for name in names],

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from jpeft.leaf import check_whole, innermost, is_leaf, is_stored
 from jpeft.tree.lend import acting
+from jpeft.tree.merge import check_merge
 from jpeft.tree.paths import slots
-from jpeft.tree.split import check_merge
 from jpeft.types import PyTree
 
 

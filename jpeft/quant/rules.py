@@ -48,10 +48,11 @@ from jpeft.formats import blocks
 from jpeft.formats.blocks import TENSOR, Blocks
 from jpeft.formats.double import NESTED_BLOCK, dequantize_codes
 from jpeft.formats.packing import GROUP
-from jpeft.leaf import array_fields, is_leaf, whole_shards
+from jpeft.leaf import array_fields, is_leaf
 from jpeft.quant.deferred import deferred
 from jpeft.quant.leaf import Quantized, QuantizedValue
 from jpeft.quant.product import How, linear, product
+from jpeft.sharding.specs import whole_shards
 
 # --- consumed ------------------------------------------------------------------------
 

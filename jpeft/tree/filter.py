@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from jpeft.boxes import is_box
+from jpeft.tree.partition import trainable_mask
 from jpeft.tree.paths import segment_key
-from jpeft.tree.split import trainable_mask
 from jpeft.types import PyTree
 
 

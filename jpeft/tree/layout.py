@@ -18,6 +18,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
+from jpeft import conventions
 from jpeft.tree.paths import Slots, is_array, suggest, weight
 from jpeft.tree.state import states
 
@@ -184,63 +185,13 @@ def _look_up(path: str, uses: Mapping[str, LeafUse]) -> LeafUse:
 
 # --- by name -------------------------------------------------------------------------
 
-_KERNELS = {"kernel", "w", "weight", "weights"}
-_BIASES = {"bias", "b", "beta"}
-_SCALES = {"scale", "gamma"}
-_NOT_WEIGHTS = {*_BIASES, "scale", "gamma", "offset", "cls", "count"}
-# Running statistics of norms and of the data; Haiku keeps averages in modules.
-_STATISTICS = re.compile(
-    r"(.*_)?(mean|var|variance|std|stddev)(_?(ema|avg|stat))?"
-    r"|num_batches_tracked|count(er)?",
-    re.I,
-)
-_AVERAGES = re.compile(r"(mean|var|variance)_ema|batch_?stats", re.I)
-_POSITIONS = re.compile(
-    r"pos|cls|dist|token$|query_tokens|queries|latent|probe|mask|register", re.I
-)
-_NORMS = re.compile(r"(norm|^ln|_ln|ln_|layernorm|^bn|batchnorm)", re.I)
-_LAYER_SCALES = re.compile(r"layer_?scale|^ls_?\d*$", re.I)
-_CONVS = re.compile(r"conv", re.I)
-# Where how a vector is used leaves a doubt, names like these decide.
-_MAYBE_BIAS = re.compile(
-    r"(^|_)(bias|offset|shift|beta)\d*(_|$)|^b[a-z]?\d*$|^b_", re.I
-)
-_MAYBE_SCALE = re.compile(r"(^|_)(scale|gain|gamma)\d*$|norm|^(ln|rms)_?\d*$", re.I)
-_NO_BIAS = re.compile(r"embed|pos|token|type|modality|segment|time", re.I)
-
-
-def in_norm(path: str) -> bool:
-    """Whether the module that holds this array is a normalisation, by its name."""
-    module = path.split("/")[-2:-1]
-    return bool(module and _NORMS.search(module[0]))
-
-
-def is_statistic(path: str) -> bool:
-    """Whether the name is that of a mean or variance that is counted, not trained."""
-    *modules, name = path.split("/")
-    return bool(_STATISTICS.fullmatch(name) or any(map(_AVERAGES.fullmatch, modules)))
-
 
 def state_of(tree: Slots) -> frozenset[str]:
     """The paths of what a model keeps and no optimiser trains: see `jpeft.tree.state`;
     means and deviations of the data too, by their names."""
-    return frozenset(states(tree)) | frozenset(filter(is_statistic, tree.paths))
-
-
-def named_as(kind: str, path: str) -> bool:
-    """Whether the array's own name is one that a bias, or a norm's scale, may have."""
-    *modules, name = path.split("/")
-    if kind == BIAS:
-        return bool(_MAYBE_BIAS.search(name)) and not _NO_BIAS.search(name)
-    scaled = [*modules[-1:], name]
-    return bool(_MAYBE_SCALE.search(name)) and not any(
-        map(_LAYER_SCALES.search, scaled)
+    return frozenset(states(tree)) | frozenset(
+        filter(conventions.is_statistic, tree.paths)
     )
-
-
-def never_a_bias(path: str) -> bool:
-    """Whether the array's own name is that of a position, a type, a token."""
-    return bool(_NO_BIAS.search(path.rsplit("/", 1)[-1])) and not named_as(BIAS, path)
 
 
 def by_name(tree: Slots) -> dict[str, LeafUse]:
@@ -275,31 +226,33 @@ def _by_name(
     # A module with a scale and nothing larger is a norm, whatever it is called.
     beside = {k[-1].lower(): s for k, s in shapes.items() if k[:-1] == keys[:-1]}
     alone = all(len(s) <= len(shape) for s in beside.values())
-    of_norm = in_norm(path) or bool(beside.keys() & _SCALES and alone)
-    of_norm = of_norm and not _LAYER_SCALES.search(parent)
+    of_norm = conventions.in_norm(path) or bool(
+        beside.keys() & conventions.SCALES and alone
+    )
+    of_norm = of_norm and not conventions.LAYER_SCALES.search(parent)
 
     def is_(kind: str, axes: str | None = None, doubt: str = "") -> LeafUse:
         bias_of_norm = kind == BIAS and of_norm
         return LeafUse(path, shape, kind, axes, doubt=doubt, of_norm=bias_of_norm)
 
     lower = name.lower()
-    if is_statistic(path):
+    if conventions.is_statistic(path):
         return is_(OTHER)
-    if lower in _BIASES or (lower == "offset" and of_norm):
+    if lower in conventions.BIASES or (lower == "offset" and of_norm):
         return is_(BIAS)
-    if lower in _SCALES and not _LAYER_SCALES.search(parent):
+    if lower in conventions.SCALES and not conventions.LAYER_SCALES.search(parent):
         return is_(NORM)
-    if in_norm(path) and lower in ("weight", "w"):
+    if conventions.in_norm(path) and lower in ("weight", "w"):
         return is_(NORM)
-    if len(shape) < 2 or lower in _NOT_WEIGHTS:
+    if len(shape) < 2 or lower in conventions.NOT_WEIGHTS:
         return is_(OTHER)
     if lower == "embedding":
         if len(shape) == 2:
             return is_(EMBEDDING, "io")
         return is_(EMBEDDING, None, f"an embedding of {len(shape)} axes")
-    if _POSITIONS.search(name):
+    if conventions.POSITIONS.search(name):
         return is_(OTHER)
-    if lower not in _KERNELS:
+    if lower not in conventions.KERNELS:
         if len(shape) == 2:
             return is_(
                 MATRIX, "io", f"the name {name!r} does not say whether it is linear"
@@ -310,7 +263,9 @@ def _by_name(
             f"neither the name {name!r} nor {len(shape)} axes say which "
             "axes are input and which are output",
         )
-    conv = bool(_CONVS.search(parent)) and not re.fullmatch(r"conv1d", parent, re.I)
+    conv = bool(conventions.CONVS.search(parent)) and not re.fullmatch(
+        r"conv1d", parent, re.I
+    )
     if conv and len(shape) > 2:
         return is_(CONV, "i" * (len(shape) - 1) + "o")
     if len(shape) == 2:
@@ -348,23 +303,11 @@ def _beside(path: str, use: LeafUse, known: Mapping[str, LeafUse]) -> str | None
         return None
     module, _, name = path.rpartition("/")
     place = f"{module}/" if module else ""
-    for bias in _bias_names(name):
+    for bias in conventions.bias_names(name):
         if (found := place + bias) in known and found != path:
-            if name.lower() in _KERNELS or _may_be_bias(known[found], use):
+            if name.lower() in conventions.KERNELS or _may_be_bias(known[found], use):
                 return found
     return None
-
-
-def _bias_names(name: str) -> list[str]:
-    """Of the bias beside a weight, in Flax's modules or in one without modules."""
-    if name.lower() in _KERNELS:
-        return ["bias", "b"]
-    out = [f"{name}_bias", f"{name}_b"]
-    if stem := re.fullmatch(r"(.+)_(kernel|weight|weights|w)", name, re.I):
-        out += [f"{stem[1]}_bias", f"{stem[1]}_b"]
-    if name[0] in "wW":  # w1, wq, w_up
-        out.append("b" + name[1:])
-    return out
 
 
 def _may_be_bias(bias: LeafUse, use: LeafUse) -> bool:

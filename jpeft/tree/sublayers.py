@@ -23,13 +23,14 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from jpeft import conventions
 from jpeft.tree.layout import LINEAR, MATRIX, UNUSED, LeafUse, layouts
 from jpeft.tree.paths import Slots, suggest
-from jpeft.tree.where import Where, in_attention, in_mlp
+from jpeft.tree.where import Where
 
 ATTENTION, CROSS, MLP = "attention", "cross_attention", "mlp"
 PRESETS = (ATTENTION, MLP, "all")
@@ -129,82 +130,6 @@ class SubLayer:
         return [each] * len(letters)
 
 
-# --- the conventions -----------------------------------------------------------------
-
-
-class _Row(NamedTuple):
-    """Names below the sub-layer; last: the first of these that is there."""
-
-    first: tuple[str, ...]
-    last: tuple[str, ...]
-    fused: str = ""
-
-
-_ATTENTIONS = (
-    # Flax, NNX, T5X, MaxText; ALBERT; Haiku
-    _Row(("query", "key", "value"), ("out", "dense", "out_proj", "output", "linear")),
-    _Row(("self/query", "self/key", "self/value"), ("output/dense",)),  # BERT
-    _Row(  # ViT
-        ("attention/query", "attention/key", "attention/value"), ("output/dense",)
-    ),
-    _Row(("q", "k", "v"), ("o", "out", "proj")),  # T5
-    _Row(("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj")),
-    _Row(("query_proj", "key_proj", "value_proj"), ("output_proj", "out_proj")),
-    _Row(("q_lin", "k_lin", "v_lin"), ("out_lin",)),  # DistilBERT
-    _Row(
-        ("to_q", "to_k", "to_v"), ("to_out", "to_out_0", "to_out/0", "to_out/layers/0")
-    ),
-    _Row(("wq", "wk", "wv"), ("wo",)),  # Llama as published
-    _Row(("q_einsum", "k_einsum", "v_einsum"), ("attn_vec_einsum",)),
-    _Row(("q_einsum", "kv_einsum"), ("attn_vec_einsum",), "blocks kv"),  # Gemma
-    _Row(("qkv_einsum",), ("attn_vec_einsum",), "blocks qkv"),
-    _Row(("to_q", "to_kv"), ("to_out", "to_out_0", "to_out/0"), "blocks kv"),
-    _Row(("q", "kv"), ("o", "out", "proj"), "blocks kv"),
-    _Row(("c_attn",), ("c_proj",), "blocks qkv"),  # GPT-2
-    _Row(("query_key_value",), ("dense",), "heads qkv"),  # GPT-NeoX, BLOOM
-    _Row(("qkv",), ("proj", "out", "out_proj", "o", "dense"), "blocks qkv"),  # timm
-    _Row(("qkv_proj",), ("o_proj", "out_proj", "out", "proj"), "blocks qkv"),
-    _Row(("Wqkv",), ("out_proj", "Wo"), "blocks qkv"),
-    _Row(("to_qkv",), ("to_out", "to_out_0", "to_out/0"), "blocks qkv"),
-)
-_MLPS = (
-    # with a gate: of two first weights either sees the input
-    _Row(("gate_proj", "up_proj"), ("down_proj",)),
-    _Row(("gate", "up"), ("down",)),
-    _Row(("w_gate", "w_up"), ("w_down",)),
-    _Row(("wi_0", "wi_1"), ("wo",)),
-    _Row(("w1", "w3"), ("w2",)),
-    _Row(("gate_up_proj",), ("down_proj",)),
-    _Row(("gating_einsum",), ("linear",)),
-    _Row(("w12",), ("w3",)),
-    # without
-    _Row(("intermediate/dense",), ("output/dense",)),
-    _Row(("intermediate_dense",), ("output_dense",)),
-    _Row(("ffn",), ("ffn_output",)),
-    _Row(("dense_h_to_4h",), ("dense_4h_to_h",)),
-    _Row(("fc1",), ("fc2",)),
-    _Row(("fc_1",), ("fc_2",)),
-    _Row(("fc_in",), ("fc_out",)),
-    _Row(("c_fc",), ("c_proj",)),
-    _Row(("up_proj",), ("down_proj",)),
-    _Row(("up",), ("down",)),
-    _Row(("wi",), ("wo",)),
-    _Row(("w_in",), ("w_out",)),
-    _Row(("w_up",), ("w_down",)),
-    _Row(("w1",), ("w2",)),
-    _Row(("lin1",), ("lin2",)),
-    _Row(("lin_1",), ("lin_2",)),
-    _Row(("linear1",), ("linear2",)),
-    _Row(("linear_1",), ("linear_2",)),
-    _Row(("linear",), ("linear_1",)),  # Haiku
-)
-# `Dense_0`, `layers/0`, `0`: an order, but only in what is called an MLP.
-_NUMBERED = re.compile(r"((?:dense|linear|layers?|fc)[_/])?(\d+)", re.I)
-_ARRAYS = frozenset({"kernel", "w", "weight", "weights"})
-_CROSS = re.compile(
-    r"cross|encoder_?attn|enc_?dec|encoder_?decoder_?att|src_?attn|multihead_attn", re.I
-)
-_STREAM = re.compile(r"(encoder|decoder)s?", re.I)
 _FORMS = {
     MLP: "'mlp: (.*)/inner/kernel -> \\1/outer/kernel'",
     ATTENTION: "'attention: (.*)/query/kernel \\1/key/kernel \\1/value/kernel -> "
@@ -248,7 +173,7 @@ class _Finder:
         self.below: dict[str, dict[str, str]] = {}
         for path in self.known:
             segments = path.split("/")
-            if segments[-1] in _ARRAYS and len(segments) > 1:
+            if segments[-1] in conventions.ARRAYS and len(segments) > 1:
                 segments = segments[:-1]
             for k in range(len(segments)):
                 # Haiku's `mlp/~/linear_0` is made when the module is, no layer more.
@@ -266,10 +191,10 @@ class _Finder:
         roots = sorted(self.below, key=lambda r: -r.count("/") - bool(r))
         for complete in (True, False):
             for root in roots:
-                for row in _ATTENTIONS:
+                for row in conventions.ATTENTIONS:
                     self.attention(root, row, complete)
         for root in roots:
-            for row in _MLPS:
+            for row in conventions.MLPS:
                 self.mlp(root, row.first, row.last)
             self.numbered(root)
         for root in roots:
@@ -277,7 +202,7 @@ class _Finder:
         self.found.sort(key=lambda s: min(self.order[p] for p in s.weights))
         return self.with_streams()
 
-    def attention(self, root: str, row: _Row, complete: bool) -> None:
+    def attention(self, root: str, row: conventions.Row, complete: bool) -> None:
         first = self.free(root, row.first)
         last = next((p for n in row.last for p in self.free(root, (n,))), "")
         if not first or bool(last) != complete:
@@ -295,7 +220,7 @@ class _Finder:
         if width is None:
             self.misfit(root, v, last)
             return
-        cross = bool(_CROSS.search(root.rsplit("/", 1)[-1]))
+        cross = bool(conventions.CROSS_NAMES.search(root.rsplit("/", 1)[-1]))
         self.add(
             SubLayer(
                 CROSS if cross else ATTENTION,
@@ -334,9 +259,9 @@ class _Finder:
 
     def numbered(self, root: str) -> None:
         """All weights below an MLP, numbered: the first one and the last one."""
-        if not in_mlp(root.rsplit("/", 1)[-1]):
+        if not conventions.in_mlp(root.rsplit("/", 1)[-1]):
             return
-        named = {n: _NUMBERED.fullmatch(n) for n in self.below[root]}
+        named = {n: conventions.NUMBERED.fullmatch(n) for n in self.below[root]}
         if len(named) < 2 or not all(named.values()) or self.taken(root):
             return
         if len({m[1] for m in named.values() if m}) > 1:
@@ -349,8 +274,8 @@ class _Finder:
     def doubtful(self, root: str) -> None:
         """Weights in what is called attention or MLP that no convention explains."""
         last = root.rsplit("/", 1)[-1]
-        attention = in_attention(last)
-        if not (attention or in_mlp(last)) or len(self.below[root]) < 2:
+        attention = conventions.in_attention(last)
+        if not (attention or conventions.in_mlp(last)) or len(self.below[root]) < 2:
             return
         if self.taken(root):
             return
@@ -371,7 +296,7 @@ class _Finder:
     def without_values(self, root: str) -> str:
         """What to say of an attention that has no weight of its values."""
         at = self.below[root]
-        for row in _ATTENTIONS:
+        for row in conventions.ATTENTIONS:
             if row.fused or row.first[2] in at or not {*row.first[:2]} <= {*at}:
                 continue
             last = next((n for n in row.last if n in at), None)
@@ -440,7 +365,11 @@ class _Finder:
         """The module's path; the layer's and the kind if the layer holds the weights
         itself."""
         last = root.rsplit("/", 1)[-1]
-        own = in_attention(last) if kind == ATTENTION else in_mlp(last)
+        own = (
+            conventions.in_attention(last)
+            if kind == ATTENTION
+            else conventions.in_mlp(last)
+        )
         return root if own else f"{root}/{kind}".lstrip("/")
 
     def add(self, found: SubLayer) -> None:
@@ -461,7 +390,7 @@ class _Finder:
 
 def _stream(path: str) -> str:
     for segment in path.split("/"):
-        found = _STREAM.fullmatch(segment)
+        found = conventions.STREAMS.fullmatch(segment)
         if found:
             return found[1].lower()
     return ""

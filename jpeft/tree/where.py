@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
+from jpeft import conventions
 from jpeft.checks import check_regex, refusal, shown
 from jpeft.tree.layout import (
     BIAS,
@@ -31,33 +32,14 @@ _EXPECTED = (
     "(path, leaf) -> bool, or a list of these"
 )
 
-_ATTENTION = re.compile(
-    r"attn|attention|^(q|k|v|o|query|key|value|qkv|kv|q_proj|k_proj|v_proj|o_proj"
-    r"|qkv_proj|out_proj|to_q|to_k|to_v|to_out|wq|wk|wv|q_einsum|kv_einsum|qkv_einsum"
-    r"|attn_vec_einsum)$",
-    re.I,
-)
-_MLP = re.compile(
-    r"mlp|ffn|ffw|feed_?forward|densereludense|intermediate|expert|moe|gating_einsum"
-    r"|^(fc|fc_?\d|c_fc|wi|wi_\d|w[123]|up|down|gate|up_proj|down_proj|gate_proj"
-    r"|gate_up_proj|lin[12]|linear[12]?)$",
-    re.I,
-)
-
-
-def in_attention(path: str) -> bool:
-    return any(_ATTENTION.search(s) for s in path.split("/"))
-
-
-def in_mlp(path: str) -> bool:
-    return not in_attention(path) and any(_MLP.search(s) for s in path.split("/"))
-
 
 def _preset(name: str, use: LeafUse, part: str | None) -> bool:
     """part: the sub-layer that the weight is in, "attention" or "mlp", if one is known
     by the weights beside it; else its own path must say so."""
     if name in ("attention", "mlp"):
-        by_path = in_attention if name == "attention" else in_mlp
+        by_path = (
+            conventions.in_attention if name == "attention" else conventions.in_mlp
+        )
         within = part == name if part is not None else by_path(use.path)
         return use.kind in (LINEAR, MATRIX) and within
     # An unknown matrix may be linear: it is selected so that it is refused by name

@@ -12,9 +12,10 @@ from flax import nnx
 from speed import slow_but
 
 import jpeft
+from jpeft.boxes import PASSING, STATISTIC
 from jpeft.checkpoint.sealed import seal
 from jpeft.tree.paths import slots
-from jpeft.tree.state import PASSING, STATISTIC, states
+from jpeft.tree.state import states
 
 KEY = jax.random.key(0)
 

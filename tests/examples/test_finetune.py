@@ -11,15 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import _bert
 import _recipe
 import _runs
 import finetune
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+import tiny_bert
 
 import jpeft
 
@@ -28,65 +26,9 @@ SCRIPT = ROOT / "examples" / "finetune.py"
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 # Run by tests of their own, here and in test_formats.
 ELSEWHERE = {"adalora", "diff_pruning", "p_tuning", "qlora"}
-CLASSES = ("fish", "bird", "tree")
-FILLERS = ("the", "small", "old", "grey", "one", "we", "saw", "yesterday")
-SIZES = {
-    "model_type": "bert",
-    "hidden_act": "gelu",
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 40,
-    "max_position_embeddings": 192,
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def as_in_the_command():
-    """What the command has: Optax's schedules multiply a float by a count."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A directory as Hugging Face has it, with random weights."""
-    folder = tmp_path_factory.mktemp("base")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *CLASSES, *FILLERS]
-    sizes = SIZES | {"vocab_size": len(words)}
-    (folder / "config.json").write_text(json.dumps(sizes))
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = _bert.BertConfig.from_file(folder / "config.json")
-    rng = np.random.default_rng(0)
-    tensors = {}
-    for path, shape in _bert._shapes(config).items():
-        *parents, leaf = path
-        name = ".".join([*parents, "bias" if leaf == "bias" else "weight"])
-        shape = shape[::-1] if leaf == "kernel" else shape
-        mean = 1.0 if leaf == "scale" else 0.0
-        tensors[name] = (mean + rng.normal(0, 0.2, shape)).astype(np.float32)
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Sentences of 3 to 25 words, one of which is the class."""
-    rng = np.random.default_rng(1)
-    rows = ["text\tlabel"]
-    for i in range(96):
-        name = CLASSES[i % 3]
-        words = [*rng.choice(FILLERS, rng.integers(2, 12 if i % 8 else 25)), name]
-        rows.append(" ".join(rng.permutation(words)) + "\t" + name)
-    path = tmp_path_factory.mktemp("data") / "animals.tsv"
-    path.write_text("\n".join(rows) + "\n")
-    return path
+# Fixtures: pytest finds them by name in the module.
+as_in_the_command = tiny_bert.as_in_the_command
+base, data = tiny_bert.base, tiny_bert.data
 
 
 @pytest.fixture(scope="module")
@@ -115,23 +57,6 @@ def command(base, data, recipe):
 
 def read(path):
     return json.loads(path.read_text())
-
-
-def adapter_arrays(out, base):
-    """The trainable arrays of the adapter that a run saved."""
-    settings = read(out / "settings.json")
-    head = finetune.keys(settings["seed"]).head
-    _, params = finetune.read_base(base, len(settings["classes"]), head)
-    trainable, _ = jpeft.partition(jpeft.load(out / "adapter", params))
-    return jax.tree.leaves(trainable)
-
-
-def assert_same_adapter(out, other, base):
-    found, expected = adapter_arrays(out, base), adapter_arrays(other, base)
-    assert len(found) == len(expected) > 0
-    for x, y in zip(found, expected, strict=True):
-        assert x.dtype == y.dtype
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 def fails(capsys, argv, *texts):
@@ -194,7 +119,7 @@ def test_a_second_run_says_what_it_did_and_is_the_same(
         assert re.search(pattern, printed.out), pattern
     assert "examples/s, loss=" in printed.err  # the progress bar
     assert "Traceback" not in printed.err
-    assert_same_adapter(tmp_path / "again", finished, base)
+    tiny_bert.assert_same_adapter(tmp_path / "again", finished, base)
     first, second = (read(x / "metrics.json") for x in (finished, tmp_path / "again"))
     assert first["history"] == second["history"]
 
@@ -223,7 +148,7 @@ def test_a_run_resumed_again_and_again_ends_bit_identical(
         assert f"step {stop_after} is saved" in capsys.readouterr().err
         assert not (tmp_path / "metrics.json").exists()
     assert finetune.main([*argv, "--resume"]) == 0
-    assert_same_adapter(tmp_path, finished, base)
+    tiny_bert.assert_same_adapter(tmp_path, finished, base)
     resumed, whole = (read(x / "metrics.json") for x in (tmp_path, finished))
     for key in ("history", "before", "after"):
         assert resumed[key] == whole[key]
@@ -260,7 +185,7 @@ def test_ctrl_c_and_sigterm_save_and_the_command_they_print_resumes(
     script, *options = found[2].split()
     assert Path(script).resolve() == SCRIPT
     assert finetune.main([*options, "--resume"]) == 0
-    assert_same_adapter(tmp_path, finished, base)
+    tiny_bert.assert_same_adapter(tmp_path, finished, base)
 
 
 def test_sigterm_is_asked_for_as_ctrl_c_is_however_often_it_comes():
@@ -286,7 +211,7 @@ def test_a_damaged_last_checkpoint_costs_one_and_no_more(
     (steps[1] / "state.json").write_text("")
     assert finetune.main(command(tmp_path, "--resume")) == 0
     assert f"resuming after step {int(steps[0].name)}" in capsys.readouterr().out
-    assert_same_adapter(tmp_path, finished, base)
+    tiny_bert.assert_same_adapter(tmp_path, finished, base)
 
 
 def test_resuming_without_a_checkpoint_is_refused(command, tmp_path, capsys):
@@ -543,7 +468,7 @@ def test_a_run_in_stages_is_resumed_bit_for_bit(
     for k, step in enumerate(steps):
         assert finetune.main([*argv, *["--resume"] * k], stop_after=step) == 130
     assert finetune.main([*argv, "--resume"]) == 0
-    assert_same_adapter(tmp_path / "out", in_stages / name, base)
+    tiny_bert.assert_same_adapter(tmp_path / "out", in_stages / name, base)
     resumed, whole = (
         read(x / "metrics.json") for x in (tmp_path / "out", in_stages / name)
     )
@@ -552,7 +477,9 @@ def test_a_run_in_stages_is_resumed_bit_for_bit(
 
 def loaded(out, base):
     head = finetune.keys(0).head
-    return jpeft.load(out / "adapter", finetune.read_base(base, len(CLASSES), head)[1])
+    return jpeft.load(
+        out / "adapter", finetune.read_base(base, len(tiny_bert.CLASSES), head)[1]
+    )
 
 
 @pytest.mark.slow
@@ -568,7 +495,7 @@ def test_adalora_ends_with_the_ranks_of_the_budget(in_stages, base):
 @pytest.mark.slow
 def test_diff_pruning_ends_with_the_wanted_density(in_stages, base):
     params = loaded(in_stages / "diff_pruning", base)
-    head = 32 * len(CLASSES) + len(CLASSES)
+    head = 32 * len(tiny_bert.CLASSES) + len(tiny_bert.CLASSES)
     everything = (
         jpeft.count(params["bert"]).total - jpeft.count(params["bert"]).trainable
     )
@@ -586,13 +513,13 @@ def test_a_prompt_is_kept_without_the_encoder_that_made_it(
     leaf = embeddings["word_embeddings"]["embedding"]
     assert type(leaf).__name__ == "Prompt" and leaf.prompt.shape == (20, 32)
     trained = read(with_encoder / "metrics.json")["parameters"]["trainable"]
-    assert trained == 20 * 32 + 32 * len(CLASSES) + len(CLASSES)
+    assert trained == 20 * 32 + 32 * len(tiny_bert.CLASSES) + len(tiny_bert.CLASSES)
     # A run that goes on, or only ends again, needs the encoder.
     argv = more(command, tmp_path, "p_tuning")
     assert finetune.main(argv, stop_after=4) == 130
     assert finetune.main([*argv, "--resume"], stop_after=9) == 130
     assert finetune.main([*argv, "--resume"]) == 0
-    assert_same_adapter(tmp_path, with_encoder, base)
+    tiny_bert.assert_same_adapter(tmp_path, with_encoder, base)
 
 
 def test_b_learns_faster_with_lora_plus():

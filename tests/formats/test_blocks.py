@@ -72,7 +72,7 @@ def reduced(f, x, size):
 
 
 def book_of(q, format):
-    return np.asarray(blocks.book_of(FORMATS[format]) if q.book is None else q.book)
+    return np.asarray(FORMATS[format].book() if q.book is None else q.book)
 
 
 @pytest.mark.sample(6)

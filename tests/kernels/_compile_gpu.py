@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import _gpu_compiler  # noqa: E402
 import _ptx  # noqa: E402
@@ -22,7 +22,8 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from jpeft.formats.codebooks import CODEBOOKS  # noqa: E402
-from jpeft.kernels import _cells, _gpu, _gpu_few, _gpu_mosaic, four_bit  # noqa: E402
+from jpeft.kernels import four_bit  # noqa: E402
+from jpeft.kernels.gpu import cells, few_rows, mosaic, route  # noqa: E402
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 CASES = {}
@@ -71,13 +72,13 @@ def quantizes(k, n, block, dtype, format, backend):
     codes, scales = _reference.quantize(w, format, block)
     f = functools.partial(backend.quantize, format=format, block_size=block)
     ptx = only(compiler(f, *shaped(w)))
-    cells = _cells.Cells.of(format)
-    columns = 64 if backend is _gpu_mosaic and dtype == F32 else 128
+    table = cells.Cells.of(format)
+    columns = 64 if backend is mosaic and dtype == F32 else 128
     grid = (-(-n // columns), -(-k // max(min(block, k), 64)))
-    tables = [cells.thresholds, cells.codes] if cells else []
+    tables = [table.thresholds, table.codes] if table else []
     tables = [np.array(t, d) for t, d in zip(tables, (F32, np.int32), strict=False)]
     empty = [np.zeros_like(codes), np.zeros_like(scales)]
-    if backend is _gpu_mosaic:  # a kernel's operands come in the order of their use
+    if backend is mosaic:  # a kernel's operands come in the order of their use
         tables = [np.tile(t, 4) for t in tables]
         *_, got_scales, got = _ptx.launch(ptx, grid, *tables, w, *reversed(empty))
     else:
@@ -89,37 +90,37 @@ def quantizes(k, n, block, dtype, format, backend):
 
 @case
 def mosaic_dequantize():
-    dequantizes(128, 256, 64, BF16, _gpu_mosaic)
+    dequantizes(128, 256, 64, BF16, mosaic)
 
 
 @case
 def mosaic_dequantize_float32_blocks_of_32():
-    dequantizes(128, 128, 32, F32, _gpu_mosaic)
+    dequantizes(128, 128, 32, F32, mosaic)
 
 
 @case
 def mosaic_dequantize_float16_blocks_of_128():
-    dequantizes(192, 128, 128, F16, _gpu_mosaic)
+    dequantizes(192, 128, 128, F16, mosaic)
 
 
 @case
 def mosaic_quantize():
-    quantizes(128, 256, 64, BF16, "nf4", _gpu_mosaic)
+    quantizes(128, 256, 64, BF16, "nf4", mosaic)
 
 
 @case
 def mosaic_quantize_float32_fp4_last_block_half():
-    quantizes(192, 128, 128, F32, "fp4", _gpu_mosaic)
+    quantizes(192, 128, 128, F32, "fp4", mosaic)
 
 
 @case
 def mosaic_quantize_float16_int4_blocks_of_32():
-    quantizes(128, 128, 32, F16, "int4", _gpu_mosaic)
+    quantizes(128, 128, 32, F16, "int4", mosaic)
 
 
 @case
 def mosaic_with_columns_left_over_and_experts():
-    f = functools.partial(_gpu_mosaic.dequantize, block_size=64, dtype=BF16)
+    f = functools.partial(mosaic.dequantize, block_size=64, dtype=BF16)
     only(compiler(jax.vmap(f, (0, 0, None)), *experts(3, 128, 200)))
 
 
@@ -129,7 +130,7 @@ def multiplies_few(m, k, n, block, dtype, config, transposed):
     w = _reference.dequantize(codes, scales, book.astype(BF16).astype(F32), block)
     w = w.T if transposed else w
     x = numbers(m, w.shape[0], dtype=BF16)
-    op = _gpu_few.matmul_transposed if transposed else _gpu_few.matmul
+    op = few_rows.matmul_transposed if transposed else few_rows.matmul
     f = functools.partial(op, block_size=block, dtype=dtype, config=config)
     ptx = only(compiler(f, *shaped(x, codes, scales, book)))
     out = np.full((m, w.shape[1]), np.nan, dtype)
@@ -144,32 +145,32 @@ def multiplies_few(m, k, n, block, dtype, config, transposed):
 
 @case
 def few_rows_in_one_step_each():
-    multiplies_few(3, 256, 128, 64, F32, _gpu_few.Config(columns=32, warps=4), False)
+    multiplies_few(3, 256, 128, 64, F32, few_rows.Config(columns=32, warps=4), False)
 
 
 @case
 def few_rows_and_steps_left_over_to_bfloat16():
-    multiplies_few(8, 320, 128, 128, BF16, _gpu_few.Config(columns=64, warps=4), False)
+    multiplies_few(8, 320, 128, 128, BF16, few_rows.Config(columns=64, warps=4), False)
 
 
 @case
 def few_rows_more_than_eight():
-    multiplies_few(19, 128, 128, 64, F32, _gpu_few.Config(columns=128, warps=8), False)
+    multiplies_few(19, 128, 128, 64, F32, few_rows.Config(columns=128, warps=8), False)
 
 
 @case
 def few_rows_transposed():
-    multiplies_few(3, 128, 256, 64, F32, _gpu_few.Config(rows=16, warps=4), True)
+    multiplies_few(3, 128, 256, 64, F32, few_rows.Config(rows=16, warps=4), True)
 
 
 @case
 def few_rows_transposed_and_steps_left_over():
-    multiplies_few(11, 192, 384, 128, F32, _gpu_few.Config(rows=32, warps=4), True)
+    multiplies_few(11, 192, 384, 128, F32, few_rows.Config(rows=32, warps=4), True)
 
 
 @case
 def few_rows_transposed_a_quarter_of_a_group():
-    multiplies_few(1, 64, 128, 4096, BF16, _gpu_few.Config(rows=8, warps=8), True)
+    multiplies_few(1, 64, 128, 4096, BF16, few_rows.Config(rows=8, warps=8), True)
 
 
 def experts(count, k, n):
@@ -177,35 +178,35 @@ def experts(count, k, n):
 
 
 if jax.__version_info__ < (0, 11):  # later, Triton asks for a GPU
-    from jpeft.kernels import _gpu_triton
+    from jpeft.kernels.gpu import triton
 
     @case
     def triton_dequantize_columns_left_over():
-        dequantizes(128, 200, 64, BF16, _gpu_triton)
+        dequantizes(128, 200, 64, BF16, triton)
 
     @case
     def triton_dequantize_odd_float32():
-        dequantizes(64, 37, 32, F32, _gpu_triton)
+        dequantizes(64, 37, 32, F32, triton)
 
     @case
     def triton_quantize_columns_left_over():
-        quantizes(128, 200, 64, BF16, "nf4", _gpu_triton)
+        quantizes(128, 200, 64, BF16, "nf4", triton)
 
     @case
     def triton_quantize_fp4():
-        quantizes(64, 128, 32, F32, "fp4", _gpu_triton)
+        quantizes(64, 128, 32, F32, "fp4", triton)
 
     @case
     def triton_quantize_int4_last_block_half():
-        quantizes(192, 128, 128, F16, "int4", _gpu_triton)
+        quantizes(192, 128, 128, F16, "int4", triton)
 
     def multiplies(m, k, n, block, dtype, transposed):
         parts, whole = weight(k, n, block)
         w = np.asarray(whole, dtype).astype(np.float32)
         w = w.T if transposed else w
         x = numbers(m, w.shape[0], dtype=dtype)
-        config = _gpu_triton.Config(programs=1)  # nothing is split
-        op = _gpu_triton.matmul_transposed if transposed else _gpu_triton.matmul
+        config = triton.Config(programs=1)  # nothing is split
+        op = triton.matmul_transposed if transposed else triton.matmul
         f = functools.partial(op, block_size=block, dtype=F32, config=config)
         ptx = only(compiler(f, *shaped(x, *parts)))
         out = np.full((m, w.shape[1]), np.nan, np.float32)
@@ -233,7 +234,7 @@ if jax.__version_info__ < (0, 11):  # later, Triton asks for a GPU
     @case
     def triton_tensor_cores_of_hopper():
         parts, _ = weight(128, 128, 64)
-        for op in (_gpu_triton.matmul, _gpu_triton.matmul_transposed):
+        for op in (triton.matmul, triton.matmul_transposed):
             f = functools.partial(op, block_size=64, dtype=BF16)
             x = numbers(100, 128, dtype=BF16)
             assert "wgmma" in only(compiler(f, *shaped(x, *parts)))
@@ -252,7 +253,7 @@ def backward_pass_decodes_anew():
 
     codes, scales, book = ((k // 2, n), jnp.uint8), ((k // 64, n), F32), ((16,), F32)
     count = 6
-    with _gpu.gpu_capability(9, 0):
+    with route.gpu_capability(9, 0):
         done = compiler.program(
             jax.grad(loss), ((m, k), BF16), book, *[codes, scales] * count
         )

@@ -11,16 +11,16 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import _tpu_compiler  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from jpeft.kernels import _tpu  # noqa: E402
+from jpeft.kernels import tpu  # noqa: E402
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
-MATMUL, TRANSPOSED = _tpu.matmul, _tpu.matmul_transposed
+MATMUL, TRANSPOSED = tpu.matmul, tpu.matmul_transposed
 
 
 def weight(k, n, block):
@@ -29,12 +29,12 @@ def weight(k, n, block):
 
 
 def quantize(k, n, block, dtype, format="nf4"):
-    f = functools.partial(_tpu.quantize, format=format, block_size=block)
+    f = functools.partial(tpu.quantize, format=format, block_size=block)
     return f, [((k, n), dtype)]
 
 
 def dequantize(k, n, block, dtype):
-    f = functools.partial(_tpu.dequantize, block_size=block, dtype=dtype)
+    f = functools.partial(tpu.dequantize, block_size=block, dtype=dtype)
     return f, weight(k, n, block)
 
 

@@ -21,7 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
 from jpeft.formats import codebooks
-from jpeft.kernels import _cells, _gpu, _gpu_few, _gpu_mosaic, _gpu_triton, four_bit
+from jpeft.kernels import four_bit
+from jpeft.kernels.gpu import cells, few_rows, mosaic, route, triton
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _reference  # noqa: E402
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOPPER, AMPERE = (9, 0), (8, 0)
 TRITON_LOWERS = jax.__version_info__ < (0, 11)
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
-SELECT = dataclasses.replace(_gpu_triton.CONFIG, look_up="select")
+SELECT = dataclasses.replace(triton.CONFIG, look_up="select")
 
 
 def normal(*shape, dtype=F32):
@@ -52,9 +53,9 @@ def weight(k, n, block, format="nf4"):
 @pytest.mark.parametrize(
     "k, n, block, format, dtype, config",
     [
-        (64, 5, 64, "nf4", F32, _gpu_triton.CONFIG),
-        (192, 131, 32, "fp4", BF16, _gpu_triton.CONFIG),
-        (192, 7, 128, "int4", F16, _gpu_triton.CONFIG),
+        (64, 5, 64, "nf4", F32, triton.CONFIG),
+        (192, 131, 32, "fp4", BF16, triton.CONFIG),
+        (192, 7, 128, "int4", F16, triton.CONFIG),
         (64, 5, 4096, "nf4", F32, SELECT),
     ],
 )
@@ -63,13 +64,13 @@ def test_triton_quantises_and_dequantises_as_the_definition(
 ):
     w = normal(k, n, dtype=dtype)
     codes, scales = _reference.quantize(np.asarray(w), format, block)
-    got, got_scales = _gpu_triton.quantize(
+    got, got_scales = triton.quantize(
         w, format=format, block_size=block, config=config, interpret=True
     )
     np.testing.assert_array_equal(got_scales, scales)
     np.testing.assert_array_equal(got, codes)
     book = codebooks.CODEBOOKS[format]
-    back = _gpu_triton.dequantize(
+    back = triton.dequantize(
         got,
         got_scales,
         jnp.asarray(book),
@@ -93,8 +94,8 @@ def test_triton_multiplies_few_tokens(op, programs):
     w = np.asarray(jnp.asarray(w).astype(dtype).astype(F32))
     w = w.T if op == "matmul_transposed" else w
     x = normal(m, w.shape[0], dtype=dtype)
-    config = dataclasses.replace(_gpu_triton.CONFIG, programs=programs)
-    out = getattr(_gpu_triton, op)(
+    config = dataclasses.replace(triton.CONFIG, programs=programs)
+    out = getattr(triton, op)(
         x, *parts, block_size=block, dtype=F32, config=config, interpret=True
     )
     # Sums of float32 in another order.
@@ -105,7 +106,7 @@ def test_triton_maps_over_experts():
     (codes, scales, book), whole = weight(64, 10, 64)
     halves = lambda x: jnp.stack([x[:, :5], x[:, 5:]])
     stacked = halves(codes), halves(scales), jnp.stack([book, book])
-    run = lambda *parts: _gpu_triton.dequantize(
+    run = lambda *parts: triton.dequantize(
         *parts, block_size=64, dtype=F32, interpret=True
     )
     np.testing.assert_array_equal(jax.vmap(run)(*stacked), halves(whole))
@@ -129,13 +130,11 @@ def test_mosaic_quantises_and_dequantises_as_the_definition(k, n, block, format,
     how = plgpu.InterpretGPUParams()
     w = normal(k, n, dtype=dtype)
     codes, scales = _reference.quantize(np.asarray(w), format, block)
-    got, got_scales = _gpu_mosaic.quantize(
-        w, format=format, block_size=block, interpret=how
-    )
+    got, got_scales = mosaic.quantize(w, format=format, block_size=block, interpret=how)
     np.testing.assert_array_equal(got_scales, scales)
     np.testing.assert_array_equal(got, codes)
     book = codebooks.CODEBOOKS[format]
-    back = _gpu_mosaic.dequantize(
+    back = mosaic.dequantize(
         got, got_scales, jnp.asarray(book), block_size=block, dtype=dtype, interpret=how
     )
     whole = _reference.dequantize(codes, scales, book, block)
@@ -150,40 +149,38 @@ def test_cells_encode_as_the_code_book_does(format):
     x = [np.linspace(-1, 1, 200_001, dtype=np.float32), at, book]
     x += [np.nextafter(at, np.float32(side)) for side in (-1, 1)]
     x = np.concatenate(x)
-    cells = _cells.Cells.of(format)
-    tables = cells.tables(64)
-    got = cells.encode(
-        jnp.asarray(x), lambda cell: [table[cell & 31] for table in tables]
-    )
+    table = cells.Cells.of(format)
+    tables = table.tables(64)
+    got = table.encode(jnp.asarray(x), lambda cell: [t[cell & 31] for t in tables])
     np.testing.assert_array_equal(got, codebooks.encode(jnp.asarray(x), format))
 
 
 def test_an_unknown_format_has_no_cells():
     with pytest.raises(ValueError, match="no fixed 4-bit code book is named 'nf5'"):
-        _cells.Cells.of("nf5")
+        cells.Cells.of("nf5")
 
 
 # --- which kernel --------------------------------------------------------------------
 
 
 def test_the_capability_decides():
-    with _gpu.gpu_capability(*HOPPER):
-        assert _gpu.route() == "mosaic"
-        with _gpu.gpu_capability(10, 3):
-            assert _gpu.route() == "mosaic"
-    with _gpu.gpu_capability(*AMPERE):
-        assert _gpu.route() == ("triton" if TRITON_LOWERS else "plain")
-    with _gpu.gpu_capability(7, 5):
-        assert _gpu.route() == "plain"
+    with route.gpu_capability(*HOPPER):
+        assert route.route() == "mosaic"
+        with route.gpu_capability(10, 3):
+            assert route.route() == "mosaic"
+    with route.gpu_capability(*AMPERE):
+        assert route.route() == ("triton" if TRITON_LOWERS else "plain")
+    with route.gpu_capability(7, 5):
+        assert route.route() == "plain"
 
 
 def test_an_unknown_gpu_gets_what_compiles_for_any():
-    assert _gpu.route() == ("triton" if TRITON_LOWERS else "plain")
+    assert route.route() == ("triton" if TRITON_LOWERS else "plain")
 
 
 def lowered(f, capability, *arrays):
     """For CUDA, as text."""
-    with _gpu.gpu_capability(*capability):
+    with route.gpu_capability(*capability):
         return jax.jit(f).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -194,7 +191,7 @@ def kernels(text):
 
 def test_dequantised_once_and_multiplied_by_xla_for_many_tokens():
     parts, _ = weight(128, 256, 64)
-    x = normal(_gpu_few.MOST + 1, 128, dtype=BF16)
+    x = normal(few_rows.MOST + 1, 128, dtype=BF16)
     text = lowered(four_bit.matmul, HOPPER, x, *parts)
     assert kernels(text) == (1, 0)
     assert "stablehlo.dot_general" in text
@@ -205,7 +202,7 @@ def test_dequantised_once_and_multiplied_by_xla_for_many_tokens():
 @pytest.mark.parametrize("op", [four_bit.matmul, four_bit.matmul_transposed])
 def test_one_kernel_for_few_tokens(op):
     parts, _ = weight(128, 128, 64)
-    tokens = {HOPPER: _gpu_few.MOST, AMPERE: _gpu.FEW}
+    tokens = {HOPPER: few_rows.MOST, AMPERE: route.FEW}
     for capability, calls in ((HOPPER, (1, 0)), (AMPERE, (0, 1))):
         text = lowered(
             op, capability, normal(tokens[capability], 128, dtype=BF16), *parts
@@ -219,7 +216,7 @@ def test_one_kernel_for_few_tokens(op):
 def test_few_tokens_that_only_triton_has_a_kernel_for(block, dtype):
     parts, _ = weight(128, 128, block)
     f = functools.partial(four_bit.matmul, block_size=block)
-    text = lowered(f, HOPPER, normal(_gpu.FEW, 128, dtype=dtype), *parts)
+    text = lowered(f, HOPPER, normal(route.FEW, 128, dtype=dtype), *parts)
     assert kernels(text) == ((0, 1) if TRITON_LOWERS else (1, 0))
     assert ("stablehlo.dot_general" in text) != TRITON_LOWERS
 

@@ -21,14 +21,14 @@ from jax.experimental.pallas import tpu as pltpu
 from speed import every_nth
 
 from jpeft.formats import codebooks
-from jpeft.kernels import _tpu
+from jpeft.kernels import tpu
 
 ROOT = Path(__file__).resolve().parents[2]
 BF16, F32 = jnp.bfloat16, jnp.float32
 # What nobody has written is NaN, so that a sum over too much shows.
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan")
 # The smallest tiles, so that small matrices have edges and several tiles.
-TILES = _tpu.Config(
+TILES = tpu.Config(
     "nothing",
     tile_rows=128,
     tile_columns=128,
@@ -71,7 +71,7 @@ def exact_product(x, w, transposed):
 def test_quantize_gives_the_bits_that_the_contract_says(format):
     k, n, block = MATRICES[("nf4", "fp4", "int4").index(format)]
     w = data(3, (k, n), BF16 if format == "fp4" else F32).at[:, 1].set(0)
-    codes, scales = _tpu.quantize(w, format=format, block_size=block, **SMALL)
+    codes, scales = tpu.quantize(w, format=format, block_size=block, **SMALL)
     wanted = _reference.quantize(np.asarray(w), format, block)
     np.testing.assert_array_equal(scales, wanted[1])
     np.testing.assert_array_equal(codes, wanted[0])
@@ -81,7 +81,7 @@ def test_quantize_gives_the_bits_that_the_contract_says(format):
 @pytest.mark.parametrize("k, block, config", [(704, 256, TILES), (192, 128, None)])
 def test_blocks_longer_than_a_tile_and_a_last_one_that_ends_early(k, block, config):
     w = data(4, (k, 3))
-    codes, scales = _tpu.quantize(
+    codes, scales = tpu.quantize(
         w, format="nf4", block_size=block, interpret=INTERPRET, config=config
     )
     wanted = _reference.quantize(np.asarray(w), "nf4", block)
@@ -97,7 +97,7 @@ def test_encoding_in_32_bits_is_that_of_the_code_books(format):
     middle = codebooks.midpoints(np.sort(book))
     near = [np.nextafter(middle, np.float32(to)) for to in (-2, 2)]
     x = jnp.asarray(np.concatenate([book, middle, *near, [-1.0, 1.0]]).astype(F32))
-    found = _tpu._encode(x[:, None], format)
+    found = tpu._encode(x[:, None], format)
     np.testing.assert_array_equal(found[:, 0], codebooks.encode(x, format))
 
 
@@ -108,10 +108,10 @@ def test_wide_tiles_are_decoded_in_pieces():
     wide = dataclasses.replace(TILES, tile_columns=4608, few_inputs=4608)
     call = {"block_size": 32, "dtype": F32, "interpret": INTERPRET, "config": wide}
     w = _reference.dequantize(*map(np.asarray, weight), 32)
-    np.testing.assert_array_equal(_tpu.dequantize(*weight, **call), w)
+    np.testing.assert_array_equal(tpu.dequantize(*weight, **call), w)
     g = data(9, (3, n))
     wanted = exact_product(g, jnp.asarray(w), True)
-    found = _tpu.matmul_transposed(g, *weight, **call)
+    found = tpu.matmul_transposed(g, *weight, **call)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
@@ -122,7 +122,7 @@ def test_dequantize_is_exact(k, n, block, look_up):
     weight = matrix(k, n, block)
     wanted = _reference.dequantize(*map(np.asarray, weight), block)
     dtype = F32 if look_up == "sublane" else BF16
-    found = _tpu.dequantize(
+    found = tpu.dequantize(
         *weight, block_size=block, dtype=dtype, look_up=look_up, **SMALL
     )
     assert found.dtype == dtype
@@ -148,7 +148,7 @@ def test_products_are_those_of_the_dequantized_matrix(
 ):
     weight = matrix(k, n, block)
     x = data(9, (m, n if transposed else k), dtype)
-    op = _tpu.matmul_transposed if transposed else _tpu.matmul
+    op = tpu.matmul_transposed if transposed else tpu.matmul
     found = op(x, *weight, block_size=block, dtype=F32, **SMALL)
     w = jnp.asarray(_reference.dequantize(*map(np.asarray, weight), block)).astype(
         dtype
@@ -163,12 +163,12 @@ def test_products_are_those_of_the_dequantized_matrix(
 def test_a_strip_too_long_to_keep_is_decoded_again(transposed):
     k, n, m = 384, 256, 80
     weight, x = matrix(k, n, 64), data(9, (m, n if transposed else k), BF16)
-    plan = lambda c: _tpu._plan(
+    plan = lambda c: tpu._plan(
         m, k, n, transposed, 64, jnp.dtype(BF16), jnp.dtype(F32), c
     )
     tight = dataclasses.replace(TILES, vmem_bytes=plan(TILES).vmem_bytes - 1)
     assert plan(TILES).keep and not plan(tight).keep
-    op = _tpu.matmul_transposed if transposed else _tpu.matmul
+    op = tpu.matmul_transposed if transposed else tpu.matmul
     found = op(x, *weight, block_size=64, dtype=F32, interpret=INTERPRET, config=tight)
     w = jnp.asarray(_reference.dequantize(*map(np.asarray, weight), 64)).astype(BF16)
     wanted = exact_product(x, w, transposed)
@@ -182,7 +182,7 @@ def test_experts_come_by_vmap(books):
     codes, scales, book = (jnp.stack(part) for part in zip(*many, strict=True))
     book = book if books == 0 else book[0]
     x = data(9, (3, 20, 128), BF16)
-    op = lambda *a: _tpu.matmul(*a, block_size=64, dtype=BF16, **SMALL)
+    op = lambda *a: tpu.matmul(*a, block_size=64, dtype=BF16, **SMALL)
     found = jax.vmap(op, in_axes=(0, 0, 0, books))(x, codes, scales, book)
     for e in range(3):
         weight = codes[e], scales[e], book[e] if books == 0 else book
@@ -199,7 +199,7 @@ def test_experts_come_by_vmap(books):
 @pytest.mark.float16
 def test_other_dtypes_are_left_to_xla():
     weight, x = matrix(64, 7, 64), data(9, (3, 64), jnp.float16)
-    found = _tpu.matmul(x, *weight, block_size=64, dtype=F32, **SMALL)
+    found = tpu.matmul(x, *weight, block_size=64, dtype=F32, **SMALL)
     w = jnp.asarray(_reference.dequantize(*map(np.asarray, weight), 64)).astype(
         jnp.float16
     )
@@ -213,25 +213,25 @@ def test_every_operation_is_traced_where_floats_have_64_bits():
         codes, scales, book = matrix(320, 130, 64)
         x = data(9, (40, 320), jnp.float64)
         call = {"block_size": 64, "config": TILES}
-        product = lambda x: _tpu.matmul(x, codes, scales, book, dtype=x.dtype, **call)
+        product = lambda x: tpu.matmul(x, codes, scales, book, dtype=x.dtype, **call)
         assert jax.eval_shape(product, x).dtype == jnp.float64
         assert jax.eval_shape(product, x.astype(F32)).dtype == F32
-        quantize = lambda x: _tpu.quantize(x, format="nf4", block_size=64)
+        quantize = lambda x: tpu.quantize(x, format="nf4", block_size=64)
         assert jax.eval_shape(quantize, x.T)[1].dtype == F32
 
 
 # --- plans ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("generation", sorted(_tpu.CONFIGS))
+@pytest.mark.parametrize("generation", sorted(tpu.CONFIGS))
 @pytest.mark.parametrize("transposed", [False, True])
 def test_tiles_of_the_largest_models_fit_into_the_memory(generation, transposed):
-    config = _tpu.CONFIGS[generation]
+    config = tpu.CONFIGS[generation]
     for k, n in [(4096, 11008), (28672, 8192), (53248, 16384), (16384, 53248)]:
         for m in (1, 16, 2048, 5000):
             for dtype in (BF16, F32):
                 dtype = jnp.dtype(dtype)
-                plan = _tpu._plan(m, k, n, transposed, 64, dtype, dtype, config)
+                plan = tpu._plan(m, k, n, transposed, 64, dtype, dtype, config)
                 assert plan.vmem_bytes <= config.vmem_bytes
                 out, summed = (k, n) if transposed else (n, k)
                 assert plan.tokens * plan.token_tiles >= m
@@ -246,7 +246,7 @@ def test_what_fits_in_no_way_is_refused():
     x, *weight = (jnp.zeros(shape) for shape in shapes)
     weight[0] = weight[0].astype(jnp.uint8)
     with pytest.raises(ValueError, match=r"\(64, 128\) need .* MiB of VMEM"):
-        _tpu.matmul(x, *weight, block_size=64, dtype=F32, config=config)
+        tpu.matmul(x, *weight, block_size=64, dtype=F32, config=config)
 
 
 def look_ups(f, *arguments):
@@ -256,18 +256,18 @@ def look_ups(f, *arguments):
 
 def test_the_generation_is_part_of_what_jit_remembers():
     weight = matrix(64, 128, 64)
-    f = jax.jit(lambda *w: _tpu.dequantize(*w, block_size=64, dtype=BF16))
+    f = jax.jit(lambda *w: tpu.dequantize(*w, block_size=64, dtype=BF16))
     assert look_ups(f, *weight)
-    with _tpu.tpu_generation("v4"):
+    with tpu.tpu_generation("v4"):
         assert not look_ups(f, *weight)
-        with _tpu.tpu_generation("v6e"):
+        with tpu.tpu_generation("v6e"):
             assert look_ups(f, *weight)
     assert look_ups(f, *weight)
 
 
 def test_an_unknown_generation_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'v9': expected one of \['v4', 'v5e'"):
-        _tpu.tpu_generation("v9")
+        tpu.tpu_generation("v9")
 
 
 # --- the real compiler ---------------------------------------------------------------
@@ -297,7 +297,7 @@ def run(*command, timeout):
     [("v4", []), ("v5e", []), ("v5p", ["few"]), ("v6e", ["few"]), ("v7x", ["few"])],
 )
 def test_every_kernel_compiles_for_every_tpu(generation, cases):
-    assert {*_tpu.CONFIGS} <= {"v4", "v5e", "v5p", "v6e"}
+    assert {*tpu.CONFIGS} <= {"v4", "v5e", "v5p", "v6e"}
     script = ROOT / "tests/kernels/_compile_tpu.py"
     done = run(script, generation, *cases, timeout=300)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -312,7 +312,7 @@ def test_every_kernel_compiles_for_every_tpu(generation, cases):
 def test_decoding_keeps_up_with_memory_and_hides_behind_products(generation, tmp_path):
     """By the compiler's estimate: close to the floor of memory, and within a tenth of
     XLA's product of bfloat16 matrices."""
-    report = ROOT / "examples/kernel_report_tpu.py"
+    report = ROOT / "benchmarks/kernel_report_tpu.py"
     options = ["--only", generation, "--json", tmp_path / "rows"]
     done = run(report, *options, "--size", 2048, 2048, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

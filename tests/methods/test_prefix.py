@@ -14,7 +14,7 @@ from models import attention as A
 from speed import slow_but
 
 import jpeft
-from jpeft.methods.prefix import Prefix
+from jpeft.leaves.prefix import Prefix
 from jpeft.tree.paths import slots
 
 LENGTH = 5

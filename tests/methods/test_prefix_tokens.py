@@ -12,7 +12,7 @@ from models import attention as A
 from speed import slow_but
 
 import jpeft
-from jpeft.methods._prefix_tokens import TokenRows
+from jpeft.leaves.token_rows import TokenRows
 from jpeft.tree.paths import slots
 
 LENGTH, KEY = 5, jax.random.key(0)

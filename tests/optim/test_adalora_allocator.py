@@ -10,7 +10,7 @@ from speed import slow_but
 
 import jpeft
 from jpeft.methods.adalora import triplets
-from jpeft.optim.adalora import allocate, budget, drop_steps
+from jpeft.optim.allocator import allocate, budget, drop_steps
 
 KEY = jax.random.key(4)
 STEPS, T_INIT, T_FINAL = 30, 6, 9

@@ -18,9 +18,10 @@ from speed import every_nth
 
 import jpeft
 from jpeft.formats import codebooks
-from jpeft.kernels import four_bit, partitioned
-from jpeft.kernels.partitioned import Dim, Operation
-from jpeft.leaf import whole_shards
+from jpeft.kernels import four_bit
+from jpeft.sharding import plan
+from jpeft.sharding.plan import Dim, Operation
+from jpeft.sharding.specs import whole_shards
 
 BOOK = jnp.asarray(codebooks.NF4)
 BATCH, TOKENS, WIDTH, HIDDEN, LAYERS = 4, 8, 128, 256, 2
@@ -521,7 +522,7 @@ def operation(m, k, n, block_size=64):
 def chosen(of_x, of_w, m=4096, sizes=(1 << 22, 1 << 19, 1 << 14, 64), **more):
     specs = [of_x, of_w, of_w, ((),)]
     axes = {"data": 4, "model": 2}
-    return partitioned.choose(operation(m, 512, 256, **more), axes, specs, sizes, [])
+    return plan.choose(operation(m, 512, 256, **more), axes, specs, sizes, [])
 
 
 def test_tokens_keep_their_axis_where_the_codes_are_cheaper_to_send():
@@ -541,17 +542,17 @@ def test_no_part_is_less_than_a_group_or_a_piece_of_a_block():
     tall = operation(6, 3 * 192, 7, block_size=256)
     specs = [whole, on_both, on_both, ((),)]
     # Three parts of 192 rows are not whole blocks of 256, nor each inside one.
-    assert partitioned.choose(tall, {"data": 3, "model": 1}, specs, [1] * 4, []) == {}
+    assert plan.choose(tall, {"data": 3, "model": 1}, specs, [1] * 4, []) == {}
 
 
 def test_the_rule_leaves_out_what_the_mesh_would_cut_in_half():
     shapes = [(6, 512), (256, 10), (2, 10), (16,)]
-    rule, sizes = partitioned.sharding_rule(
+    rule, sizes = plan.sharding_rule(
         operation(6, 512, 10, block_size=256), shapes, {"data": 4}
     )
     assert rule == "m o0, (k o1) n, o2 n, o3 -> m n"
     assert sizes == {"k": 8, "o1": 32}
-    rule, sizes = partitioned.sharding_rule(operation(6, 64, 10), shapes, {"data": 4})
+    rule, sizes = plan.sharding_rule(operation(6, 64, 10), shapes, {"data": 4})
     assert rule == "m o0, o1 n, o2 n, o3 -> m n" and sizes == {}
 
 
@@ -559,7 +560,7 @@ def test_an_axis_cut_by_half_of_a_mesh_axis_counts_as_whole():
     on = mesh()
     halves = jax.make_mesh((2, 2, 2), ("a", "b", "c"), (AxisType.Auto,) * 3)
     spec = lambda *entries: NamedSharding(halves, P(*entries))
-    read = lambda s: partitioned.spec_of(_Nameless(s), (8, 8), on)
+    read = lambda s: plan.spec_of(_Nameless(s), (8, 8), on)
     assert read(spec(("a", "b"), "c")) == (("data",), ("model",))
     assert read(spec("c", ("a", "b"))) == (("model",), ("data",))
     assert read(spec(("c", "a", "b"))) == (("model", "data"), ())

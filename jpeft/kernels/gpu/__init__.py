@@ -1,0 +1,1 @@
+"""NVIDIA GPUs: `route` chooses among kernels in `mosaic`, `few_rows` and `triton`."""

@@ -1,6 +1,0 @@
-"""Makes the modules beside the example scripts importable, as the scripts see them."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
