@@ -34,6 +34,13 @@ import shapes  # noqa: E402
 
 shapes.check()
 
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """For a test of what a function itself says of a wrong argument."""
+    monkeypatch.setattr(shapes.config, "jaxtyping_disable", True)
+
+
 # Without optimisation, by one thread, and by the older way to generate code (jax 0.12
 # has no such flag), a program compiles in a third of the time.
 FLAGS = [

@@ -12,13 +12,14 @@ run is a fork.
 import argparse
 import ast
 import collections
+import compileall
 import copy
 import dataclasses
+import hashlib
 import importlib
 import json
 import os
 import pathlib
-import random
 import re
 import resource
 import shutil
@@ -40,20 +41,52 @@ FILES = """
 LAWS = "tests/methods/test_laws.py"
 COST = "tests/methods/test_cost.py"
 IDIOMS = "tests/adapt/test_idioms.py"
-OF_METHODS = [IDIOMS, COST, "tests/methods"]
+PREFIX = "tests/methods/test_prefix.py"
+INPUT = "tests/methods/test_bad_input.py"
 # A file or folder of jpeft -> tests by which its faults are likely to be seen, after
-# the file's own; "file -k word" runs a part.  The first that fits counts.
+# the file's own; "file -k word" runs a part.  All that fit count, in this order.
 LIKELY = {
-    "jpeft/formats/": ["tests/formats", "tests/quant/test_arrays.py", "tests/quant"],
-    "jpeft/quant/": ["tests/quant/test_arrays.py", "tests/quant", f"{LAWS} -k qlora"],
-    "jpeft/objectives/": ["tests/objectives"],
-    "jpeft/optim/": ["tests/optim", f"{LAWS} -k frozen"],
-    "jpeft/adapt/": [IDIOMS, "tests/adapt", COST, "tests/methods"],
-    "jpeft/tree/": ["tests/tree", "tests/methods/test_bad_input.py", LAWS, IDIOMS],
-    "jpeft/methods/lora.py": ["tests/methods/test_lora_init.py", *OF_METHODS],
-    "jpeft/methods/_init.py": ["tests/methods/test_lora_init.py", *OF_METHODS],
-    "jpeft/methods/": OF_METHODS,
-    "jpeft/leaves/": OF_METHODS,
+    "methods/adapter": ["tests/leaves/test_bottleneck.py", f"{LAWS} -k adapter"],
+    "methods/lora": ["tests/leaves/test_first_factors.py"],
+    "methods/quantize": ["tests/quant/test_bad_weights.py", f"{LAWS} -k qlora"],
+    "methods/prefix_text": ["tests/methods/test_prefix_tokens.py"],
+    "methods/": [INPUT, IDIOMS, COST],
+    "leaves/attention": ["tests/methods/test_prefix_rows.py", PREFIX],
+    "leaves/bottleneck": [f"{LAWS} -k adapter"],
+    "leaves/embedding": ["tests/methods/test_prompt.py", f"{LAWS} -k prompt"],
+    "leaves/gate": [
+        "tests/methods/test_diff_pruning.py",
+        "tests/methods/test_gated.py",
+    ],
+    "leaves/low_rank": ["tests/leaves/test_weight_deltas.py", IDIOMS, COST],
+    "leaves/networks": ["tests/methods/test_p_tuning.py"],
+    "leaves/scaled": ["tests/methods/test_ia3.py", f"{LAWS} -k ia3", IDIOMS, COST],
+    "leaves/first_factors": [f"{LAWS} -k pissa"],
+    "leaves/prefix": [f"{LAWS} -k prefix"],
+    "leaves/projections": [PREFIX],
+    "leaves/token_rows": ["tests/methods/test_prefix_tokens.py", PREFIX],
+    "leaves/token_tables": ["tests/methods/test_prompt.py", f"{LAWS} -k p_tuning"],
+    "objectives/": ["tests/objectives"],
+    "formats/": ["tests/quant/test_arrays.py"],
+    "quant/": ["tests/quant/test_arrays.py", f"{LAWS} -k qlora"],
+    "optim/allocator": ["tests/optim/test_adalora_allocator.py"],
+    "optim/": [f"{LAWS} -k frozen"],
+    "adapt/": [IDIOMS, COST],
+    "tree/layout": ["tests/adapt/test_uses.py"],
+    "tree/merge": [f"{LAWS} -k merged"],
+    "tree/change": ["tests/quant/test_cast.py"],
+    "tree/": [INPUT, "tests/tree", IDIOMS, LAWS],
+}
+# Of a folder, what a mutant runs through last.
+WIDE = {
+    "methods": "tests/leaves tests/methods tests/adapt tests/models",
+    "leaves": "tests/leaves tests/methods tests/adapt tests/models",
+    "formats": "tests/formats tests/kernels/test_plain.py tests/quant",
+    "objectives": "tests/objectives tests/examples",
+    "optim": "tests/optim tests/methods tests/examples/test_finetune.py",
+    "tree": "tests/tree tests/optim tests/quant tests/leaves tests/hf tests/checkpoint",
+    "quant": "tests/quant tests/methods tests/checkpoint",
+    "adapt": "tests/adapt tests/models tests/leaves tests/methods tests/quant",
 }
 NO_SWAP = """isinstance issubclass getattr setattr hasattr zip range max min print dict
     partial replace suppress TypeVar namedtuple tree_map map filter cast""".split()
@@ -72,6 +105,11 @@ class Mutant:
 
     def name(self):
         return f"{self.path}:{self.line} [{self.operator}]"
+
+    def place_in_line(self, seed):
+        """By chance, but the same whatever else changes in the sources."""
+        text = f"{seed} {self.path} {self.operator} {self.before} {self.after}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def diff(self):
         lines = lambda mark, text: "".join(f"  {mark}{x}\n" for x in text.splitlines())
@@ -208,6 +246,9 @@ def prepare(copied):
     os.chdir(copied)
     os.environ["PYTHONPATH"] = str(copied)
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    sys.dont_write_bytecode = True
+    for room in ("jpeft", "tests"):
+        compileall.compile_dir(room, quiet=2)
     cache = ROOT / ".pytest_cache" / "compiled"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     sys.path = [x for x in sys.path if x not in ("", str(ROOT), str(ROOT / "tests"))]
@@ -224,104 +265,75 @@ def prepare(copied):
     assert not any(x.partition(".")[0] == "jpeft" for x in sys.modules)
 
 
-def run(tests, output, cpu_seconds):
-    """(pytest's code or minus a signal, CPU seconds)"""
+CPU_SECONDS = 200  # four times what the longest of LIKELY takes
+
+
+def run(tests, output):
+    """(pytest's code or minus a signal, what it said)"""
     sys.stdout.flush()
     child = os.fork()
     if not child:
         code = 3
         try:
-            resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 5))
+            resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
             os.setpgid(0, 0)
             to = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(to, 1)
             os.dup2(to, 2)
             import pytest
 
-            words = [
-                "-x",
-                "-q",
-                "-n0",
-                "--tb=no",
-                "--assert=plain",
-                "-p",
-                "no:cacheprovider",
-                *tests,
-            ]
-            code = int(pytest.main(words))
+            words = ["-x", "-q", "-n0", "--tb=no", "--assert=plain"]
+            code = int(pytest.main([*words, "-p", "no:cacheprovider", *tests]))
         except BaseException:
             traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    _, status, usage = os.wait4(child, 0)
-    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), output.read_text()
 
 
-def stages(path):
+def stages(path, wide):
     """What is run, one after the other."""
     _, room, file = path.split("/")
     stem = file.removesuffix(".py").strip("_")
-    own = sorted(
+    own = [
         str(x.relative_to(ROOT))
-        for x in (ROOT / "tests").glob(f"*/test_*{stem}*.py")
-        if x.parent.name in (room, "methods", "adapt")
-    )
-    found = [[x] for x in own]
-    if room == "methods" and not file.startswith("_"):
-        found.append([f"{LAWS}", "-k", stem])
-    rest = next((x for prefix, x in LIKELY.items() if path.startswith(prefix)), [])
-    return found + [x.split(" ", 2) for x in rest]
+        for x in sorted((ROOT / "tests").glob(f"*/test_*{stem}*.py"))
+        if x.parent.name == room or (room, x.parent.name) == ("leaves", "methods")
+    ]
+    if room == "methods":
+        own.append(f"{LAWS} -k {stem}")
+    likely = [x for prefix, x in LIKELY.items() if path[6:].startswith(prefix)]
+    every = dict.fromkeys(own + sum(likely, []))
+    narrow = [part.split(maxsplit=2) for part in every]
+    return narrow + [WIDE[room].split()] * wide
 
 
-class Runs:
-    def __init__(self, copied):
-        self.copied, self.output, self.times = copied, copied / "output", {}
-
-    def plainly(self, tests):
-        """CPU seconds of tests without a fault, which must pass."""
-        key = tuple(tests)
-        if key not in self.times:
-            code, seconds = run(tests, self.output, 3600)
-            if code == 5:  # none is in the default run
-                seconds = None
-            elif code:
-                sys.exit(f"{tests} fail without a fault\n{self.output.read_text()}")
-            self.times[key] = seconds
-            print(f"# {seconds or 0:6.1f} CPU seconds: {' '.join(tests)}", flush=True)
-        return self.times[key]
-
-    def judge(self, mutant):
-        file = self.copied / mutant.path
-        source = file.read_text()
-        at = sum(map(len, source.splitlines(keepends=True)[: mutant.line - 1]))
-        if source[at:].startswith(mutant.before):
-            changed = source[:at] + source[at:].replace(mutant.before, mutant.after, 1)
-        elif source.count(mutant.before) == 1:  # the file was edited since
-            changed = source.replace(mutant.before, mutant.after)
-        else:
-            mutant.state = "gone"
-            return
-        mutant.state, mutant.by = "survived", ""
-        wanted = [(x, self.plainly(x)) for x in stages(mutant.path)]
-        file.write_text(changed)
-        try:
-            for tests, seconds in wanted:
-                if seconds is None:
-                    continue
-                code, _ = run(tests, self.output, int(3 * seconds) + 30)
-                if code in (4, 5):
-                    sys.exit(f"{tests}: {self.output.read_text()}")
-                if code:
-                    text = self.output.read_text()
-                    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
-                    slow = code == -signal.SIGXCPU
-                    mutant.state = "timeout" if slow else "killed"
-                    mutant.by = failed[1] if failed else " ".join(tests)
-                    return
-        finally:
-            file.write_text(source)
+def judge(mutant, copied, wide):
+    file = copied / mutant.path
+    source = file.read_text()
+    at = sum(map(len, source.splitlines(keepends=True)[: mutant.line - 1]))
+    if source[at:].startswith(mutant.before):
+        changed = source[:at] + source[at:].replace(mutant.before, mutant.after, 1)
+    elif source.count(mutant.before) == 1:  # the file was edited since
+        changed = source.replace(mutant.before, mutant.after)
+    else:
+        mutant.state = "gone"
+        return
+    mutant.state, mutant.by = "survived", ""
+    file.write_text(changed)
+    for tests in stages(mutant.path, wide):
+        code, said = run(tests, copied / "output")
+        if code == 4:
+            sys.exit(said)
+        if code not in (0, 5):  # 5: the default run has none of these
+            failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.M)
+            mutant.state = "timeout" if code == -signal.SIGXCPU else "killed"
+            mutant.by = failed[1] if failed else " ".join(tests)
+            break
+    file.write_text(source)
 
 
 def table(done):
@@ -346,6 +358,7 @@ def main():
     parser.add_argument("--only", default="", help="regular expression of files")
     parser.add_argument("--log", type=pathlib.Path, help="a line of JSON for each")
     parser.add_argument("--again", type=pathlib.Path, help="a log, whose survivors run")
+    parser.add_argument("--wide", action="store_true", help="all tests of the folder")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     if args.again:
@@ -354,7 +367,7 @@ def main():
     else:
         paths = sorted(str(x.relative_to(ROOT)) for p in FILES for x in ROOT.glob(p))
         every = [x for p in paths for x in mutants(p)]
-        random.Random(args.seed).shuffle(every)
+        every.sort(key=lambda x: x.place_in_line(args.seed))
         drawn = [x for x in every if re.search(args.only, x.path)][: args.count]
         print(f"{len(drawn)} of {len(every)}")
     drawn = drawn[args.skip :]
@@ -365,15 +378,17 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         copied = pathlib.Path(folder).resolve()
         prepare(copied)
-        runs = Runs(copied)
         for n, x in enumerate(drawn):
-            runs.judge(x)
+            judge(x, copied, args.wide)
             print(f"{n:3} {time.time() - start:5.0f} {x.state:8} {x.name()} {x.by}")
             sys.stdout.flush()
             if log:
                 with log.open("a") as file:
                     file.write(json.dumps(dataclasses.asdict(x)) + "\n")
         table(drawn)
+        killers = sorted({x.by for x in drawn if "::" in x.by})
+        code, said = run(killers, copied / "output") if killers else (0, "")
+        print("\nWithout a fault they fail:\n" + said if code else "")
         os.chdir(ROOT)
 
 

@@ -8,13 +8,28 @@ import ast
 import functools
 import importlib.machinery
 import sys
+from pathlib import Path
 
 import beartype
+from jaxtyping import config as config
 from jaxtyping import jaxtyped
 
 # An int may be given where a float is asked for.
 checker = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
-checked = functools.partial(jaxtyped, typechecker=checker)
+
+
+def checked(function):
+    """Made at the first call: it takes ten milliseconds, and most are never called."""
+    made = None
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        nonlocal made
+        made = made or jaxtyped(function, typechecker=checker)
+        return made(*args, **kwargs)
+
+    return call
+
 
 HERE = __name__
 DECORATOR = ast.parse(f"__import__('sys').modules[{HERE!r}].checked", mode="eval").body
@@ -53,10 +68,8 @@ class Finder:
         if name.partition(".")[0] != "jpeft":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and isinstance(
-            spec.loader, importlib.machinery.SourceFileLoader
-        ):
-            spec.loader = Loader(spec.loader.name, spec.loader.path)
+        if spec and spec.origin and b"jaxtyping" in Path(spec.origin).read_bytes():
+            spec.loader = Loader(name, spec.origin)
         return spec
 
 
