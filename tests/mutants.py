@@ -294,7 +294,7 @@ def run(tests, output):
     return os.waitstatus_to_exitcode(status), output.read_text()
 
 
-def stages(path, wide):
+def stages(path, most, wide):
     """What is run, one after the other."""
     _, room, file = path.split("/")
     stem = file.removesuffix(".py").strip("_")
@@ -308,10 +308,10 @@ def stages(path, wide):
     likely = [x for prefix, x in LIKELY.items() if path[6:].startswith(prefix)]
     every = dict.fromkeys(own + sum(likely, []))
     narrow = [part.split(maxsplit=2) for part in every]
-    return narrow + [WIDE[room].split()] * wide
+    return narrow[:most] + [WIDE[room].split()] * wide
 
 
-def judge(mutant, copied, wide):
+def judge(mutant, copied, most, wide):
     file = copied / mutant.path
     source = file.read_text()
     at = sum(map(len, source.splitlines(keepends=True)[: mutant.line - 1]))
@@ -324,7 +324,7 @@ def judge(mutant, copied, wide):
         return
     mutant.state, mutant.by = "survived", ""
     file.write_text(changed)
-    for tests in stages(mutant.path, wide):
+    for tests in stages(mutant.path, most, wide):
         code, said = run(tests, copied / "output")
         if code == 4:
             sys.exit(said)
@@ -358,6 +358,7 @@ def main():
     parser.add_argument("--only", default="", help="regular expression of files")
     parser.add_argument("--log", type=pathlib.Path, help="a line of JSON for each")
     parser.add_argument("--again", type=pathlib.Path, help="a log, whose survivors run")
+    parser.add_argument("--stages", type=int, default=99, help="parts of LIKELY to run")
     parser.add_argument("--wide", action="store_true", help="all tests of the folder")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
@@ -379,7 +380,7 @@ def main():
         copied = pathlib.Path(folder).resolve()
         prepare(copied)
         for n, x in enumerate(drawn):
-            judge(x, copied, args.wide)
+            judge(x, copied, args.stages, args.wide)
             print(f"{n:3} {time.time() - start:5.0f} {x.state:8} {x.name()} {x.by}")
             sys.stdout.flush()
             if log:
