@@ -210,7 +210,7 @@ def look_up(
     first: the code's lowest bit in the byte, whose other bits may be anything.  On a
     CPU this beats a gather, and codes that stay uint8 fill four times the lanes.
     """
-    bit, level = first, list(values)
+    bit, level = first, list[Any](values)
     while len(level) > 1:
         on = (codes & codes.dtype.type(1 << bit)) != 0
         pairs = zip(level[::2], level[1::2], strict=True)

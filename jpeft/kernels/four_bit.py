@@ -162,7 +162,7 @@ def _product_of_rows(
     x: jax.Array,
     codes: jax.Array,
     scales: jax.Array,
-    book: jax.Array,
+    book: Any,
     out: int,
     block_size: int,
     dtype: Any,
@@ -183,7 +183,7 @@ def _over_stack(
     x: jax.Array,
     codes: jax.Array,
     scales: jax.Array,
-    book: jax.Array,
+    book: Any,
 ) -> jax.Array:
     if x.ndim < 2 or x.shape[0] != codes.shape[0]:
         raise ValueError(
