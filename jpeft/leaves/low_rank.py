@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from jpeft import compat
 from jpeft.adapt.equations import (
@@ -420,15 +420,16 @@ def _two_steps(
     return expanded(h, hl, g, gl, out, matrices=matrices, place=places[1], **more)
 
 
-def dropped(leaf: LowRank, x: Float[Array, "..."]) -> Float[Array, "..."]:
+def dropped(leaf: Labelled, x: Num[Array, "*shape"]) -> Num[Array, "*shape"]:
     """The activation that enters A, with inverted dropout where there is a key."""
-    if leaf.key is None or leaf.dropout == 0.0:
+    rate = getattr(leaf, "dropout", 0.0)
+    if leaf.key is None or rate == 0.0:
         return x
     key = leaf.key
     for axis in compat.varying_axes(x):  # shards draw masks of their own
         key = jax.random.fold_in(key, lax.axis_index(axis))
-    keep = 1.0 - leaf.dropout
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    keep = 1.0 - rate
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(leaf.dtype)
     mask = jax.random.bernoulli(key, keep, jnp.shape(x))
     return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
