@@ -33,7 +33,7 @@ def targets(
     out: dict[str, tuple[str, Runs]] = {}
     for part in parts:
         for path in dict.fromkeys((*part.key, *part.value)):
-            use = known[path] = told_by_output(part, path, known)
+            use = known[path] = axes_from_output(part, path, known)
             if use.axes is None or use.doubt:
                 raise ValueError(in_doubt(path, use, part))
             shape = use.sizes("o")
@@ -105,7 +105,9 @@ def chosen_layers(
     return on
 
 
-def told_by_output(part: SubLayer, path: str, known: Mapping[str, LeafUse]) -> LeafUse:
+def axes_from_output(
+    part: SubLayer, path: str, known: Mapping[str, LeafUse]
+) -> LeafUse:
     """The use of a projection whose own shape leaves its axes in doubt.
 
     The kernel of queries (*stack, in, *out) and that of the output (*stack, *out, in)
