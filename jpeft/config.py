@@ -41,9 +41,10 @@ def from_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> Transform
     """The transform that a configuration or a recipe file describes.
 
     config: what `transform.to_config()` returned, a recipe as a dict, the path of a
-    TOML recipe, or the name of one that comes with jpeft ("lora", "sft/qlora"; all of
-    them: `jpeft.config.recipes()`).  Unknown keys, methods and names are refused with
-    the nearest known one.  A recipe's [train] table is left to the program that trains.
+    TOML recipe, or the name of one that comes with jpeft, such as "lora" or "sft/qlora"
+    (`jpeft.config.recipes()` lists them).  Unknown keys, methods and names are refused
+    with the nearest known one.  A recipe's [train] table is left to the program that
+    trains.
 
     >>> from_config("sft/lora").where
     'linear'
@@ -73,7 +74,13 @@ def recipes() -> list[str]:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Transform, dict[str, Any]]:
-    """(transform, the `[train]` table) of a TOML recipe, by its path or its name."""
+    """(transform, the `[train]` table) of a TOML recipe, by its path or its name.
+
+    >>> import jpeft
+    >>> peft, train = jpeft.config.read("lora")
+    >>> peft.transforms[0].where, train
+    ('linear', {'learning_rate': 0.004})
+    """
     file = _file(path)
     if not file.is_file():
         there = sorted(p.name for p in file.parent.glob("*.toml"))
@@ -159,7 +166,12 @@ def _check_no_nan(x: Any, at: str) -> None:
 
 
 def to_toml(transform: Transform, train: Mapping[str, Any] | None = None) -> str:
-    """The recipe of a transform; `from_config` of it is the transform again."""
+    """The recipe of a transform; `from_config` of it is the transform again.
+
+    >>> import jpeft
+    >>> jpeft.config.to_toml(jpeft.lora(rank=8)).splitlines()
+    ['[[peft]]', 'method = "lora"', 'rank = 8']
+    """
     # One table stands for the transform itself, not for a chain of it alone.
     parts = transform.transforms if isinstance(transform, Chain) else ()
     parts = parts if len(parts) > 1 else (transform,)

@@ -162,7 +162,14 @@ def _let_export(cls: type, statics: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class AdaptedLeaf:
-    """A weight with a method attached.  See the module's docstring for the laws."""
+    """A weight with a method attached.  See the module's docstring for the laws.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = jpeft.lora(rank=2)(jax.random.key(0), {"kernel": jnp.ones((5, 3))})
+    >>> leaf = params["kernel"]
+    >>> isinstance(leaf, jpeft.AdaptedLeaf), leaf.shape, leaf.base.shape, leaf.a.shape
+    (True, (5, 3), (5, 3), (5, 2))
+    """
 
     base: Any = frozen()
     # The transform that made this leaf ("lora-1a2b3c4d"): the same one refuses to be
@@ -179,16 +186,11 @@ class AdaptedLeaf:
 
     __array_priority__ = 100
 
-    @property
-    def title(self) -> str:
-        """For a message: what stands here."""
-        return type(self).__name__
-
     def instead(self, name: str) -> str:
         """For a refusal: what to type where a model uses the weight `name` in a way
         that the leaf has no form for."""
         leave = f"Leave it out (exclude={name!r})"
-        if not all(leaf.merges for leaf in layers(self)):
+        if not all(map(merges, layers(self))):
             return leave
         return (
             f"{leave}, or let that one equation use its full value: "
@@ -220,19 +222,14 @@ class AdaptedLeaf:
         """
         raise NotImplementedError
 
-    @property
-    def merges(self) -> bool:
-        """Whether there is such a weight."""
-        return type(self).effective is not AdaptedLeaf.effective
-
     def materialize(self, dtype: Any = None) -> jax.Array:
         """The effective weight, computed in float32 (or wider) and cast once.
 
         `dtype`: of the result; default the base's.
         """
-        if not self.merges:
+        if not merges(self):
             raise TypeError(
-                f"{self.where()}a {type(self).__name__} is not a change of the weight, "
+                f"{whose(self)}a {type(self).__name__} is not a change of the weight, "
                 "so it has no merged value; keep it attached, or jpeft.unload(params)"
             )
         leaf, wide = unboxed(self), wide_dtype(self.dtype)
@@ -253,21 +250,10 @@ class AdaptedLeaf:
         acts."""
         return self.finalize()
 
-    @classmethod
-    def labels_of(cls, axes: str) -> dict[str, list[Hashable]]:
-        """For each array declared: what each of its axes is, beside a weight with these
-        axes (one of "s", "i", "o" for each): an axis of the weight, or a name."""
-        groups = {g: [k for k, c in enumerate(axes) if c == g] for g in "sio"}
-        groups["*"] = list(range(len(axes)))
-        return {
-            n: [k for g in names for k in groups.get(g, [g])]
-            for n, names in _declared_axes(cls).items()
-        }
-
     def labels(self) -> dict[str, list[Hashable]]:
         """The same for each array that the leaf has; None for an undeclared axis."""
         axes = getattr(self, "axes", None)
-        declared = self.labels_of("?" * self.ndim if axes is None else axes)
+        declared = labels_of(type(self), "?" * self.ndim if axes is None else axes)
         return {
             n: declared[n] if n in declared else [None] * unbox(x).ndim
             for n, x in array_fields(self).items()
@@ -316,10 +302,6 @@ class AdaptedLeaf:
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
-    def where(self) -> str:
-        """`path: ` for a message, or nothing."""
-        return f"{str.__str__(self.path)}: " if len(self.path) else ""
-
     def __repr__(self) -> str:
         arrays = ", ".join(
             f"{n}={_brief(getattr(self, n))}"
@@ -330,7 +312,7 @@ class AdaptedLeaf:
 
     def __jax_array__(self) -> jax.Array:
         raise TypeError(
-            f"{self.where()}a {type(self).__name__} {self.shape} was used as an array. "
+            f"{whose(self)}a {type(self).__name__} {self.shape} was used as an array. "
             "Call the model through jpeft.adapt(fn), which understands adapted leaves, "
             "or make plain arrays of them with jpeft.merge(params)"
         )
@@ -519,6 +501,23 @@ def is_leaf(x: Any) -> bool:
     return isinstance(x, AdaptedLeaf)
 
 
+def merges(leaf: AdaptedLeaf) -> bool:
+    """Whether there is a weight that acts as the leaf does."""
+    kind = type(leaf)
+    own = kind.materialize is not AdaptedLeaf.materialize
+    return own or kind.effective is not AdaptedLeaf.effective
+
+
+def whose(leaf: AdaptedLeaf) -> str:
+    """`path: ` for a message, or nothing."""
+    return f"{str.__str__(leaf.path)}: " if len(leaf.path) else ""
+
+
+def title(leaf: AdaptedLeaf) -> str:
+    """For a message: what stands there."""
+    return getattr(leaf, "known_as", type(leaf).__name__)
+
+
 def is_stored(x: Any) -> bool:
     return isinstance(x, StoredWeight)
 
@@ -549,6 +548,17 @@ def _declared_axes(kind: type[AdaptedLeaf]) -> dict[str, Sequence[str]]:
     return {n: axes for n, axes in found.items() if axes is not None}
 
 
+def labels_of(kind: type[AdaptedLeaf], axes: str) -> dict[str, list[Hashable]]:
+    """For each array declared: what each of its axes is, beside a weight with these
+    axes (one of "s", "i", "o" for each): an axis of the weight, or a name."""
+    groups = {g: [k for k, c in enumerate(axes) if c == g] for g in "sio"}
+    groups["*"] = list(range(len(axes)))
+    return {
+        n: [k for g in names for k in groups.get(g, [g])]
+        for n, names in _declared_axes(kind).items()
+    }
+
+
 def field_axes(leaf: AdaptedLeaf) -> dict[str, tuple[int | None, ...]]:
     """For each array of the method the axis of the weight that each of its axes comes
     from; None for one of its own."""
@@ -568,7 +578,7 @@ def shapes_beside(
     sizes = {**own, **dict(enumerate(shape))}
     return {
         n: tuple(sizes[k] for k in labels)  # type: ignore[index]
-        for n, labels in kind.labels_of(axes).items()
+        for n, labels in labels_of(kind, axes).items()
         if all(k in sizes for k in labels)
     }
 

@@ -34,8 +34,9 @@ def let_serialize(cls: type, stored: Callable[[Any], Mapping[str, Any]]) -> None
         if not isinstance(state, Mapping) or set(state) != set(fields):
             came = sorted(state) if isinstance(state, Mapping) else "an array"
             raise ValueError(
-                f"{path}: the target has a {leaf.title} with {sorted(fields)}, the "
-                f"state has {came}; {_REMEDY}, or a plain state into the plain base"
+                f"{path}: the target has a {type(leaf).__name__} with "
+                f"{sorted(fields)}, the state has {came}; {_REMEDY}, or a plain state "
+                "into the plain base"
             )
         new = {}
         for name, x in fields.items():

@@ -101,7 +101,15 @@ def written(default: Any, *, unless: Any = dataclasses.MISSING) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """A frozen, hashable rewriting of a parameter tree."""
+    """A frozen, hashable rewriting of a parameter tree.
+
+    >>> import jpeft
+    >>> peft = jpeft.lora(rank=8, where="attention")
+    >>> isinstance(peft, jpeft.Transform), peft.rank, hash(peft) == hash(peft)
+    (True, 8, True)
+    >>> peft == jpeft.from_config(peft.to_config())
+    True
+    """
 
     name: ClassVar[str]
 
@@ -274,6 +282,12 @@ def chain(*transforms: Transform) -> Chain:
     """One transform after the other, each on what the one before made.
 
     The k-th gets the key with k folded in.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> peft = jpeft.chain(jpeft.quantize("nf4"), jpeft.lora(rank=2))  # QLoRA
+    >>> params = peft(jax.random.key(0), {"kernel": jnp.ones((64, 5))})
+    >>> type(params["kernel"]).__name__, type(params["kernel"].base).__name__
+    ('LowRank', 'Quantized')
     """
     for t in transforms:
         if not isinstance(t, Transform):

@@ -33,7 +33,14 @@ from jpeft.compat import Tracer
 
 
 class VirtualTokens(NamedTuple):
-    """A text with virtual tokens; None is what was not given."""
+    """A text with virtual tokens; None is what was not given.
+
+    >>> import numpy as np, jpeft
+    >>> ids, mask = np.array([[7, 8]]), np.ones((1, 2), int)
+    >>> text = jpeft.prepend_virtual_tokens(ids, 2, mask=mask, vocab_size=100)
+    >>> text.ids.tolist(), text.mask.tolist(), text.labels
+    ([[100, 101, 7, 8]], [[1, 1, 1, 1]], None)
+    """
 
     ids: Any
     mask: Any = None
@@ -79,6 +86,11 @@ def strip_virtual_tokens(x: Any, n: int, *, axis: int = 1) -> Any:
     """Logits or hidden states without their first `n` positions.
 
     x: (batch, n + length, ...).  axis: that of the positions.
+
+    >>> import numpy as np, jpeft
+    >>> logits = np.zeros((4, 2 + 9, 50))  # two virtual tokens, nine of a text
+    >>> jpeft.strip_virtual_tokens(logits, 2).shape
+    (4, 9, 50)
     """
     return _cut(x, check_count("virtual tokens", "n", n), 0, axis)
 

@@ -30,6 +30,16 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax  # noqa: E402  reads the variables above, those below at its first use
 import pytest  # noqa: E402
+import shapes  # noqa: E402
+
+shapes.check()
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """For a test of what a function itself says of a wrong argument."""
+    monkeypatch.setattr(shapes.config, "jaxtyping_disable", True)
+
 
 # Without optimisation, by one thread, and by the older way to generate code (jax 0.12
 # has no such flag), a program compiles in a third of the time.

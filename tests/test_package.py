@@ -88,7 +88,8 @@ def test_the_installed_wheel_runs_the_readme(built):
     pip = ("-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps")
     run(*pip, "--target", site, wheel, cwd=folder)
     (apart / "tests").mkdir(parents=True)
-    shutil.copytree(ROOT / "docs", apart / "docs")
+    for room in ("docs", "examples"):
+        shutil.copytree(ROOT / room, apart / room)
     for file in (*ROOT.glob("*.*ml"), *ROOT.glob("*.md"), ROOT / "LICENSE"):
         shutil.copy(file, apart)
     for name in ("conftest.py", "test_readme.py"):

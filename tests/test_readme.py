@@ -1,5 +1,6 @@
 """The code of the README and of docs/ runs as it stands."""
 
+import inspect
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -155,6 +156,10 @@ def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
     pages = [p.removeprefix("docs/") for p in PAGES if p.startswith("docs/")]
     assert sorted(re.findall(r"[\w-]+\.md", menu)) == sorted(pages)
+    books = [f"notebooks/{f.name}" for f in ROOT.glob("docs/notebooks/*.ipynb")]
+    assert sorted(re.findall(r"[\w/-]+\.ipynb", menu)) == sorted(books)
+    scripts = re.findall(r"examples/\w+\.py", menu)
+    assert len(scripts) == 4 and all((ROOT / s).is_file() for s in scripts)
 
 
 def test_every_promised_name_is_in_the_api():
@@ -173,6 +178,19 @@ def test_every_promised_name_is_in_the_api():
         for part in name.split("."):
             owner = getattr(owner, part)
         assert owner.__doc__, name
+
+
+def test_every_promised_name_has_an_example():
+    """A doctest, which runs; a warning may have code that shows what to do about it."""
+    for name in re.findall(r"^::: jpeft\.([\w.]+)$", PAGES["docs/api.md"], re.M):
+        if name.startswith("kernels."):  # on arrays as `quant` makes them
+            continue
+        promised = jpeft
+        for part in name.split("."):
+            promised = getattr(promised, part)
+        text = inspect.cleandoc(promised.__doc__)
+        warning = isinstance(promised, type) and issubclass(promised, Warning)
+        assert ">>> " in text or warning and "\n\n    " in text, name
 
 
 def test_every_message_that_is_explained_exists():

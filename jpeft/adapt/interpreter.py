@@ -39,6 +39,8 @@ from jpeft.leaf import (
     is_leaf,
     is_node,
     layers,
+    merges,
+    title,
 )
 from jpeft.types import DensifyError, DerivativeError
 
@@ -162,8 +164,8 @@ class Interpreter:
             return settled(x)
         site = self.site(eqn)
         name = str.__str__(x.path) or "a leaf"
-        if not self.allow or not all(leaf.merges for leaf in layers(x)):
-            kind = x.title
+        if not self.allow or not all(merges(leaf) for leaf in layers(x)):
+            kind = title(x)
             raise DensifyError(
                 f"{name}: {kind} {x.shape} reaches `{eqn.primitive.name}` at {site}, "
                 f"{why or f'where {kind} has no cheap form'}. {x.instead(name)}"
@@ -235,10 +237,10 @@ class Interpreter:
             return ins
         for x in filter(is_leaf, ins):
             for leaf in layers(x):
-                if not leaf.merges:
-                    raise self.no_derivative(eqn, x.path, leaf.title)
+                if not merges(leaf):
+                    raise self.no_derivative(eqn, x.path, title(leaf))
                 if leaf.key is not None:
-                    raise self.no_derivative(eqn, x.path, f"dropout in {leaf.title}")
+                    raise self.no_derivative(eqn, x.path, f"dropout in {title(leaf)}")
         return [x.as_constant(self, eqn) if is_carried(x) else x for x in ins]
 
     def no_derivative(self, eqn: Any, path: str, what: str) -> DerivativeError:
@@ -455,7 +457,7 @@ class Interpreter:
 def _is_weight(x: Any) -> bool:
     """Whether a value acts as an array would in every equation."""
     if is_leaf(x):
-        return all(leaf.merges and leaf.key is None for leaf in layers(x))
+        return all(merges(leaf) and leaf.key is None for leaf in layers(x))
     return not is_carried(x)
 
 

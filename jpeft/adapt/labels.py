@@ -32,7 +32,7 @@ from jpeft.adapt.equations import (
 )
 from jpeft.adapt.equations import align as align
 from jpeft.adapt.interpreter import Interpreter, acts
-from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, static, transients
+from jpeft.leaf import AdaptedLeaf, adapted_leaf, is_leaf, labels_of, static, transients
 
 R = "r"  # the label of the rank
 # f(array, its labels, the labels wanted) -> array
@@ -55,7 +55,7 @@ class Labelled(AdaptedLeaf):
         """The leaf over `base` with `f` done to every array."""
         old = self.labels()
         axes = self.axes if axes is None else axes
-        new = type(self).labels_of(axes)
+        new = labels_of(type(self), axes)
         arrays = {n: f(getattr(self, n), old[n], new[n]) for n in old}
         return self.replace(base=base, axes=axes, **arrays)
 

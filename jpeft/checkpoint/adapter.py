@@ -66,6 +66,7 @@ from jpeft.leaf import (
     is_stored,
     layers,
     roles,
+    title,
 )
 from jpeft.methods.quantize import Quantize
 from jpeft.quant.leaf import Quantized, boxed
@@ -103,6 +104,13 @@ def save(
 
     Raises ValueError if nothing is adapted or by another transform, FileExistsError if
     the folder exists, CheckpointError if it is no adapter's or the disk refuses it.
+
+    >>> import pathlib, tempfile, jax, jax.numpy as jnp, jpeft
+    >>> base, peft = {"kernel": jnp.ones((5, 3))}, jpeft.lora(rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     jpeft.save(f"{folder}/run", peft(jax.random.key(0), base), peft, step=7)
+    ...     sorted(x.name for x in pathlib.Path(folder, "run").iterdir())
+    ['arrays', 'jpeft.json']
     """
 
     check_flag("save", "overwrite", overwrite)
@@ -168,6 +176,14 @@ def load(
     Raises CheckpointError, naming the leaf and the word that would allow it, for
     another base, a missing, misshapen or damaged array, a truncated folder; ValueError
     for shardings of other arrays, and for `names` that fit no path.
+
+    >>> import tempfile, jax, jax.numpy as jnp, jpeft
+    >>> base, peft = {"kernel": jnp.ones((5, 3))}, jpeft.lora(rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     jpeft.save(f"{folder}/run", peft(jax.random.key(0), base), peft)
+    ...     params = jpeft.load(f"{folder}/run", base)
+    >>> params["kernel"].rank
+    2
     """
     if check not in ("content", "structure"):
         raise ValueError(f'load: check={check!r}: expected "content" or "structure"')
@@ -210,6 +226,13 @@ def read_transform(path: str | os.PathLike[str]) -> Transform:
     Tells what the adapter asks of its callers, such as `virtual_tokens()`, without the
     base.  Raises CheckpointError for what is no adapter's folder, ValueError for a
     transform that chose its weights by a Python function, which is not in the file.
+
+    >>> import tempfile, jax, jax.numpy as jnp, jpeft
+    >>> base, peft = {"kernel": jnp.ones((5, 3))}, jpeft.lora(rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     jpeft.save(f"{folder}/run", peft(jax.random.key(0), base), peft)
+    ...     jpeft.read_transform(f"{folder}/run") == peft
+    True
     """
     folder = find_folder(location(path))
     described = read_manifest(folder)["transform"]
@@ -415,7 +438,7 @@ def _grown(saved: Saved, path: str, leaf: AdaptedLeaf, axis: int) -> AdaptedLeaf
         )
     more = leaf.grown(axis)
     if more is None:
-        raise CheckpointError(_not_grown(saved, path, leaf.title, axis))
+        raise CheckpointError(_not_grown(saved, path, title(leaf), axis))
     return more
 
 

@@ -87,6 +87,14 @@ class CheckpointManager:
     The base is fingerprinted at the first save.  What of it moves during the run,
     statistics that nothing marks as such, is saved with the adapter; a weight under an
     adapter must not.  What a run that was cut short left in the directory is deleted.
+
+    >>> import tempfile, jax, jax.numpy as jnp, jpeft
+    >>> base, peft = {"kernel": jnp.ones((5, 3))}, jpeft.lora(rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     manager = jpeft.CheckpointManager(folder, peft)
+    ...     manager.save(7, peft(jax.random.key(0), base), state={"seen": jnp.ones(2)})
+    ...     manager.restore(base, {"seen": jnp.zeros(2)}).step
+    7
     """
 
     def __init__(

@@ -85,6 +85,18 @@ def load_quantized(
     path; CheckpointError, naming the weight, for what is missing, misshapen, of another
     kind of dtype, not finite, or damaged, and naming the file where it is no file, or
     not what its format allows.
+
+    >>> import tempfile, jax, jpeft, numpy as np
+    >>> from safetensors.numpy import save_file
+    >>> like = {"linear": {"kernel": jax.ShapeDtypeStruct((64, 5), np.float32)}}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tensors = {"fc.weight": np.ones((5, 64), np.float32)}  # torch: (out, in)
+    ...     save_file(tensors, f"{folder}/a.safetensors")
+    ...     names = {"linear/kernel": ("fc.weight", np.transpose)}
+    ...     nf4 = jpeft.quantize("nf4")
+    ...     params = jpeft.load_quantized(folder, nf4, like, names=names)
+    >>> params["linear"]["kernel"].codes.shape
+    (32, 5)
     """
     return load_from(
         lambda: _open(Path(path)),

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Integer, Num, UInt8
 
 # fmt: off
 NF4 = np.array([
@@ -201,14 +201,16 @@ def count_above(
 
 
 def look_up(
-    codes: UInt8[Array, "*shape"], values: Sequence[Any], first: int = 0
-) -> Array:
+    codes: Integer[Array, "*shape"],
+    values: Sequence[Num[Array | np.generic, "*#shape"]],
+    first: int = 0,
+) -> Num[Array, "*shape"]:
     """values[codes] for 2^n values, as a tree of selects on the code's bits.
 
     first: the code's lowest bit in the byte, whose other bits may be anything.  On a
     CPU this beats a gather, and codes that stay uint8 fill four times the lanes.
     """
-    bit, level = first, list(values)
+    bit, level = first, list[Any](values)
     while len(level) > 1:
         on = (codes & codes.dtype.type(1 << bit)) != 0
         pairs = zip(level[::2], level[1::2], strict=True)

@@ -57,7 +57,8 @@ def quantize_scales(scales: Float[Array, "*shape"], axis: int, stack: int) -> Ne
 
 def dequantize_scales(nested: Nested, axis: int, stack: int) -> Float[Array, "*shape"]:
     """The scales in float32."""
-    codes, absmax, offset = nested
+    # Of a tree that Flax has read they are NumPy's.
+    codes, absmax, offset = map(jnp.asarray, nested)
     _, flat, restore = _in_order(codes, axis, stack)
     n = flat.shape[1]
     each = jnp.repeat(absmax.reshape(flat.shape[0], -1), NESTED_BLOCK, axis=1)[:, :n]

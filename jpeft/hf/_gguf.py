@@ -55,6 +55,15 @@ def gguf_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Such as "general.architecture", "llama.block_count", "tokenizer.ggml.tokens".
     Raises CheckpointError for what is not there, truncated or no GGUF file.
+
+    >>> import pathlib, struct, tempfile, jpeft
+    >>> key, word = b"general.architecture", b"llama"
+    >>> head = struct.pack("<4sIQQQ20sIQ5s", b"GGUF", 3, 0, 1, 20, key, 8, 5, word)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder, "tiny.gguf")
+    ...     _ = path.write_bytes(head)
+    ...     jpeft.hf.gguf_metadata(path)
+    {'general.architecture': 'llama'}
     """
     return _read_head(Path(path)).metadata
 
@@ -63,6 +72,14 @@ def gguf_tensors(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     """The tensors of a GGUF file: {name: shape, rows first}.
 
     Raises CheckpointError as `gguf_metadata` does.
+
+    >>> import pathlib, struct, tempfile, jpeft
+    >>> head = struct.pack("<4sIQQQ1sIQQIQ", b"GGUF", 3, 1, 0, 1, b"a", 2, 3, 5, 0, 0)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder, "tiny.gguf")
+    ...     _ = path.write_bytes(head.ljust(96 + 4 * 3 * 5, b"\\0"))
+    ...     jpeft.hf.gguf_tensors(path)
+    {'a': (5, 3)}
     """
     return {name: x.shape for name, x in _read_head(Path(path)).tensors.items()}
 

@@ -51,6 +51,17 @@ class Report:
         as float32, to which they are decoded.
     decoded: {path: why} of quantised weights that transform="stored" could not keep as
         they are stored.
+
+    >>> import tempfile, jax, jpeft, numpy as np
+    >>> from safetensors.numpy import save_file
+    >>> like = {"norm": {"scale": jax.ShapeDtypeStruct((5,), np.float32)}}
+    >>> rules, reports = [jpeft.hf.Rule("norm/scale", "norm.weight")], []
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = f"{folder}/a.safetensors"
+    ...     save_file({"norm.weight": np.ones(5, np.float16), "x": np.ones(2)}, path)
+    ...     params = jpeft.hf.load_base(path, like, map=rules, report=reports.append)
+    >>> reports[0].unused, reports[0].cast
+    (('x',), {'norm/scale': ('float16', 'float32')})
     """
 
     unused: tuple[str, ...]
@@ -102,6 +113,17 @@ def load_base(
 
         like = jax.eval_shape(model.init, key, tokens)["params"]
         params = jpeft.hf.load_base("SmolLM2-135M-Instruct.Q4_1.gguf", like)
+
+    >>> import tempfile, jax, jpeft, numpy as np
+    >>> from safetensors.numpy import save_file
+    >>> like = {"linear": {"kernel": jax.ShapeDtypeStruct((7, 5), np.float32)}}
+    >>> rules = [jpeft.hf.Rule("linear/kernel", "fc.weight", axes="in out")]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = f"{folder}/a.safetensors"
+    ...     save_file({"fc.weight": np.ones((5, 7), np.float32)}, path)  # (out, in)
+    ...     params = jpeft.hf.load_base(path, like, map=rules)
+    >>> params["linear"]["kernel"].shape
+    (7, 5)
     """
     check_float(CALLER, dtype)
     if report is not None and not callable(report):

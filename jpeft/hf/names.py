@@ -31,7 +31,14 @@ AXES = (KERNEL, TORCH, TABLE, PLAIN)
 
 
 class Rule(NamedTuple):
-    """See above.  path: a regular expression.  torch: a name with {group} in it."""
+    """See above.  path: a regular expression.  torch: a name with {group} in it.
+
+    >>> import jpeft
+    >>> path = r"layer_(?P<layer>\\d+)/up/kernel"
+    >>> rule = jpeft.hf.Rule(path, "model.{layer}.up.weight", axes="in out")
+    >>> rule.torch.format(layer=3), rule.parts
+    ('model.3.up.weight', ())
+    """
 
     path: str
     torch: str

@@ -66,7 +66,7 @@ def quantize(
 def dequantize(
     codes: UInt8[Array, "*stack half n"],
     scales: Float[Array, "*stack blocks n"],
-    book: Float[Array, "*stack 16"],
+    book: Float[Array | np.ndarray, "*#stack 16"],
     *,
     block_size: int = 64,
     dtype: Any = jnp.bfloat16,
@@ -92,7 +92,7 @@ def matmul(
     x: Float[Array, "*batch k"],
     codes: UInt8[Array, "*stack half n"],
     scales: Float[Array, "*stack blocks n"],
-    book: Float[Array, "*stack 16"],
+    book: Float[Array | np.ndarray, "*#stack 16"],
     *,
     block_size: int = 64,
     dtype: Any = None,
@@ -129,7 +129,7 @@ def matmul_transposed(
     g: Float[Array, "*batch n"],
     codes: UInt8[Array, "*stack half n"],
     scales: Float[Array, "*stack blocks n"],
-    book: Float[Array, "*stack 16"],
+    book: Float[Array | np.ndarray, "*#stack 16"],
     *,
     block_size: int = 64,
     dtype: Any = None,
@@ -162,7 +162,7 @@ def _product_of_rows(
     x: jax.Array,
     codes: jax.Array,
     scales: jax.Array,
-    book: jax.Array,
+    book: Any,
     out: int,
     block_size: int,
     dtype: Any,
@@ -183,7 +183,7 @@ def _over_stack(
     x: jax.Array,
     codes: jax.Array,
     scales: jax.Array,
-    book: jax.Array,
+    book: Any,
 ) -> jax.Array:
     if x.ndim < 2 or x.shape[0] != codes.shape[0]:
         raise ValueError(

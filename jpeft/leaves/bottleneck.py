@@ -54,6 +54,7 @@ from jpeft.leaf import (
     is_leaf,
     static,
     trainable,
+    whose,
 )
 from jpeft.leaves.gate import open_gate, spread
 
@@ -208,7 +209,7 @@ class BranchEnd(AtEnd, Linked):
         sizes = tuple(y.shape[labels.index(k)] for k in free)
         if h.shape[:-1] != sizes:
             raise ValueError(
-                f"{self.where()}the parallel adapter of {str.__str__(self.link)!r} "
+                f"{whose(self)}the parallel adapter of {str.__str__(self.link)!r} "
                 f"reads activations {h.shape[:-1]} and should add to {sizes} at "
                 f"{it.site(eqn)}; the two must agree, or exclude= the sub-layer"
             )
@@ -279,7 +280,7 @@ def _own_output(it: Interpreter, eqn: Any, leaf: Bottleneck) -> jax.Array | None
     value = settled(it.read(products[0])) if products else None
     if value is None or is_leaf(leaf.base):
         raise ValueError(
-            f"{leaf.where()}an adapter reads its sub-layer's output, and at "
+            f"{whose(leaf)}an adapter reads its sub-layer's output, and at "
             f"{it.site(eqn)} this bias is added to a sum in which that is no part of "
             "its own; let the model add it to the product of the last weight first, "
             "x + (h @ w + b), or exclude= the sub-layer"
@@ -335,7 +336,7 @@ def _start(it: Interpreter, at: Product) -> Any:
 def _check_unstacked(it: Interpreter, eqn: Any, leaf: Labelled) -> None:
     if "s" in leaf.axes:
         raise ValueError(
-            f"{leaf.where()}a parallel adapter acts in one layer at a time, and at "
+            f"{whose(leaf)}a parallel adapter acts in one layer at a time, and at "
             f"{it.site(eqn)} the weights of a whole stack are used at once; exclude= "
             "the sub-layer"
         )
@@ -350,7 +351,7 @@ def _check_direction(
     if wanted - got or any(leaf.shape[k] > 1 for k in got - wanted):
         name = "input" if side == "i" else "output"
         raise ValueError(
-            f"{leaf.where()}the axes {sorted(wanted)} of shape {leaf.shape} were taken "
+            f"{whose(leaf)}the axes {sorted(wanted)} of shape {leaf.shape} were taken "
             f"for its {name} axes, and in the product at {it.site(eqn)} they are "
             f"{sorted(got)}; pass uses=jpeft.find_uses(fn, params, *args) to the "
             "transform, or exclude= the sub-layer"

@@ -33,7 +33,7 @@ from jpeft.adapt.interpreter import Interpreter, acts
 from jpeft.adapt.labels import Labelled, factor_along, factor_of, moved
 from jpeft.adapt.lookups import tables_looked_up
 from jpeft.compat import Tracer
-from jpeft.leaf import OfText, adapted_leaf, is_leaf, layers, static, trainable
+from jpeft.leaf import OfText, adapted_leaf, is_leaf, layers, static, trainable, whose
 
 TOKENS = "tokens"  # the label of the virtual tokens
 
@@ -73,7 +73,7 @@ class VirtualEmbedding(Labelled, OfText):
         if bare:
             names = [program.names[k], *bare]
             raise ValueError(
-                f"{self.where()}the model looks up {bare} by the same ids, which has "
+                f"{whose(self)}the model looks up {bare} by the same ids, which has "
                 "no rows for virtual tokens; the method must stand on all of these "
                 + (
                     "tables: pass uses=jpeft.find_uses(fn, params, *args) to it"
@@ -231,7 +231,7 @@ def _check_ids(it: Interpreter, leaf: VirtualEmbedding, ids: Any) -> None:
     promise = "virtual tokens", str.__str__(leaf.path)
     it.ledger.owe(
         promise,
-        f"{leaf.where()}no virtual token is in these ids; put them in front with "
+        f"{whose(leaf)}no virtual token is in these ids; put them in front with "
         f"jpeft.prepend_virtual_tokens(ids, n, vocab_size={leaf.vocab})",
     )
     if isinstance(ids, Tracer) or ids.size == 0 or ids.shape[-1:] in ((), (1,)):
@@ -242,7 +242,7 @@ def _check_ids(it: Interpreter, leaf: VirtualEmbedding, ids: Any) -> None:
         it.ledger.pay(promise)
     if largest >= end:
         raise ValueError(
-            f"{leaf.where()}id {largest} is beyond the {leaf.tokens} virtual tokens "
+            f"{whose(leaf)}id {largest} is beyond the {leaf.tokens} virtual tokens "
             f"{leaf.vocab} to {end - 1}; was prepend_virtual_tokens called with "
             "another n, another vocab_size, or a task that the prompt does not have?"
         )

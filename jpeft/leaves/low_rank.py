@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from jpeft import compat
 from jpeft.adapt.equations import (
@@ -49,6 +49,7 @@ from jpeft.adapt.labels import (
 from jpeft.leaf import (
     adapted_leaf,
     is_leaf,
+    labels_of,
     static,
     trainable,
 )
@@ -181,7 +182,7 @@ def _gathered_weight(
     group = "s" if row and in_a and in_b else "i" if in_a else "o"
     axes = "".join(group if isinstance(k, tuple) else leaf.axes[k] for k in out)  # type: ignore[index]
     place = lambda labels: [R if k == R else out.index(k) for k in labels]
-    new = LowRank.labels_of(axes)
+    new = labels_of(LowRank, axes)
     return leaf.replace(
         base=base,
         axes=axes,
@@ -333,7 +334,7 @@ def low_rank_product(
     a: Float[Array, "..."], b: Float[Array, "..."], axes: str, dtype: Any
 ) -> Float[Array, "..."]:
     """A.B as an array with the weight's axes, multiplied and summed in `dtype`."""
-    labels = LowRank.labels_of(axes)
+    labels = labels_of(LowRank, axes)
     z, zl = contract(
         jnp.asarray(a).astype(dtype),
         labels["a"],
@@ -419,15 +420,16 @@ def _two_steps(
     return expanded(h, hl, g, gl, out, matrices=matrices, place=places[1], **more)
 
 
-def dropped(leaf: LowRank, x: Float[Array, "..."]) -> Float[Array, "..."]:
+def dropped(leaf: Labelled, x: Num[Array, "*shape"]) -> Num[Array, "*shape"]:
     """The activation that enters A, with inverted dropout where there is a key."""
-    if leaf.key is None or leaf.dropout == 0.0:
+    rate = getattr(leaf, "dropout", 0.0)
+    if leaf.key is None or rate == 0.0:
         return x
     key = leaf.key
     for axis in compat.varying_axes(x):  # shards draw masks of their own
         key = jax.random.fold_in(key, lax.axis_index(axis))
-    keep = 1.0 - leaf.dropout
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    keep = 1.0 - rate
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(leaf.dtype)
     mask = jax.random.bernoulli(key, keep, jnp.shape(x))
     return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))

@@ -47,6 +47,7 @@ from jpeft.leaf import (
     static,
     trainable,
     transient,
+    whose,
 )
 from jpeft.leaves.attention import BOTH, KEY, VALUE, Index, Tagged
 from jpeft.leaves.networks import linear, lstm
@@ -190,7 +191,7 @@ class MadePrefix(OfKernel, Sharing):
     def finalize(self) -> AdaptedLeaf:
         """What the network makes, without the network."""
         if self.hidden is None:
-            raise ValueError(f"{self.where()}{NETWORK_ELSEWHERE}")
+            raise ValueError(f"{whose(self)}{NETWORK_ELSEWHERE}")
         w, c = unbox(self.w), unbox(self.c)
         rows = jnp.matmul(self.hidden, w, precision="highest") + c[..., None, :]
         return self.holding(rows if self.start is None else rows + unbox(self.start))
@@ -277,14 +278,14 @@ def _for_examples(
     """Each example's own rows, and which axis of the output counts examples."""
     if leaf.task is None:
         raise ValueError(
-            f"{leaf.where()}this prefix holds {leaf.tasks} tasks; say which one each "
+            f"{whose(leaf)}this prefix holds {leaf.tasks} tasks; say which one each "
             "example has: params = jpeft.select(params, task_ids)"
         )
     n = leaf.task.shape[0]
     axis = next((k for k, label in enumerate(out) if not isinstance(label, int)), None)
     if axis is None or shape[axis] != n:
         raise ValueError(
-            f"{leaf.where()}{n} task ids were selected, but the activations {shape} "
+            f"{whose(leaf)}{n} task ids were selected, but the activations {shape} "
             "have another number of examples; examples must lead"
         )
     one_each = isinstance(leaf.task, np.ndarray) and np.array_equal(

@@ -45,6 +45,7 @@ from jpeft.leaf import (
     adapted_leaf,
     is_carried,
     is_leaf,
+    labels_of,
     static,
     trainable,
     wide_dtype,
@@ -146,7 +147,7 @@ def _look_up(it: Interpreter, at: LookUp, ins: list[Any]) -> Any:
             scale = jnp.where(inside > 0, scale, jnp.ones_like(scale))
         return times(y, scale)
     axes = "".join("s" if isinstance(k, tuple) else leaf.axes[k] for k in out)  # type: ignore[index]
-    wanted = type(leaf).labels_of(axes)["scale"]
+    wanted = labels_of(type(leaf), axes)["scale"]
     place = {k: n for n, k in enumerate(out)}
     s = spread(s, [place[k] for k in sl], wanted)
     sizes = [at.eqn.outvars[0].aval.shape[k] for k in wanted]  # type: ignore[index]
@@ -264,7 +265,7 @@ def _join(it: Interpreter, join: Join, ins: list[Any]) -> Any:
     if join.new:
         axes = axes[:axis] + "s" + axes[axis:]
         moved = [k if k < axis else k + 1 for k in labels]  # type: ignore[operator]
-        wanted = type(first).labels_of(axes)["scale"]
+        wanted = labels_of(type(first), axes)["scale"]
         whole = align(jnp.stack(scales), [axis, *moved], wanted)
     else:
         whole = jnp.concatenate(scales, labels.index(axis))

@@ -30,6 +30,7 @@ from jpeft.leaf import (
     is_leaf,
     static,
     trainable,
+    whose,
 )
 from jpeft.leaves.embedding import TOKENS
 from jpeft.types import PromiseError
@@ -157,7 +158,7 @@ def virtual_rows(
 ) -> jax.Array:
     """The number of the virtual token at each position, -1 at a real one."""
     found = [at for at in it.rows if _fits(at.shape, sizes)]
-    start = f"{leaf.where()}this prefix in mode 'tokens' at {it.site(eqn)} "
+    start = f"{whose(leaf)}this prefix in mode 'tokens' at {it.site(eqn)} "
     if not it.rows:
         raise PromiseError(
             start + "knows of no virtual tokens: no ids were looked up in an embedding "

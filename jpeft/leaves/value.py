@@ -16,7 +16,7 @@ import jax
 from jpeft.adapt.equations import Consume, Contract, Verb, smaller_as_value
 from jpeft.adapt.interpreter import Interpreter, acts
 from jpeft.adapt.labels import Labelled
-from jpeft.leaf import adapted_leaf, has_key, is_leaf, layers
+from jpeft.leaf import adapted_leaf, has_key, is_leaf, layers, merges, title
 
 
 @adapted_leaf
@@ -33,9 +33,9 @@ def _use(it: Interpreter, verb: Verb, ins: list[Any]) -> Any:
     side = leaves[0]
     leaf = ins[side]
     for below in layers(leaf.base):
-        if not below.merges or has_key(below):
+        if not merges(below) or has_key(below):
             why = (
-                f"where its weight is made and the {below.title} below acts on "
+                f"where its weight is made and the {title(below)} below acts on "
                 "activations; apply that one last"
             )
             return it.densify(leaf, verb.eqn, why)

@@ -183,6 +183,12 @@ def orthogonality(params: PyTree, *, form: str = SQUARES) -> Float[Array, ""]:
 
     params: the whole tree or its trainable part.  Raises ValueError if no leaf of it is
     AdaLoRA's.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = jpeft.adalora(rank=3)(jax.random.key(0), {"kernel": jnp.ones((5, 7))})
+    >>> loss = 0.25  # the task's own
+    >>> bool(loss + 0.1 * jpeft.orthogonality(params) > loss)
+    True
     """
     if form not in (SQUARES, NORMS):
         raise ValueError(
@@ -240,6 +246,13 @@ def compact(params: PyTree) -> PyTree:
     Raises ValueError if the tree has no AdaLoRA leaf, or no triplet that is not pruned
     (as before the first step, when every lam is zero), and under `jit`, because the
     shapes depend on values.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = jpeft.adalora(rank=3)(jax.random.key(0), {"kernel": jnp.ones((5, 7))})
+    >>> lam = jnp.array([2.0, 0.0, 1.0])  # a budget pruned the second one
+    >>> params = {"kernel": params["kernel"].replace(lam=lam)}
+    >>> jpeft.compact(params)["kernel"].p.shape
+    (5, 2)
     """
     found = triplets(params)
     if not found:

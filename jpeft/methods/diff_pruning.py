@@ -255,6 +255,11 @@ def expected_l0(params: PyTree) -> Float[Array, ""]:
 
     In closed form, so nothing is drawn.  params: the whole tree or its trainable part.
     Raises ValueError if no leaf of it is `diff_pruning`'s.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = jpeft.diff_pruning()(jax.random.key(0), {"kernel": jnp.ones((5, 3))})
+    >>> f"{jpeft.expected_l0(params):.1f} of 15"
+    '14.9 of 15'
     """
     found = gated(params)
     if not found:
@@ -278,6 +283,13 @@ def sparsify(params: PyTree, density: float) -> PyTree:
 
     Raises ValueError for a density outside (0, 1], where no difference is left, and
     under `jit`, because the shapes of the result depend on values.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = jpeft.diff_pruning()(jax.random.key(0), {"kernel": jnp.zeros((5, 4))})
+    >>> w = jnp.arange(20.0).reshape(5, 4)  # what was learned
+    >>> params = {"kernel": params["kernel"].replace(delta=w)}
+    >>> jpeft.count(jpeft.sparsify(params, density=0.1)).trainable
+    2
     """
     density = _check_density("sparsify", "density", density)
     flat = slots(params)

@@ -42,6 +42,7 @@ from jpeft.leaf import (
     frozen,
     is_leaf,
     is_stored,
+    labels_of,
     static,
     trainable,
     wide_dtype,
@@ -146,9 +147,9 @@ def change_of_norm(
     Summed in float32 (float64 for float64).  base: an array, or a leaf that holds one.
     """
     wide = wide_dtype(base.dtype)
-    labels = LowRank.labels_of(axes)
+    labels = labels_of(LowRank, axes)
     al, bl = labels["a"], labels["b"]
-    columns = ScaledOutput.labels_of(axes)["scale"]
+    columns = labels_of(ScaledOutput, axes)["scale"]
     a, b = (lax.stop_gradient(x).astype(wide) for x in (a, b))
     options: dict[str, Any] = {"preferred_element_type": wide}
 
@@ -179,7 +180,7 @@ def change_of_norm(
 def norm_of(w: Float[Array, "..."], axes: str) -> Float[Array, "..."]:
     """|W| of each column, squared and summed in float32 (float64 for float64)."""
     wide = wide_dtype(w.dtype)
-    columns = ScaledOutput.labels_of(axes)["scale"]
+    columns = labels_of(ScaledOutput, axes)["scale"]
     inputs = tuple(k for k in range(len(axes)) if k not in columns)
     norm = jnp.sqrt(jnp.sum(jnp.square(w.astype(wide)), inputs))
     return align(norm, sorted(columns), columns)  # type: ignore[type-var]

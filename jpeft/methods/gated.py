@@ -47,6 +47,7 @@ from jpeft.leaf import (
     shapes_beside,
     static,
     trainable,
+    whose,
     wide_dtype,
 )
 from jpeft.leaves.draw import drawn, filled
@@ -164,7 +165,7 @@ def _of_examples(it: Interpreter, at: Product) -> jax.Array:
     free = [k for k in at.xl if isinstance(k, tuple)]
     if "s" in leaf.axes or len(free) not in (1, 2):
         raise ValueError(
-            f"{leaf.where()}a gated prefix needs activations (examples, sequence, "
+            f"{whose(leaf)}a gated prefix needs activations (examples, sequence, "
             f"features), and at {it.site(at.eqn)} they are {jnp.shape(x)}; exclude= "
             "the sub-layer"
         )

@@ -37,6 +37,7 @@ from jpeft.leaf import (
     shapes_beside,
     static,
     transient,
+    whose,
     wide_dtype,
 )
 from jpeft.leaves.draw import filled
@@ -66,12 +67,12 @@ class ScaledBias(AdaptedLeaf, Sharing):
     def effective(self, w: jax.Array) -> jax.Array:
         if self.scale is None:
             raise ValueError(
-                f"{self.where()}this bias is rescaled by the vector that trains at "
+                f"{whose(self)}this bias is rescaled by the vector that trains at "
                 f"{self.link!r}, and that weight is not in the tree; pass both"
             )
         if jnp.shape(self.scale) != self.shape:
             raise ValueError(
-                f"{self.where()}this bias has shape {self.shape} and the outputs it is "
+                f"{whose(self)}this bias has shape {self.shape} and the outputs it is "
                 f"added to {jnp.shape(self.scale)}: ia3 cannot rescale it"
             )
         return w * jnp.asarray(self.scale).astype(w.dtype)

@@ -60,7 +60,7 @@ from jpeft.adapt.labels import (
 )
 from jpeft.attach import Ranked
 from jpeft.checks import check_count, one_of, plain
-from jpeft.leaf import adapted_leaf, is_leaf, static, trainable
+from jpeft.leaf import adapted_leaf, is_leaf, labels_of, static, trainable
 from jpeft.leaves import first_factors
 from jpeft.leaves.draw import filled
 from jpeft.leaves.scaled import ScaledInput, ScaledOutput
@@ -269,7 +269,7 @@ def _scale(it: Interpreter, by: Scale, ins: list[Any]) -> Any:
         x = x * factor_along(v, varying, labels).astype(x.dtype)
         return leaf.replace(base=it.base(by.eqn, ins), **{name: x})
     kind = ScaledOutput if groups <= {"s", "o"} else ScaledInput
-    labels = kind.labels_of(leaf.axes)["scale"]
+    labels = labels_of(kind, leaf.axes)["scale"]
     if not varying <= set(labels):
         return None
     sizes = [leaf.shape[k] for k in labels]  # type: ignore[index]

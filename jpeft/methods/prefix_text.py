@@ -16,7 +16,7 @@ import numpy as np
 
 from jpeft.adapt.entry import evaluate
 from jpeft.boxes import unbox
-from jpeft.leaf import is_leaf, is_stored, layers
+from jpeft.leaf import is_leaf, is_stored, layers, whose
 from jpeft.leaves.attention import KEY, VALUE, Tagged, rows_of
 from jpeft.leaves.prefix import NETWORK_ELSEWHERE, MadePrefix, Prefix
 from jpeft.tree.paths import slots
@@ -37,6 +37,19 @@ def prefix_from_text(
     adds them up.
 
     Raises ValueError where there is none, or the text is shorter than the prefix.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> from flax import linen as nn
+    >>> w = lambda *shape: {"kernel": jnp.ones(shape)}
+    >>> attn = {n: w(8, 2, 4) for n in ("query", "key", "value")} | {"out": w(2, 4, 8)}
+    >>> def model(p, x):
+    ...     names = ("query", "key", "value")
+    ...     qkv = (jnp.tensordot(x, p[n]["kernel"], 1) for n in names)
+    ...     return jnp.tensordot(nn.dot_product_attention(*qkv), p["out"]["kernel"], 2)
+    >>> params = jpeft.prefix(length=5)(jax.random.key(0), attn)
+    >>> params = jpeft.prefix_from_text(model, params, jnp.ones((1, 9, 8)))
+    >>> params["key"]["kernel"].keys.shape
+    (5, 8)
     """
     flat = slots(params)
     at: dict[int, tuple[int, tuple[int, ...]]] = {}
@@ -121,7 +134,7 @@ def _numbered(
         return slot
     if isinstance(slot, MadePrefix):
         if slot.origin not in lengths:
-            raise ValueError(f"prefix_from_text: {slot.where()}{NETWORK_ELSEWHERE}")
+            raise ValueError(f"prefix_from_text: {whose(slot)}{NETWORK_ELSEWHERE}")
         features = sum(map(slot.count, (KEY, VALUE)))
         shape = *jnp.shape(unbox(slot.on)), lengths[slot.origin], features
         slot = slot.holding(jnp.zeros(shape))

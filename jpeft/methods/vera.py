@@ -39,10 +39,12 @@ from jpeft.leaf import (
     Sharing,
     adapted_leaf,
     frozen,
+    labels_of,
     shapes_beside,
     static,
     trainable,
     transient,
+    whose,
 )
 from jpeft.leaves.draw import drawn
 from jpeft.leaves.low_rank import ActsAsLowRank, LowRank, as_low_rank, dropped
@@ -94,7 +96,7 @@ class VeRALeaf(AdaptedLeaf, Sharing):
         """The leaf with its rows and columns of the shared matrices."""
         if self.lent_a is None:
             raise ValueError(
-                f"{self.where()}VeRA's random matrices are kept in the first adapted "
+                f"{whose(self)}VeRA's random matrices are kept in the first adapted "
                 "weight of the tree, which is not among the arguments; pass the whole "
                 "tree"
             )
@@ -135,7 +137,7 @@ class SharedLowRank(ActsAsLowRank):
     dropout: float = static(default=0.0)
 
     def as_low_rank(self) -> LowRank:
-        own, of = self.labels(), LowRank.labels_of(self.axes)
+        own, of = self.labels(), labels_of(LowRank, self.axes)
         pair = lambda x, v, n: (
             spread(getattr(self, x), own[x], of[n])
             * spread(getattr(self, v), own[v], of[n])

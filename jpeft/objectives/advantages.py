@@ -39,7 +39,13 @@ _check_freedom = real(lambda x: x in (0, 1), "0 (divide by n) or 1 (by n - 1)")
 
 
 def masked_mean(x: Any, mask: Any, axis: Any = None) -> jax.Array:
-    """Over what counts; 0 where nothing does."""
+    """Over what counts; 0 where nothing does.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import masked_mean
+    >>> float(masked_mean(np.float32([1, 3, 99]), np.array([1, 1, 0])))
+    2.0
+    """
     (x,) = numbers("masked_mean", whole=True, x=x)
     weight = weights("masked_mean", mask, x)
     return _mean(held(x, weight), weight, axis)
@@ -54,6 +60,12 @@ def masked_variance(x: Any, mask: Any, axis: Any = None, *, ddof: int = 1) -> ja
     """Over what counts; 0 where too little does (one token has no n - 1).
 
     ddof: 1 divides by n - 1 (torch, TRL, tunix), 0 by n (NumPy).
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import masked_variance
+    >>> x, mask = np.float32([1, 3, 99]), np.array([1, 1, 0])
+    >>> float(masked_variance(x, mask)), float(masked_variance(x, mask, ddof=0))
+    (2.0, 1.0)
     """
     (x,) = numbers("masked_variance", whole=True, x=x)
     weight = weights("masked_variance", mask, x)
@@ -76,6 +88,12 @@ def whiten(
 
     keep_mean: True puts the mean back (as rewards are whitened).  One token alone is 0.
     TRL's `masked_whiten` with ddof=1.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import whiten
+    >>> x, mask = np.float32([[1, 3, 5, 99]]), np.array([[1, 1, 1, 0]])
+    >>> print(np.asarray(whiten(x, mask)).round(3))
+    [[-1.  0.  1.  0.]]
     """
     (x,) = numbers("whiten", whole=True, x=x)
     weight = weights("whiten", mask, x)
@@ -99,6 +117,12 @@ def place_scores(rewards: Any, scores: Any, mask: Any) -> jax.Array:
     token that stopped the answer, or on the last one if none did.  The result is
     float32, 0 where masked.  An answer without a token has no place for its score,
     which is dropped.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import place_scores
+    >>> kl, mask = np.zeros((1, 4), np.float32), np.array([[0, 1, 1, 0]])
+    >>> place_scores(kl, np.float32([5]), mask).tolist()
+    [[0.0, 0.0, 5.0, 0.0]]
     """
     rewards, scores, weight = _placed("place_scores", rewards, scores, mask)
     at, last = last_position(weight)
@@ -114,6 +138,13 @@ def place_scores_after_end(
     position too (the first padding, whose V then takes part in `gae`) and is for `gae`
     alone; where an answer reaches the last position its score stands there.
     For replaying TRL's PPO; the papers and `place_scores` put it on the end itself.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import place_scores_after_end
+    >>> kl, mask = np.zeros((1, 4), np.float32), np.array([[0, 1, 1, 0]])
+    >>> rewards, for_gae = place_scores_after_end(kl, np.float32([5]), mask)
+    >>> rewards.tolist(), for_gae.astype(int).tolist()
+    ([[0.0, 0.0, 0.0, 5.0]], [[0, 1, 1, 1]])
     """
     where = "place_scores_after_end"
     rewards, scores, weight = _placed(where, rewards, scores, mask)
@@ -147,6 +178,13 @@ def gae(
     a token of the mask; what stands elsewhere is not seen.  No gradient passes.
 
     gamma 1, lam 0.95: TRL's defaults.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import gae
+    >>> rewards, values = np.float32([[0, 0, 1]]), np.float32([[0.5, 0.5, 0.5]])
+    >>> advantages, returns = gae(rewards, values, np.ones((1, 3)), lam=1.0)
+    >>> advantages.tolist(), returns.tolist()
+    ([[0.5, 0.5, 0.5]], [[1.0, 1.0, 1.0]])
     """
     rewards, values = numbers("gae", whole=True, rewards=rewards, values=values)
     weight = weights("gae", mask, rewards)
@@ -181,6 +219,11 @@ def leave_one_out(rewards: Any, *, scored: Any = None) -> jax.Array:
 
     scored: (*groups, answers), False for an answer that no reward could be found for:
         it is in no mean and gets 0.  None: all are.  An only answer gets 0.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import leave_one_out
+    >>> leave_one_out(np.float32([[3, 0, 0, 1]])).tolist()[0][:2]  # 3 - 1/3, 0 - 4/3
+    [2.6666667461395264, -1.3333333730697632]
     """
     rewards, weight = _group("leave_one_out", rewards, scored)
     n = jnp.sum(weight, axis=-1, keepdims=True)
@@ -206,6 +249,13 @@ def group_relative(
     ddof, eps: 1 and 1e-4 are TRL's; tunix has eps 1e-6, which blows noise up.
 
     A group whose rewards are all equal is 0 exactly, whatever the mean rounds to.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import group_relative
+    >>> rewards = np.float32([[1, 0, 0, 1], [1, 1, 1, 1]])  # two prompts, four answers
+    >>> print(np.asarray(group_relative(rewards)).round(2))
+    [[ 0.87 -0.87 -0.87  0.87]
+     [ 0.    0.    0.    0.  ]]
     """
     where = "group_relative"
     rewards, weight = _group(where, rewards, scored)

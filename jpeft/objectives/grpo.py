@@ -91,6 +91,14 @@ def grpo_loss(
         of KL(policy, reference) and not of the reverse.
 
     TRL's GRPO loss of the same `loss_type`; `level` is its `importance_sampling_level`.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import group_relative, grpo_loss
+    >>> log_probs = np.full((2, 3), -1.0, np.float32)
+    >>> mask = np.array([[1, 1, 1], [1, 0, 0]])
+    >>> loss = grpo_loss(log_probs, group_relative(np.float32([1, 0])), mask)
+    >>> int(loss.count), f"{loss.mean():.3f}"  # -(3 - 1) / 4 of the advantage 0.707
+    (4, '-0.354')
     """
     where = "grpo_loss"
     new, advantages, weight, answer = _answers(where, new, advantages, mask, truncated)

@@ -60,6 +60,12 @@ def estimate_kl(
     log_sampled: of the policy that sampled; multiplies by exp(log_p - log_sampled), so
         that the gradient is that of KL(p, q).  On-policy that is log_p itself, whose
         gradient is stopped here.  (TRL: `use_bias_correction_kl`.)
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import estimate_kl
+    >>> log_p, log_q = np.float32([-1, -1]), np.float32([-1, -1.5])
+    >>> print(np.asarray(estimate_kl(log_p, log_q)).round(3))
+    [0.    0.107]
     """
     arrays = {"log_p": log_p, "log_q": log_q}
     if log_sampled is not None:
@@ -72,7 +78,14 @@ def estimate_kl(
 
 
 def clipped_share(log_p: Any, log_q: Any, mask: Any) -> Weighted:
-    """The tokens at which |log p - log q| > 20, so that k3's exp was held there."""
+    """The tokens at which |log p - log q| > 20, so that k3's exp was held there.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import clipped_share
+    >>> log_p, log_q = np.float32([-1, -1]), np.float32([-2, -30])
+    >>> float(clipped_share(log_p, log_q, np.ones(2)).mean())
+    0.5
+    """
     log_p, log_q = numbers("clipped_share", log_p=log_p, log_q=log_q)
     weight = weights("clipped_share", mask, log_p)
     beyond = jnp.abs(held(log_p, weight) - held(log_q, weight)) > MOST
@@ -89,6 +102,11 @@ def adapt_coefficient(
     Ziegler et al. 2019, arXiv:1909.08593, section 2.2.  kl: the mean over episodes of
     the KL summed over an episode.  episodes: how many since the last update.  A fixed
     coefficient is one that is not updated.
+
+    >>> from jpeft.objectives import adapt_coefficient
+    >>> new = adapt_coefficient(0.1, 12.0, target=6.0, episodes=1000)  # too far: up 2 %
+    >>> f"{new:.3f}"
+    '0.102'
     """
     where = "adapt_coefficient"
     target = check_positive(where, "target", target)

@@ -38,7 +38,14 @@ def answer_mask(ids: Any, stop_ids: Any, start: Any) -> jax.Array:
 
 
 def truncated(ids: Any, stop_ids: Any, start: Any) -> jax.Array:
-    """(*batch,) bool: the answer has no stop.  Arguments as for `answer_mask`."""
+    """(*batch,) bool: the answer has no stop.  Arguments as for `answer_mask`.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import truncated
+    >>> ids = np.array([[4, 5, 6, 2], [4, 5, 6, 7]])
+    >>> truncated(ids, 2, 1).tolist()
+    [False, True]
+    """
     _, stops = _answer_and_stops("truncated", ids, stop_ids, start)
     return ~jnp.any(stops, axis=-1)
 

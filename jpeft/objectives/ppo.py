@@ -55,6 +55,13 @@ def policy_loss(
     dual_clip: c, or None for none.
 
     TRL's and tunix's; rlax has it as `clipped_surrogate_pg_loss` of one sequence.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import policy_loss
+    >>> new, old = np.float32([[-1, -0.5]]), np.float32([[-1, -1]])
+    >>> loss = policy_loss(new, old, np.float32([[1, 1]]), np.ones((1, 2)))
+    >>> f"{loss.mean():.2f}"  # -(1 + 1.2) / 2: the second ratio, 1.65, is clipped
+    '-1.10'
     """
     where = "policy_loss"
     new, old, advantages, weight = _policy(where, new, old, advantages, mask)
@@ -77,7 +84,14 @@ def clip_fraction(
     clip: float = 0.2,
     clip_high: float | None = None,
 ) -> Weighted:
-    """At how many tokens the clip is what decides, so that no gradient passes."""
+    """At how many tokens the clip is what decides, so that no gradient passes.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import clip_fraction
+    >>> new, old = np.float32([-1, -0.5]), np.float32([-1, -1])
+    >>> float(clip_fraction(new, old, np.float32([1, 1]), np.ones(2)).mean())
+    0.5
+    """
     where = "clip_fraction"
     new, old, advantages, weight = _policy(where, new, old, advantages, mask)
     low = check_clip_low(where, "clip", clip)
@@ -103,6 +117,12 @@ def value_loss(
     """Half the squared error, and no less than that of values held near the old ones.
 
     All (*batch, tokens).  Gradients go to `values`.  clip: epsV, or None for none.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import value_loss
+    >>> old, returns = np.float32([[1, 2]]), np.float32([[2, 2]])
+    >>> float(value_loss(old, old, returns, np.ones((1, 2))).mean())  # (1/2 + 0) / 2
+    0.25
     """
     where = "value_loss"
     values, old_values, returns = numbers(
@@ -123,6 +143,12 @@ def explained_variance(values: Any, returns: Any, mask: Any) -> jax.Array:
     """1 - var(R - V) / var(R) over what counts: 1 is perfect, 0 as good as the mean.
 
     0 where the returns do not vary.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import explained_variance
+    >>> returns = np.float32([1, 2, 3])
+    >>> float(explained_variance(returns, returns, np.ones(3)))
+    1.0
     """
     where = "explained_variance"
     values, returns = numbers(where, whole=True, values=values, returns=returns)

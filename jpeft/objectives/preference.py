@@ -61,6 +61,13 @@ def sequence_log_probs(log_probs: Any, mask: Any) -> tuple[jax.Array, jax.Array]
     """(sums over an answer's tokens, how many they are), both (*batch,) float32.
 
     log_probs, mask: (*batch, tokens).  An answer without a token has sum and count 0.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import sequence_log_probs
+    >>> log_probs, mask = np.float32([[-1, -2, -4]]), np.array([[0, 1, 1]])
+    >>> sums, counts = sequence_log_probs(log_probs, mask)
+    >>> float(sums[0]), float(counts[0])
+    (-6.0, 2.0)
     """
     (log_probs,) = numbers("sequence_log_probs", log_probs=log_probs)
     weight = weights("sequence_log_probs", mask, log_probs)
@@ -75,7 +82,14 @@ def dpo(
     chosen: Any, rejected: Any, *, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> jax.Array:
     """-ls(b(c - d)); label_smoothing: the share e of pairs labelled the wrong way round
-    (cDPO).  TRL's "sigmoid" takes no smoothing; its "robust" is `robust_dpo`."""
+    (cDPO).  TRL's "sigmoid" takes no smoothing; its "robust" is `robust_dpo`.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import dpo
+    >>> chosen, rejected = np.float32([1, 0]), np.float32([-1, 0.5])
+    >>> print(np.asarray(dpo(chosen, rejected)).round(3))
+    [0.598 0.718]
+    """
     x = _scaled("dpo", chosen, rejected, beta)
     e = _check_half("dpo", "label_smoothing", label_smoothing)
     return -(1 - e) * _ls(x) - e * _ls(-x)
@@ -84,14 +98,28 @@ def dpo(
 def robust_dpo(
     chosen: Any, rejected: Any, *, beta: float = 0.1, label_smoothing: float = 0.1
 ) -> jax.Array:
-    """DPO whose expectation is right where a share e of labels is flipped."""
+    """DPO whose expectation is right where a share e of labels is flipped.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import robust_dpo
+    >>> chosen, rejected = np.float32([1, 0]), np.float32([-1, 0.5])
+    >>> print(np.asarray(robust_dpo(chosen, rejected)).round(3))
+    [0.573 0.725]
+    """
     x = _scaled("robust_dpo", chosen, rejected, beta)
     e = _check_half("robust_dpo", "label_smoothing", label_smoothing)
     return (-(1 - e) * _ls(x) + e * _ls(-x)) / (1 - 2 * e)
 
 
 def hinge(chosen: Any, rejected: Any, *, beta: float = 0.1) -> jax.Array:
-    """max(0, 1 - b(c - d)), of SLiC."""
+    """max(0, 1 - b(c - d)), of SLiC.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import hinge
+    >>> chosen, rejected = np.float32([1, 0]), np.float32([-1, 0.5])
+    >>> print(np.asarray(hinge(chosen, rejected)).round(3))
+    [0.8  1.05]
+    """
     return jnp.maximum(0.0, 1 - _scaled("hinge", chosen, rejected, beta))
 
 
@@ -103,14 +131,29 @@ def ipo(
     *,
     beta: float = 0.1,
 ) -> jax.Array:
-    """(c / n_c - d / n_d - 1 / 2b)^2: averaged over tokens, as the authors and TRL."""
+    """(c / n_c - d / n_d - 1 / 2b)^2: averaged over tokens, as the authors and TRL.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import ipo
+    >>> chosen, rejected = np.float32([-4, -2]), np.float32([-6, -1])
+    >>> loss = ipo(chosen, rejected, np.array([4, 2]), np.array([3, 2]))
+    >>> print(np.asarray(loss).round(3))
+    [16.   30.25]
+    """
     args = chosen, rejected, chosen_tokens, rejected_tokens
     c, d = _means("ipo", *args)
     return jnp.square(c - d - 0.5 / check_positive("ipo", "beta", beta))
 
 
 def ipo_summed(chosen: Any, rejected: Any, *, beta: float = 0.1) -> jax.Array:
-    """(c - d - 1 / 2b)^2 of sums, which longer answers move further."""
+    """(c - d - 1 / 2b)^2 of sums, which longer answers move further.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import ipo_summed
+    >>> chosen, rejected = np.float32([1, 0]), np.float32([-1, 0.5])
+    >>> print(np.asarray(ipo_summed(chosen, rejected)).round(3))
+    [ 9.   30.25]
+    """
     c, d = _pair("ipo_summed", chosen, rejected)
     return jnp.square(c - d - 0.5 / check_positive("ipo_summed", "beta", beta))
 
@@ -123,14 +166,29 @@ def normalised_dpo(
     *,
     beta: float = 0.1,
 ) -> jax.Array:
-    """-ls(b(c / n_c - d / n_d)): TRL's "sigmoid_norm"."""
+    """-ls(b(c / n_c - d / n_d)): TRL's "sigmoid_norm".
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import normalised_dpo
+    >>> chosen, rejected = np.float32([-4, -2]), np.float32([-6, -1])
+    >>> loss = normalised_dpo(chosen, rejected, np.array([4, 2]), np.array([3, 2]))
+    >>> print(np.asarray(loss).round(3))
+    [0.644 0.718]
+    """
     args = chosen, rejected, chosen_tokens, rejected_tokens
     c, d = _means("normalised_dpo", *args)
     return -_ls(check_positive("normalised_dpo", "beta", beta) * (c - d))
 
 
 def nca(chosen: Any, rejected: Any, *, beta: float = 0.1) -> jax.Array:
-    """Each answer against zero: TRL's "nca_pair"."""
+    """Each answer against zero: TRL's "nca_pair".
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import nca
+    >>> chosen, rejected = np.float32([1, 0]), np.float32([-1, 0.5])
+    >>> print(np.asarray(nca(chosen, rejected)).round(3))
+    [1.339 1.399]
+    """
     c, d = _scaled_pair("nca", chosen, rejected, beta)
     return -_ls(c) - 0.5 * _ls(-c) - 0.5 * _ls(-d)
 
@@ -139,27 +197,55 @@ def bco(
     chosen: Any, rejected: Any, *, beta: float = 0.1, delta: Any = 0.0
 ) -> jax.Array:
     """Chosen above, rejected below `delta`, a running mean of rewards b c and b d that
-    the caller keeps (no gradient goes there): TRL's "bco_pair"."""
+    the caller keeps (no gradient goes there): TRL's "bco_pair".
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import bco
+    >>> chosen, rejected = np.float32([1, 0]), np.float32([-1, 0.5])
+    >>> print(np.asarray(bco(chosen, rejected)).round(3))
+    [1.289 1.412]
+    """
     c, d = _scaled_pair("bco", chosen, rejected, beta)
     delta = lax.stop_gradient(jnp.asarray(delta, c.dtype))
     return -_ls(c - delta) - _ls(-(d - delta))
 
 
 def sppo(chosen: Any, rejected: Any, *, beta: float = 0.1) -> jax.Array:
-    """(c - 1 / 2b)^2 + (d + 1 / 2b)^2, with hard labels: TRL's "sppo_hard"."""
+    """(c - 1 / 2b)^2 + (d + 1 / 2b)^2, with hard labels: TRL's "sppo_hard".
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import sppo
+    >>> chosen, rejected = np.float32([1, 0]), np.float32([-1, 0.5])
+    >>> print(np.asarray(sppo(chosen, rejected)).round(3))
+    [32.   55.25]
+    """
     c, d = _pair("sppo", chosen, rejected)
     half = 0.5 / check_positive("sppo", "beta", beta)
     return jnp.square(c - half) + jnp.square(d + half)
 
 
 def apo_zero(chosen: Any, rejected: Any, *, beta: float = 0.1) -> jax.Array:
-    """For a policy worse than the chosen answers: they rise, the rejected fall."""
+    """For a policy worse than the chosen answers: they rise, the rejected fall.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import apo_zero
+    >>> chosen, rejected = np.float32([1, 0]), np.float32([-1, 0.5])
+    >>> print(np.asarray(apo_zero(chosen, rejected)).round(3))
+    [0.95  1.012]
+    """
     c, d = _scaled_pair("apo_zero", chosen, rejected, beta)
     return 1 - jax.nn.sigmoid(c) + jax.nn.sigmoid(d)
 
 
 def apo_down(chosen: Any, rejected: Any, *, beta: float = 0.1) -> jax.Array:
-    """For a policy better than the chosen answers: both fall, the rejected further."""
+    """For a policy better than the chosen answers: both fall, the rejected further.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import apo_down
+    >>> chosen, rejected = np.float32([1, 0]), np.float32([-1, 0.5])
+    >>> print(np.asarray(apo_down(chosen, rejected)).round(3))
+    [0.975 1.012]
+    """
     c, d = _scaled_pair("apo_down", chosen, rejected, beta)
     return jax.nn.sigmoid(c) + 1 - jax.nn.sigmoid(c - d)
 
@@ -167,7 +253,14 @@ def apo_down(chosen: Any, rejected: Any, *, beta: float = 0.1) -> jax.Array:
 def exo(
     chosen: Any, rejected: Any, *, beta: float = 0.1, label_smoothing: float = 1e-3
 ) -> jax.Array:
-    """KL of the policy's preference from the labels', 1 - e and e: TRL's "exo_pair"."""
+    """KL of the policy's preference from the labels', 1 - e and e: TRL's "exo_pair".
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import exo
+    >>> chosen, rejected = np.float32([1, 0]), np.float32([-1, 0.5])
+    >>> print(np.asarray(exo(chosen, rejected)).round(3))
+    [2.422 2.848]
+    """
     x = _scaled("exo", chosen, rejected, beta)
     e = _check_small("exo", "label_smoothing", label_smoothing)
     return jax.nn.sigmoid(x) * (_ls(x) - np.log1p(-e)) + jax.nn.sigmoid(-x) * (
@@ -180,7 +273,14 @@ def discopop(
 ) -> jax.Array:
     """The log-ratio modulated loss that a search found: TRL's "discopop".
 
-    temperature: tau.  exp(-bD) is held within exp(+-20)."""
+    temperature: tau.  exp(-bD) is held within exp(+-20).
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import discopop
+    >>> chosen, rejected = np.float32([1, 0]), np.float32([-1, 0.5])
+    >>> print(np.asarray(discopop(chosen, rejected)).round(3))
+    [0.815 0.808]
+    """
     x = _scaled("discopop", chosen, rejected, beta)
     m = jax.nn.sigmoid(x / check_positive("discopop", "temperature", temperature))
     return -_ls(x) * (1 - m) + guarded_exp(-x) * m
@@ -196,7 +296,14 @@ def f_dpo(
     """DPO under another divergence: f(c) in place of c.
 
     divergence: "forward_kl", f(c) = -exp(-c); "js", f(c) = ls(c), up to a constant that
-        both answers share; "reverse_kl" is `dpo` itself."""
+        both answers share; "reverse_kl" is `dpo` itself.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import f_dpo
+    >>> chosen, rejected = np.float32([1, 0]), np.float32([-1, 0.5])
+    >>> print(np.asarray(f_dpo(chosen, rejected)).round(3))
+    [0.583 0.713]
+    """
     f = choose("f_dpo", "divergence", divergence, DIVERGENCES)
     c, d = _pair("f_dpo", chosen, rejected)
     return -_ls(check_positive("f_dpo", "beta", beta) * (f(c) - f(d)))
@@ -217,6 +324,12 @@ def cpo(chosen: Any, rejected: Any, *, beta: float = 0.1) -> jax.Array:
 
     The paper adds the mean negative log-likelihood of the chosen answers,
     `next_token_loss`, which TRL weighs with `cpo_alpha`.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import cpo
+    >>> chosen, rejected = np.float32([1, 0]), np.float32([-1, 0.5])
+    >>> print(np.asarray(cpo(chosen, rejected)).round(3))
+    [0.598 0.718]
     """
     return -_ls(_scaled("cpo", chosen, rejected, beta))
 
@@ -234,6 +347,13 @@ def simpo(
 
     gamma: the margin itself, as in the paper; TRL's `simpo_gamma` is gamma as well, and
     stands there as (mean - mean - gamma / b).
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import simpo
+    >>> chosen, rejected = np.float32([-4, -2]), np.float32([-6, -1])
+    >>> loss = simpo(chosen, rejected, np.array([4, 2]), np.array([3, 2]))
+    >>> print(np.asarray(loss).round(3))
+    [0.313 2.127]
     """
     args = chosen, rejected, chosen_tokens, rejected_tokens
     c, d = _means("simpo", *args)
@@ -249,6 +369,13 @@ def orpo(
     The whole loss is nll(chosen) + 0.1 orpo(...): the authors and TRL take the former
     over prompt and answer, others over the answer; that is the mask of
     `next_token_loss`.  a is held below -1e-6, where an answer is certain.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import orpo
+    >>> chosen, rejected = np.float32([-4, -2]), np.float32([-6, -1])
+    >>> loss = orpo(chosen, rejected, np.array([4, 2]), np.array([3, 2]))
+    >>> print(np.asarray(loss).round(3))
+    [0.238 1.294]
     """
     args = chosen, rejected, chosen_tokens, rejected_tokens
     c, d = (jnp.minimum(x, -1e-6) for x in _means("orpo", *args))
@@ -287,6 +414,12 @@ def kto(
     scalar; held above 0, without a gradient.  desirable_weight, undesirable_weight: to
     balance how many there are of each; they scale the sum, not the count (as TRL).
     weight: (*batch,), 0 for what is no example; None counts all.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import kto
+    >>> log_ratios, desirable = np.float32([1, -1]), np.array([True, False])
+    >>> f"{kto(log_ratios, desirable, np.float32(0)).mean():.3f}"  # 1 - s(0.1)
+    '0.475'
     """
     where = "kto"
     (c,) = numbers(where, log_ratios=log_ratios)
@@ -313,6 +446,11 @@ def kto_divergence(mismatched: Any, *, weight: Any = None) -> Weighted:
     mismatched: (*batch,), log p - log ref of each prompt with another one's answer (of
     a batch, answers moved on by one; a batch of one has none).  A `Weighted`, so that
     it is put together over devices: `.psum("data").mean()`.  No gradient.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import kto_divergence
+    >>> float(kto_divergence(np.float32([0.5, 1.5])).mean())
+    1.0
     """
     (c,) = numbers("kto_divergence", mismatched=mismatched)
     weight = pair_weights("kto_divergence", weight, c)

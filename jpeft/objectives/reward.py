@@ -41,6 +41,12 @@ def bradley_terry(
     weight: (*pairs,), 0 for what is no pair; None counts all.
 
     TRL's RewardTrainer with `margin` and `center_rewards_coefficient`.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import bradley_terry
+    >>> loss = bradley_terry(np.float32([1, 0]), np.float32([-1, 0.5]))
+    >>> int(loss.count), f"{loss.mean():.3f}"
+    (2, '0.551')
     """
     chosen, rejected = numbers("bradley_terry", chosen=chosen, rejected=rejected)
     centre = check_number("bradley_terry", "centre", centre)
@@ -69,6 +75,12 @@ def last_token_scores(scores: Any, mask: Any) -> jax.Array:
     shape, true for real tokens, padded on the left or right: the same text has the same
     score however it is padded.  By mask, not by id: a padding id may be the end's.
     A text without a real token gives NaN.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import last_token_scores
+    >>> scores, mask = np.float32([[0.1, 0.5, 9.0]]), np.array([[1, 1, 0]])
+    >>> last_token_scores(scores, mask).tolist()
+    [0.5]
     """
     (scores,) = numbers("last_token_scores", scores=scores)
     at, last = last_position(weights("last_token_scores", mask, scores))
@@ -78,14 +90,26 @@ def last_token_scores(scores: Any, mask: Any) -> jax.Array:
 
 
 def accuracy(chosen: Any, rejected: Any, *, weight: Any = None) -> Weighted:
-    """In how many pairs the chosen answer has the higher reward; a tie is not."""
+    """In how many pairs the chosen answer has the higher reward; a tie is not.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import accuracy
+    >>> float(accuracy(np.float32([1, 0]), np.float32([-1, 0.5])).mean())
+    0.5
+    """
     chosen, rejected = numbers("accuracy", chosen=chosen, rejected=rejected)
     weight = pair_weights("accuracy", weight, chosen)
     return weighted_sum((chosen > rejected).astype(chosen.dtype), weight)
 
 
 def margin(chosen: Any, rejected: Any, *, weight: Any = None) -> Weighted:
-    """chosen - rejected, summed, and how many pairs there are."""
+    """chosen - rejected, summed, and how many pairs there are.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import margin
+    >>> float(margin(np.float32([1, 0]), np.float32([-1, 0.5])).mean())
+    0.75
+    """
     chosen, rejected = numbers("margin", chosen=chosen, rejected=rejected)
     weight = pair_weights("margin", weight, chosen)
     return weighted_sum(held(chosen, weight) - held(rejected, weight), weight)

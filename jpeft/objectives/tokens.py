@@ -84,7 +84,13 @@ def log_probs(logits: Any, labels: Any, *, temperature: float = 1.0) -> jax.Arra
 
 
 def entropy(logits: Any, *, temperature: float = 1.0) -> Float[Array, "*batch"]:
-    """-sum p log p of softmax(logits / temperature) over the last axis, float32."""
+    """-sum p log p of softmax(logits / temperature) over the last axis, float32.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import entropy
+    >>> f"{entropy(np.zeros(4, np.float32)):.3f}"  # log 4
+    '1.386'
+    """
     (logits,) = numbers("entropy", logits=logits)
     temperature = check_positive("entropy", "temperature", temperature)
     log_p = jax.nn.log_softmax(logits / temperature)
@@ -102,6 +108,12 @@ def shift_labels(
     answer's), segment_ids number the documents of a packed row.  Both results have that
     shape; the mask keeps its dtype.  The last position has nothing to say, and neither
     has one before another document's first token: label 0, mask 0.
+
+    >>> import numpy as np
+    >>> from jpeft.objectives import shift_labels
+    >>> labels, mask = shift_labels(np.array([[5, 3, 1]]), np.array([[0, 1, 1]]))
+    >>> labels.tolist(), mask.tolist()
+    ([[3, 1, 0]], [[1, 1, 0]])
     """
     ids = integers("shift_labels", "ids", ids)
     weights("shift_labels", mask, ids)

@@ -29,6 +29,12 @@ class Weighted:
 
     Both float32 scalars.  `a + b` is the same of both parts together; `sum(parts)`
     works.  Scaling a loss leaves its count: `Weighted(0.1 * x.total, x.count)`.
+
+    >>> import jax.numpy as jnp
+    >>> from jpeft.objectives import Weighted
+    >>> three, one = (Weighted(*jnp.float32(x)) for x in ([6, 3], [4, 1]))
+    >>> float((three + one).mean())  # (6 + 4) / (3 + 1), not the mean of the means
+    2.5
     """
 
     total: jax.Array

@@ -177,6 +177,13 @@ def value_and_grad(
     structure of `jpeft.partition(params)[0]`: None where a leaf is frozen, whatever its
     dtype, so nothing of the base's size is computed.  Raises ValueError if nothing is
     trainable.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = jpeft.lora(rank=2)(jax.random.key(0), {"kernel": jnp.ones((5, 3))})
+    >>> apply = jpeft.adapt(lambda params, x: jnp.sum(x @ params["kernel"]))
+    >>> value, grads = jpeft.value_and_grad(apply)(params, jnp.ones((2, 5)))
+    >>> float(value), grads["kernel"].b.shape, grads["kernel"].base
+    (30.0, (2, 3), None)
     """
     check_flag("value_and_grad", "has_aux", has_aux)
 

@@ -139,7 +139,13 @@ def _layout(
 
 def dequantize(q: Quantized, dtype: Any = None) -> jax.Array:
     """The values: a product in float32, rounded once to `dtype` (default: that of the
-    array that was quantised).  q: as `quantize` returns it, or a leaf of a tree."""
+    array that was quantised).  q: as `quantize` returns it, or a leaf of a tree.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> q = jpeft.quant.quantize(jnp.linspace(-1.0, 1.0, 128), "nf4", double=False)
+    >>> jpeft.quant.dequantize(q).shape, jpeft.quant.dequantize(q, "bfloat16").dtype
+    ((128,), dtype(bfloat16))
+    """
     if not isinstance(q, Quantized):
         raise TypeError(
             "quant.dequantize: expected what quant.quantize returns, got "
@@ -154,6 +160,11 @@ def codebook(name: str) -> np.ndarray:
 
     Learned formats keep theirs with each array (`.book`); those with a zero point have
     one for each block.
+
+    >>> import jpeft
+    >>> book = jpeft.quant.codebook("nf4")
+    >>> len(book), [round(float(x), 3) for x in book[:3]]
+    (16, [-1.0, -0.696, -0.525])
     """
     check_format("quant.codebook", "format", name)
     kind = FORMATS[name]

@@ -8,7 +8,7 @@ product that consumes them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +43,7 @@ class Deferred(QuantizedValue):
     element: str = static()
     compute_dtype: str | None = static(default=None)
 
-    @property
-    def title(self) -> str:
-        return "changed Quantized"
+    known_as: ClassVar[str] = "changed Quantized"
 
     @property
     def shape(self) -> tuple[int, ...]:

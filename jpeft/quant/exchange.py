@@ -65,6 +65,12 @@ def from_bitsandbytes(
 
     Raises ValueError for missing keys, a type other than nf4 and fp4, sizes that do not
     fit together, or a code book that is not bitsandbytes' own.
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> q = jpeft.quant.quantize(jnp.ones((5, 64)), "nf4", double=False)
+    >>> state = jpeft.quant.to_bitsandbytes(q)  # or of a safetensors file
+    >>> jpeft.quant.from_bitsandbytes(state).shape
+    (5, 64)
     """
     check_float("from_bitsandbytes", compute_dtype, "compute_dtype")
     check_flag("from_bitsandbytes", "transpose", transpose)
@@ -260,6 +266,12 @@ def to_bitsandbytes(q: Quantized, name: str = "weight") -> dict[str, np.ndarray]
     as it is.  Raises ValueError for a format that bitsandbytes does not have, and where
     blocks are not bitsandbytes' blocks: an input that is no multiple of the block size,
     or a stack (write its rows one by one).
+
+    >>> import jax.numpy as jnp, jpeft
+    >>> q = jpeft.quant.quantize(jnp.ones((5, 64)), "nf4", double=False)
+    >>> state = jpeft.quant.to_bitsandbytes(q, "up.weight")
+    >>> state["up.weight"].shape, state["up.weight.absmax"].shape
+    ((160, 1), (5,))
     """
     if not isinstance(q, Quantized):
         raise TypeError(
@@ -351,6 +363,12 @@ def from_gguf(
 
     Raises ValueError for another type, sizes that do not fit together, or scales that
     are NaN or infinite.
+
+    >>> import jpeft, numpy as np
+    >>> block = np.float16([0.5]).tobytes() + np.arange(32, dtype=np.int8).tobytes()
+    >>> q = jpeft.quant.from_gguf(block, "Q8_0", (32, 1))
+    >>> jpeft.quant.dequantize(q)[:3, 0].tolist()
+    [0.0, 0.5, 1.0]
     """
     check_floating("from_gguf", "dtype", dtype)
     check_float("from_gguf", compute_dtype, "compute_dtype")

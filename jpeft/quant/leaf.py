@@ -54,10 +54,6 @@ class QuantizedValue(AdaptedLeaf):
         """The whole weight in `dtype`."""
         raise NotImplementedError
 
-    @property
-    def merges(self) -> bool:
-        return True
-
     def materialize(self, dtype: Any = None) -> jax.Array:
         return unboxed(self).value(self.dtype if dtype is None else dtype)
 
@@ -83,6 +79,12 @@ class Quantized(QuantizedValue, StoredWeight):
     inner: the sizes of the blocked axes.  element: the dtype the weight has.
     names: of the weight's axes, if it was boxed.  searched: the codes are not those of
     the weight itself but of what LoftQ came to, which only they tell.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = jpeft.quantize("nf4")(jax.random.key(0), {"kernel": jnp.ones((64, 5))})
+    >>> leaf = params["kernel"]
+    >>> leaf.shape, leaf.dtype, leaf.format, leaf.codes.shape
+    ((64, 5), dtype('float32'), 'nf4', (32, 5))
     """
 
     base: Any = frozen(default=None)

@@ -37,6 +37,14 @@ def rounding(
 
     Small changes vanish in a coarse format: of a delta of a thousandth of the weight,
     bfloat16 loses most and 4 bits all.  Weights without an adapter are left out.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = jpeft.lora(2)(jax.random.key(0), {"kernel": jnp.ones((5, 3))})
+    >>> leaf = params["kernel"]
+    >>> params = {"kernel": leaf.replace(b=jnp.full((2, 3), 0.01))}
+    >>> report = jpeft.quant.rounding(params, dtype=jnp.bfloat16)["kernel"]
+    >>> report.change > report.error > 0
+    True
     """
     check_merge("quant.rounding", dtype, requantize)
     out = {}

@@ -34,6 +34,15 @@ def shardings(params: PyTree, base_shardings: PyTree) -> PyTree:
     `SingleDeviceSharding`.  Every array of a leaf is sharded as the weight's axes that
     it has; the rank is never sharded, nor what does not divide, such as the scales of a
     few blocks.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    >>> mesh = Mesh(jax.devices()[:1], "model")
+    >>> columns = NamedSharding(mesh, PartitionSpec(None, "model"))
+    >>> params = jpeft.lora(rank=2)(jax.random.key(0), {"kernel": jnp.ones((5, 4))})
+    >>> leaf = jpeft.sharding.shardings(params, columns)["kernel"]
+    >>> [*leaf.base.spec], [*leaf.a.spec], [*leaf.b.spec]
+    ([None, 'model'], [None, None], [None, 'model'])
     """
     flat, told = slots(params), slots(base_shardings)
     given = dict(zip(told.paths, map(unbox, told.values), strict=True))
@@ -77,8 +86,16 @@ def declare(
     `batch`, sent as decoded.  With it every device runs the kernels on its part, and
     only codes are sent.  A wrong declaration costs time, never the result.
 
-        with jpeft.sharding.declare(params, batch="data"):
-            params, state, loss = step(params, state, tokens)
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    >>> mesh = Mesh(jax.devices()[:1], "data")
+    >>> kernel = jax.device_put(jnp.ones((64, 4)), NamedSharding(mesh, PartitionSpec()))
+    >>> params = jpeft.quantize("nf4")(jax.random.key(0), {"kernel": kernel})
+    >>> apply = jax.jit(jpeft.adapt(lambda params, x: x @ params["kernel"]))
+    >>> with jpeft.sharding.declare(params, batch="data"):
+    ...     y = apply(params, jnp.ones((2, 64)))
+    >>> y.shape
+    (2, 4)
     """
     found, mesh = [], None
     for path, slot in slots(params).items():

@@ -64,6 +64,15 @@ def select(params: PyTree, ids: Any) -> PyTree:
         holds, as `jpeft.prefix(..., tasks=n)` does.  Leaves that hold one serve all.
 
     Raises ValueError if no leaf holds several, or a number is out of range.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> w = lambda *shape: {"kernel": jnp.ones(shape)}
+    >>> attn = {n: w(8, 2, 4) for n in ("query", "key", "value")} | {"out": w(2, 4, 8)}
+    >>> params = jpeft.prefix(length=5, tasks=3)(jax.random.key(0), {"attn": attn})
+    >>> three = jpeft.select(params, jnp.array([2, 0, 2]))  # for a batch of three
+    >>> leaf = three["attn"]["key"]["kernel"]
+    >>> leaf.keys.shape, leaf.task.tolist()
+    ((3, 5, 8), [2, 0, 2])
     """
     ids = jnp.asarray(ids)
     if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -103,6 +112,13 @@ def disable(params: PyTree) -> PyTree:
 
     For a reference model in the same compiled step, where `unload` would change the
     tree.  The adapters given are not touched.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> base = {"kernel": jnp.ones((5, 3))}
+    >>> params = jpeft.lora(rank=2)(jax.random.key(0), base)
+    >>> reference = jpeft.disable(params)
+    >>> jax.tree.structure(reference) == jax.tree.structure(params)
+    True
     """
     flat = slots(params)
     check_adapted(flat, "disable")

@@ -49,6 +49,11 @@ def count(params: PyTree) -> Count:
     The old value that a `full` leaf keeps for `unload` is part of neither: the model
     does not use it.  Random keys, counters, caches and running statistics are no
     parameters; see `jpeft.tree.state`.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = jpeft.lora(rank=2)(jax.random.key(0), {"kernel": jnp.ones((5, 3))})
+    >>> jpeft.count(params)
+    Count(trainable=16, frozen=15)
     """
     total = {TRAINABLE: 0, FROZEN: 0}
     for _, slot in _weights(slots(params)):
@@ -89,6 +94,16 @@ def summary(params: PyTree) -> str:
     """A table: path, shape, method, trainable and frozen parameters, bytes; totals.
 
     Of parameters alone, as `count` counts them.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> base = {"bias": jnp.ones(3), "kernel": jnp.ones((5, 3))}
+    >>> print(jpeft.summary(jpeft.lora(rank=2)(jax.random.key(0), base)))
+    path    shape  method            trainable  frozen  bytes
+    ---------------------------------------------------------
+    bias    3      -                         0       3     12
+    kernel  5x3    LowRank                  16      15    124
+    ---------------------------------------------------------
+    total          trainable 47.06%         16      18    136
     """
     rows, sums = [], [0, 0, 0]
     for path, slot in _weights(slots(params)):

@@ -41,6 +41,12 @@ def merge(params: PyTree, *, dtype: Any = None, requantize: bool = False) -> PyT
     in its own format again, which rounds once more: `jpeft.quant.rounding` says by how
     much, beside what the adapter changed.  Matrices that it left as they were keep
     their codes.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = jpeft.lora(rank=2)(jax.random.key(0), {"kernel": jnp.ones((5, 3))})
+    >>> merged = jpeft.merge(params)
+    >>> merged["kernel"].shape, isinstance(merged["kernel"], jax.Array)
+    ((5, 3), True)
     """
     check_merge("merge", dtype, requantize)
 
@@ -74,6 +80,12 @@ def unload(params: PyTree) -> PyTree:
 
     A quantised weight is the base of what was trained on it, and stays as it is;
     `merge` makes arrays of it.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> base = {"kernel": jnp.ones((5, 3))}
+    >>> params = jpeft.lora(rank=2)(jax.random.key(0), base)
+    >>> jpeft.unload(params)["kernel"] is base["kernel"]
+    True
     """
     flat = slots(params)
     check_adapted(flat, "unload")
@@ -86,6 +98,13 @@ def finalize(params: PyTree) -> PyTree:
     The encoder of `p_tuning` and the network of a reparametrised `prefix` give way to
     the vectors they make.  What is trained or saved from here on is these.  Everything
     else stays as it is.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> table = {"embed": {"embedding": jnp.ones((11, 6))}}
+    >>> params = jpeft.p_tuning(length=4)(jax.random.key(0), table)
+    >>> kind = lambda params: type(params["embed"]["embedding"]).__name__
+    >>> kind(params), kind(jpeft.finalize(params))
+    ('LstmPrompt', 'Prompt')
     """
     flat = slots(params)
     check_adapted(flat, "finalize")

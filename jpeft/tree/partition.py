@@ -42,6 +42,12 @@ def trainable_mask(params: PyTree) -> PyTree:
 
     Beware of `optax.masked(tx, mask)`: it passes the raw gradient through to what it
     masks out.  `jpeft.freeze(tx)` does what is wanted.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = jpeft.lora(rank=2)(jax.random.key(0), {"kernel": jnp.ones((5, 3))})
+    >>> mask = jpeft.trainable_mask(params)["kernel"]
+    >>> mask.a, mask.b, mask.base
+    (True, True, False)
     """
     if is_placeholder(params):
         return params
@@ -74,6 +80,14 @@ def partition(params: PyTree) -> tuple[PyTree, PyTree]:
 
     Gradients and optimiser state of the first exist for the adapters only.  Raises
     ValueError if nothing is trainable.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = jpeft.lora(rank=2)(jax.random.key(0), {"kernel": jnp.ones((5, 3))})
+    >>> trainable, frozen = jpeft.partition(params)
+    >>> trainable["kernel"].a.shape, trainable["kernel"].base
+    ((5, 2), None)
+    >>> frozen["kernel"].a, frozen["kernel"].base.shape
+    (None, (5, 3))
     """
     mask = trainable_mask(params)
     pick = lambda side: jax.tree.map(
@@ -83,7 +97,15 @@ def partition(params: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
-    """The tree again: `combine(*partition(params))` is `params`."""
+    """The tree again: `combine(*partition(params))` is `params`.
+
+    >>> import jax, jax.numpy as jnp, jpeft
+    >>> params = jpeft.lora(rank=2)(jax.random.key(0), {"kernel": jnp.ones((5, 3))})
+    >>> trainable, frozen = jpeft.partition(params)
+    >>> half = jax.tree.map(lambda a: a / 2, trainable)  # what an optimiser makes of it
+    >>> jpeft.combine(half, frozen)["kernel"].base is params["kernel"].base
+    True
+    """
 
     def one(t: Any, f: Any) -> Any:
         if t is not None and f is not None:

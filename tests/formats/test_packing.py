@@ -56,7 +56,7 @@ def test_nibbles_name_where_their_code_begins(shape, axis, whole):
     c = codes(*shape)
     packed = packing.groups(packing.pack(jnp.asarray(c), axis), axis)
     halves = [
-        codebooks.look_up(byte, list(range(16)), first)
+        codebooks.look_up(byte, list(np.arange(16)), first)
         for byte, first in packing.nibbles(packed, whole=whole)
     ]
     got = np.concatenate(halves, axis + 1).reshape(shape)

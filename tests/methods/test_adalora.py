@@ -67,6 +67,40 @@ def orthogonality_by_numpy(matrices):
     return [(off(p), off(q.T)) for p, q in matrices]
 
 
+def three(pruned=()):
+    """Two matrices and a stack of two, of rank 3, with random triplets."""
+    params = {"one": jnp.ones((7, 5)), "two": jnp.ones((4, 6)), "stack": jnp.ones((7,))}
+    tree = jpeft.adalora(3, where="one|two")(KEY, params)
+    x = np.ones((2, 7, 5), np.float32)
+    arrays = {"p": x[..., :3], "lam": x[:, 0, :3], "q": x[:, :3]}
+    stack = tree["one"].replace(base=jnp.asarray(x), axes="sio", **arrays)
+    return random_triplets({**tree, "stack": stack}, pruned=pruned)
+
+
+def test_the_penalty_of_two_matrices_and_a_stack():
+    params, pairs = three(), []
+    for leaf in triplets(params):
+        p, q = np.float64(leaf.p), np.float64(leaf.q)
+        pairs += zip(p, q, strict=True) if leaf.stack_ndim else [(p, q)]
+    both = np.array(orthogonality_by_numpy(pairs))
+    assert len(both) == 4
+    np.testing.assert_allclose(jpeft.orthogonality(params), both.sum(), rtol=1e-5)
+    norms = jpeft.orthogonality(params, form="mean_of_norms")
+    np.testing.assert_allclose(norms, np.sqrt(both).mean(), rtol=1e-5)
+
+
+def test_compact_keeps_every_weight():
+    # Of the first matrix one is pruned, of the stack's two and one, of the last all.
+    params = three(pruned={1, 3, 5, 7, 9, 10, 11})
+    small = jpeft.compact(params)
+    shapes = lambda x: (x.p.shape, x.lam.shape, x.q.shape)
+    assert shapes(small["one"]) == ((7, 2), (2,), (2, 5))
+    assert shapes(small["stack"]) == ((2, 7, 2), (2, 2), (2, 2, 5))
+    assert isinstance(small["two"], jax.Array)
+    for want, got in zip(*map(jax.tree.leaves, map(jpeft.merge, (params, small)))):  # noqa: B905
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["unrolled", "scan"])
 def test_the_penalty_is_that_of_every_matrix(name):

@@ -383,7 +383,7 @@ def test_half_of_a_partitioned_tree(tmp_path):
             )
 
 
-def test_a_key_that_is_none():
+def test_a_key_that_is_none(unchecked):
     lora, chain = jpeft.lora(rank=2), jpeft.chain(jpeft.quantize())
     for t in (lora, chain, jpeft.vera(rank=2)):
         raises(["jax.random.key(0)", "came a int"], lambda t=t: t(0, tree()))

@@ -127,6 +127,36 @@ def test_alpha_learns_through_the_noise():
     assert np.all(sigmoid(leaf.alpha)[:, 2:] < 0.5)
 
 
+def two():
+    rng = np.random.default_rng(6)
+    base = {n: jnp.ones(s) for n, s in (("one", (7, 5)), ("two", (3, 4)))}
+    params = jpeft.diff_pruning(alpha=0.6)(KEY, base)
+    trainable, frozen = jpeft.partition(params)
+    draw = lambda x: jnp.float32(rng.normal(size=x.shape))
+    return jpeft.combine(jax.tree.map(draw, trainable), frozen)
+
+
+def test_gates_of_a_matrix_are_drawn_with_a_key_alone():
+    params = two()
+    run = lambda key: jpeft.adapt(lambda p: p["one"] + 0, key=key)(params)
+    np.testing.assert_allclose(run(None), jpeft.merge(params)["one"], rtol=1e-6)
+    one, two_ = run(jax.random.key(1)), run(jax.random.key(2))
+    np.testing.assert_array_equal(one, run(jax.random.key(1)))
+    assert np.abs(one - run(None)).max() > 1e-3 and np.abs(one - two_).max() > 1e-3
+
+
+def test_of_two_matrices_the_largest_changes_stay():
+    params = two()
+    changes = {n: np.asarray(x.change()) for n, x in params.items()}
+    flat = np.abs(np.concatenate([x.ravel() for x in changes.values()]))
+    least = np.sort(flat)[-9]  # a fifth of 47, rounded
+    small = jpeft.sparsify(params, 0.2)
+    for n, x in jpeft.merge(small).items():
+        want = 1 + np.where(np.abs(changes[n]) >= least, changes[n], 0)
+        np.testing.assert_array_equal(x, np.float32(want))
+    assert jpeft.count(small).trainable == 9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("structured", slow_but([False], [False, True]))
 def test_the_projection_keeps_the_largest_of_all_leaves(structured, tmp_path):

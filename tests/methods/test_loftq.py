@@ -17,6 +17,20 @@ def error(params):
     return float(jnp.linalg.norm(jpeft.merge(params)["kernel"] - W))
 
 
+def test_the_first_step_is_the_best_correction_and_the_next_come_nearer():
+    """Eckart-Young: what is left is the singular values beyond the rank."""
+    base = {"kernel": W[:64, :7]}
+    made = lambda t: np.asarray(jpeft.merge(t(KEY, base))["kernel"], np.float64)
+    rest = np.asarray(base["kernel"], np.float64) - made(jpeft.quantize("nf4"))
+    left = np.sqrt(np.sum(np.linalg.svd(rest)[1][3:] ** 2))
+    found = [
+        np.linalg.norm(made(jpeft.loftq(rank=3, alpha=6, steps=n)) - base["kernel"])
+        for n in (1, 3)
+    ]
+    assert found[0] == pytest.approx(left, rel=1e-4)
+    assert found[1] < 0.99 * found[0]
+
+
 @pytest.mark.slow
 def test_each_step_comes_nearer_to_the_weight():
     plain = error(jpeft.quantize("nf4")(KEY, {"kernel": W}))

@@ -352,10 +352,11 @@ def test_a_network_is_shared_and_dropped_after_the_training(network, mode, tmp_p
     np.testing.assert_array_equal(apply(again), apply(done))
 
 
-@pytest.mark.slow
 def test_a_network_equals_its_formula():
-    module, params = A.model()
-    made = jpeft.prefix(LENGTH, reparametrization="mlp", width=6)(KEY, params)
+    w = lambda *shape: {"kernel": jnp.ones(shape)}
+    attn = {n: w(8, 2, 4) for n in ("query", "key", "value")} | {"out": w(2, 4, 8)}
+    layers = {f"layer_{k}": {"attention": attn} for k in range(2)}
+    made = jpeft.prefix(LENGTH, reparametrization="mlp", width=6)(KEY, layers)
     done = jpeft.finalize(made)
     leaf = made["layer_0"]["attention"]["key"]["kernel"]
     other = made["layer_1"]["attention"]["value"]["kernel"]

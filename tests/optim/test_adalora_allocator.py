@@ -10,7 +10,8 @@ from speed import slow_but
 
 import jpeft
 from jpeft.methods.adalora import triplets
-from jpeft.optim.allocator import allocate, budget, drop_steps
+from jpeft.optim.allocator import Entries, allocate, budget, drop_steps, triplet_scores
+from jpeft.optim.allocator import _smoothed as learnt
 
 KEY = jax.random.key(4)
 STEPS, T_INIT, T_FINAL = 30, 6, 9
@@ -176,6 +177,24 @@ def test_the_schedule_is_the_cubic_one_at_every_step():
         want = int((initial - target) * left**3 + target)
         want = initial if t <= t_init else target if t > total - t_final else want
         assert int(got[t]) == want, t
+
+
+def test_scores_are_those_of_the_algorithm():
+    rng = np.random.default_rng(5)
+    shapes = {"p": (2, 7, 3), "lam": (2, 3), "q": (2, 3, 5)}
+    draw = lambda: {n: np.float32(rng.normal(size=s)) for n, s in shapes.items()}
+    rows = lambda x: [{n: np.float64(y[k]) for n, y in x.items()} for k in range(2)]
+    weights = draw()
+    plain = Plain(rows(weights), "paper", 1, 1)
+    s = u = Entries(**{n: jnp.zeros(x) for n, x in shapes.items()})
+    for _ in range(3):
+        grads = draw()
+        plain.learn(rows(weights), rows(grads))
+        s, u = learnt(Entries(**weights), Entries(**grads), s, u, BETA1, BETA2, True)
+    np.testing.assert_allclose(triplet_scores(s, u), plain.scores(), rtol=1e-5)
+    kept = learnt(Entries(**weights), Entries(**draw()), s, u, BETA1, BETA2, False)
+    for x, y in zip(jax.tree.leaves(kept), jax.tree.leaves((s, u)), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_ties_go_in_order_or_all_together():

@@ -97,6 +97,21 @@ def test_it_is_two_optimisers_of_which_one_is_faster(name):
     )
 
 
+def test_every_b_learns_faster_and_vectors_if_asked():
+    params = {"kernel": jnp.ones((7, 5)), "bias": jnp.ones(5)}
+    params = jpeft.chain(jpeft.lora(2), jpeft.bitfit())(KEY, params)
+    ones = jax.tree.map(jnp.ones_like, jpeft.partition(params)[0])
+    for vectors, of_bias in ((False, -0.5), (True, -8.0)):
+        tx = jpeft.optim.lora_plus(optax.sgd(0.5), ratio=16, vectors=vectors)
+        updates, _ = tx.update(ones, tx.init(ones), ones)
+        want = {"a": -0.5, "b": -8.0}
+        found = {n: getattr(updates["kernel"], n) for n in want}
+        assert {n: set(np.ravel(x).tolist()) for n, x in found.items()} == {
+            n: {x} for n, x in want.items()
+        }
+        assert set(np.ravel(updates["bias"].delta).tolist()) == {of_bias}
+
+
 def test_what_is_fast():
     params, _ = setting("scan")
     flat, _ = jax.tree_util.tree_flatten_with_path(fast(params, vectors=False))

@@ -77,8 +77,8 @@ class Cells:
         )
 
     def encode(
-        self, x: Float[Array, "rows columns"], look_up: Callable[[Array], Any]
-    ) -> Int32[Array, "rows columns"]:
+        self, x: Float[Array, "*shape"], look_up: Callable[[Array], Any]
+    ) -> Int32[Array, "*shape"]:
         """As `codebooks.encode`, for |x| <= 1; NaN gets some code.
 
         look_up: cell -> its entries in the two tables, where of `cell` only the lowest
