@@ -43,6 +43,12 @@ class Verb:
 
     eqn: Any
 
+    @property
+    def only_moves(self) -> bool:
+        """Whether the result has the values of the first operand, all of them, moved
+        about or cast."""
+        return False
+
     def carried(
         self, axes: Sequence[frozenset[T]]
     ) -> list[tuple[frozenset[T], ...]] | None:
@@ -68,6 +74,10 @@ class _OfOne(Change, ByElement):
 
 class Cast(_OfOne):
     """To another dtype."""
+
+    @property
+    def only_moves(self) -> bool:
+        return True
 
     @property
     def dtype(self) -> Any:
@@ -615,6 +625,10 @@ class Move(Verb):
         return next((type(s) for s in self.along.values()), None)
 
     @property
+    def only_moves(self) -> bool:
+        return self.step is None
+
+    @property
     def order(self) -> list[int]:
         """The operand's axes, but for those that are in no axis of the result, in the
         order in which the result has them."""
@@ -838,22 +852,26 @@ def read(eqn: Any) -> Verb | None:
 
 
 def only_moves(eqn: Any) -> bool:
-    """Whether the result has the values of the first operand, all of them, moved about
-    or cast."""
+    """See `Verb.only_moves`."""
     verb = read(eqn)
-    return isinstance(verb, Cast) or (isinstance(verb, Move) and verb.step is None)
+    return verb is not None and verb.only_moves
 
 
-def varying(var: Any, made_by: Callable[[Any], Any]) -> set[int]:
+def adds(eqn: Any) -> bool:
+    """Whether it is an `Add`, without reading all the others of a program."""
+    return _VERBS.get(eqn.primitive.name) is Add
+
+
+def varying(var: Any, made_by: Callable[[Any], Verb | None]) -> set[int]:
     """The axes along which a value really varies: not those along which it was repeated
-    before.  made_by: the equation that made a variable, or None."""
-    made = None if isinstance(var, compat.Literal) else made_by(var)
-    if made is None or not only_moves(made):
+    before.  made_by: what made a variable, where that is known."""
+    verb = None if isinstance(var, compat.Literal) else made_by(var)
+    if verb is None or not verb.only_moves:
         shape = getattr(var.aval, "shape", ())  # a token has none
         return {k for k, n in enumerate(shape) if n > 1}
-    verb, was = read(made), varying(made.invars[0], made_by)
-    axes = [frozenset({k} & was) for k in range(len(_source(made)))]
-    (moved,) = verb.carried(axes)  # type: ignore[union-attr, misc]
+    was = varying(verb.eqn.invars[0], made_by)
+    axes = [frozenset({k} & was) for k in range(len(_source(verb.eqn)))]
+    (moved,) = verb.carried(axes)  # type: ignore[misc]
     return {k for k, held in enumerate(moved) if held}
 
 

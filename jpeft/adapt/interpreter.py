@@ -20,7 +20,16 @@ from jax import lax
 
 from jpeft import compat
 from jpeft.adapt.channel import Channel, Ledger, Rows
-from jpeft.adapt.equations import Add, Contract, Join, Product, Route, Verb, read
+from jpeft.adapt.equations import (
+    Contract,
+    Join,
+    Product,
+    Route,
+    Verb,
+    adds,
+    read,
+    varying,
+)
 from jpeft.leaf import (
     AdaptedLeaf,
     Path,
@@ -177,6 +186,11 @@ class Interpreter:
         one was entered in place; or None."""
         var = self.source(var)
         return None if isinstance(var, compat.Literal) else self._producer.get(var)
+
+    def varying(self, var: Any) -> set[int]:
+        """See `equations.varying`."""
+        made = self.producer
+        return varying(var, lambda v: None if made(v) is None else read(made(v)))
 
     def source(self, var: Any) -> Any:
         """The variable or literal that stands for `var` outside of a program that was
@@ -452,7 +466,7 @@ def _keep_summands(jaxpr: Any, last: dict[Any, int]) -> None:
     leaf may stand for that (`adds_to`)."""
     sums: dict[Any, Any] = {}
     for k, e in enumerate(jaxpr.eqns):
-        if not isinstance(read(e), Add):
+        if not adds(e):
             continue
         for v in _vars(e):
             for summand in sums.get(v, ()):

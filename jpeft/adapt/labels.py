@@ -29,7 +29,6 @@ from jpeft.adapt.equations import (
     Said,
     Same,
     Scale,
-    varying,
 )
 from jpeft.adapt.equations import align as align
 from jpeft.adapt.interpreter import Interpreter, acts
@@ -261,7 +260,7 @@ def factor_of(
     leaf = ins[side]
     if by.eqn.outvars[0].aval.shape != leaf.shape:
         return None  # the weight itself is broadcast
-    wide = varying(by.eqn.invars[1 - side], it.producer)
+    wide = it.varying(by.eqn.invars[1 - side])
     return leaf, jnp.broadcast_to(ins[1 - side], leaf.shape), wide
 
 

@@ -163,7 +163,7 @@ class _Finder:
         self.shapes = shapes
         self.names = names
         self.uses: list[list[tuple[Use, frozenset[int]]]] = [[] for _ in shapes]
-        self.made_by: dict[Any, Any] = {}
+        self.made_by: dict[Any, Verb | None] = {}
         self.values = Values()
 
     def start(self, program: Program, n: int) -> None:
@@ -202,7 +202,6 @@ class _Finder:
         several = _read_often(jaxpr)
         self.values.share(v for v in jaxpr.invars if v in several)
         for eqn in jaxpr.eqns:
-            self.made_by.update(dict.fromkeys(eqn.outvars, eqn))
             self.lookups.add(eqn)
             ins = [read(v) for v in eqn.invars]
             from_data = [depends(v) for v in eqn.invars]
@@ -216,6 +215,7 @@ class _Finder:
         self, eqn: Any, ins: list[Tags], fed: list[bool], context: tuple[str, ...]
     ) -> tuple[list[Tags], list[bool]]:
         name, verb = eqn.primitive.name, read(eqn)
+        self.made_by.update(dict.fromkeys(eqn.outvars, verb))
         if isinstance(verb, Call):
             jaxpr, skip = verb.jaxpr, verb.first
             self.lookups.enter(jaxpr, verb.consts, verb.given)

@@ -53,7 +53,6 @@ from jpeft.adapt.equations import (
     Write,
     align,
     read,
-    varying,
 )
 from jpeft.adapt.interpreter import Interpreter, settled
 from jpeft.adapt.labels import contract
@@ -385,7 +384,7 @@ class Extended(Carried):
         down to it; None if it is not."""
         if jnp.ndim(x) == 0:
             return x
-        if self.axis in varying(var, it.producer):
+        if self.axis in it.varying(var):
             return None
         return lax.slice_in_dim(x, 0, 1, axis=self.axis)
 

@@ -209,7 +209,7 @@ def test_a_value_varies_where_it_was_not_repeated():
         return turned, turned * y
 
     jaxpr = jax.make_jaxpr(f)(jnp.ones(3), jnp.ones((3, 20), jnp.bfloat16)).jaxpr
-    made = {v: e for e in jaxpr.eqns for v in e.outvars}
+    made = {v: read(e) for e in jaxpr.eqns for v in e.outvars}
     turned, product = jaxpr.outvars
     assert varying(turned, made.get) == {0}
     assert varying(product, made.get) == {0, 1}
