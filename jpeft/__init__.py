@@ -1,20 +1,14 @@
 """jpeft: parameter-efficient fine-tuning of any JAX model."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jpeft import config as config
 from jpeft import extend as extend
-from jpeft import hf as hf
-from jpeft import objectives as objectives
-from jpeft import optim as optim
-from jpeft import plot as plot
 from jpeft import quant as quant
 from jpeft import sharding as sharding
 from jpeft.adapt.entry import adapt as adapt
 from jpeft.adapt.uses import find_uses as find_uses
-from jpeft.checkpoint.adapter import load as load
-from jpeft.checkpoint.adapter import read_transform as read_transform
-from jpeft.checkpoint.adapter import save as save
-from jpeft.checkpoint.manager import CheckpointManager as CheckpointManager
-from jpeft.checkpoint.stream import load_quantized as load_quantized
 from jpeft.config import from_config as from_config
 from jpeft.leaf import AdaptedLeaf as AdaptedLeaf
 from jpeft.methods.adalora import adalora as adalora
@@ -44,8 +38,6 @@ from jpeft.methods.prompt import prompt as prompt
 from jpeft.methods.quantize import quantize as quantize
 from jpeft.methods.unipelt import unipelt as unipelt
 from jpeft.methods.vera import vera as vera
-from jpeft.optim.freeze import freeze as freeze
-from jpeft.optim.freeze import value_and_grad as value_and_grad
 from jpeft.transform import Transform as Transform
 from jpeft.transform import chain as chain
 from jpeft.tree.change import cast as cast
@@ -72,3 +64,45 @@ from jpeft.virtual import VirtualTokens as VirtualTokens
 from jpeft.virtual import prepend_virtual_tokens as prepend_virtual_tokens
 from jpeft.virtual import strip_virtual_tokens as strip_virtual_tokens
 from jpeft.virtual import virtual_template as virtual_template
+
+# Rooms that a program may never enter would take an eighth of this import's time, so
+# they are imported with the first name that is asked of them.
+if TYPE_CHECKING:
+    from jpeft import hf as hf
+    from jpeft import objectives as objectives
+    from jpeft import optim as optim
+    from jpeft import plot as plot
+    from jpeft.checkpoint.adapter import load as load
+    from jpeft.checkpoint.adapter import read_transform as read_transform
+    from jpeft.checkpoint.adapter import save as save
+    from jpeft.checkpoint.manager import CheckpointManager as CheckpointManager
+    from jpeft.checkpoint.stream import load_quantized as load_quantized
+    from jpeft.optim.freeze import freeze as freeze
+    from jpeft.optim.freeze import value_and_grad as value_and_grad
+
+_LATE = {
+    "hf": "jpeft.hf",
+    "objectives": "jpeft.objectives",
+    "optim": "jpeft.optim",
+    "plot": "jpeft.plot",
+    "load": "jpeft.checkpoint.adapter",
+    "read_transform": "jpeft.checkpoint.adapter",
+    "save": "jpeft.checkpoint.adapter",
+    "CheckpointManager": "jpeft.checkpoint.manager",
+    "load_quantized": "jpeft.checkpoint.stream",
+    "freeze": "jpeft.optim.freeze",
+    "value_and_grad": "jpeft.optim.freeze",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    room = importlib.import_module(_LATE[name])
+    value = room if _LATE[name] == f"{__name__}.{name}" else getattr(room, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATE} - {"Any", "TYPE_CHECKING", "importlib"})

@@ -6,6 +6,8 @@ import sys
 # Each is imported when something of it is first used.
 LATE = ("orbax", "tensorstore", "matplotlib", "gguf", "optax", "flax.nnx")
 PALLAS = "jax.experimental.pallas.tpu"
+# Rooms that a program may never enter; the roof imports them when it is asked for them.
+ROOMS = ("checkpoint", "hf", "objectives", "optim", "plot")
 
 
 def printed(program):
@@ -38,3 +40,20 @@ print(jpeft.lora(2)(jax.random.key(0), {{"kernel": p}})["kernel"].a.shape)
         ["orbax", "tensorstore"],
     ]
     assert parts[4].split() == ["(3,", "2)"]
+
+
+def test_a_room_is_imported_with_the_first_name_asked_of_it():
+    program = f"""
+import sys, jpeft
+there = lambda: [r for r in {ROOMS!r} if "jpeft." + r in sys.modules]
+print(*there(), "|", *("save" in dir(jpeft), "optim" in dir(jpeft)), "|")
+jpeft.save, jpeft.optim.lora_plus
+print(*there(), "|")
+from jpeft import plot, VirtualTokens, CheckpointManager
+print(jpeft.plot is plot, hasattr(jpeft, "none"), jpeft.freeze is jpeft.optim.freeze)
+"""
+    first, listed, second, last = " ".join(printed(program)).split("|")
+    assert first.split() == []
+    assert listed.split() == ["True", "True"]
+    assert second.split() == ["checkpoint", "optim"]
+    assert last.split() == ["True", "False", "True"]
