@@ -1,5 +1,7 @@
-"""Methods that put a leaf on each weight they choose: which weights, checked, and how a
-leaf gets its key, its box and its place."""
+"""Methods that put a leaf on each weight that they choose.
+
+Which weights they choose and what is checked; how a leaf gets its key, its box and its
+sharding."""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ class LeafMethod(Transform):
 
     # False: the method acts on the whole array and asks nothing of its axes.
     needs_axes: ClassVar[bool] = True
-    # False: what it makes has no merged value that a model could use in its place.
+    # False: its leaf has no merged weight that a model could use instead.
     has_value: ClassVar[bool] = True
     # What to type instead where a tree has nothing for it, or "".
     otherwise: ClassVar[str] = ""
@@ -110,7 +112,7 @@ class LeafMethod(Transform):
         return out
 
     def _unused(self, flat: Slots, known: Mapping[str, LeafUse]) -> list[str]:
-        """What the method could act on by name, and the traced call does not use."""
+        """Weights that by name the method could act on, unused by the traced call."""
         idle = [p for p, u in known.items() if u.kind == UNUSED]
         names = layouts(flat, None) if idle else {}
         return [p for p in idle if self.accepts(names[p])]
@@ -127,7 +129,8 @@ class LeafMethod(Transform):
     def adapted(
         self, key: jax.Array, path: str, slot: Any, use: LeafUse
     ) -> AdaptedLeaf:
-        """The slot with this method's leaf over it, boxed and placed as its base is."""
+        """The slot with this method's leaf over it, in the box and the sharding of its
+        base."""
         base = weight(slot)
         leaf = self.attach(path_key(key, path), path, base, use)
         leaf = place_beside(leaf, unbox(innermost(slot)))
@@ -183,7 +186,7 @@ def path_key(key: jax.Array, path: str) -> jax.Array:
 
 
 def in_doubt(transform: LeafMethod, use: LeafUse, explicit: bool) -> bool:
-    """Whether the axes of a selected weight are not known as the method needs them."""
+    """Whether a selected weight lacks the labels of axes that the method needs."""
     return bool(
         transform.needs_axes
         and use.doubt
@@ -192,8 +195,8 @@ def in_doubt(transform: LeafMethod, use: LeafUse, explicit: bool) -> bool:
 
 
 def _may_be_whole(transform: LeafMethod, use: LeafUse) -> bool:
-    """Whether its axes are known, and where the model changes it, or has a gradient
-    rule of its own for it, a full value could take its place."""
+    """Whether the axes are known, and the full value could replace the weight where the
+    model changes it or has a gradient rule of its own for it."""
     return use.axes is not None and (transform.has_value or not use.uses)
 
 

@@ -84,7 +84,7 @@ def under_name_stack(stack: Any) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def at_equation(eqn: Any):
-    """Profiles and errors of what runs inside name the layer `eqn` came from."""
+    """A context in which profiles and errors name the layer that `eqn` came from."""
     stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack):
         with eqn.ctx.manager:
@@ -95,8 +95,8 @@ _Transform = type(source_info_util.new_name_stack().transform("jvp").stack[0])
 
 
 def differentiates(eqns: Sequence[Any]) -> bool:
-    """Whether the last of these equations, each inside of the one before, was written
-    by `jax.grad`, `jvp` and their kin, while `adapt` traced the first.
+    """Whether `jax.grad`, `jvp` or the like wrote the last of these equations while
+    `adapt` traced the first.  Each equation is inside the one before it.
 
     JAX notes it in the name stack of all that runs inside of them, of the function's
     own equations as of those of its derivative; of `jet` only Python's stack tells.
@@ -135,8 +135,8 @@ def varying_axes(x: Any) -> list[str]:
 
 
 def output_like(shape: tuple[int, ...], dtype: Any, *operands: Any) -> Any:
-    """The type of a kernel's result, which varies, under `shard_map`, along the axes
-    that its operands do."""
+    """The type of a kernel's result.  Under `shard_map` the result varies along the
+    mesh axes along which its operands vary."""
     varying = frozenset(a for x in operands for a in varying_axes(x))
     kind = jax.sharding.ManualAxisType(varying=varying)
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
@@ -155,8 +155,9 @@ def triton_asks_for_a_gpu() -> bool:
 
 
 def varying_alike(tree: Any) -> Any:
-    """A tree whose arrays all vary along the axes that some of them vary along, so that
-    inside `shard_map` they may meet in one equation or loop."""
+    """The tree in which every array varies along the union of the arrays' varying axes.
+
+    Inside `shard_map` they may then meet in one equation or loop."""
     kinds = (jax.Array, np.ndarray)
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, kinds)]
     axes = sorted({a for x in arrays for a in varying_axes(x)})
@@ -174,9 +175,9 @@ def varying_alike(tree: Any) -> Any:
 
 
 def abstract(shape: tuple[int, ...], dtype: Any, like: Any, place: Any) -> Any:
-    """An array's type, varying along the manual mesh axes that `like` varies along.
+    """An array's type that varies along the same manual mesh axes as `like`.
 
-    place: its sharding, where that is part of its type.
+    place: its sharding, where shardings are part of types.
     """
     if not varying_axes(like):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
@@ -193,7 +194,7 @@ def is_key_array(x: Any) -> bool:
 
 
 def draws_by_number() -> bool:
-    """Whether a random entry depends on its number alone, not on the array's size."""
+    """Whether a random entry depends on its position alone, not on the array's size."""
     return getattr(jax.config, "jax_threefry_partitionable", True)
 
 
@@ -205,13 +206,13 @@ def waits_on_host(x: Any) -> bool:
 
 
 def on_device(x: Any) -> Any:
-    """A weight that waits in its host's memory, brought to where it computes."""
+    """The weight on the device that computes, copied there if it is in host memory."""
     if waits_on_host(x):
         return jax.device_put(x, jax.memory.Space.Device)
     return x
 
 
 def typed_sharding(x: Any) -> Any:
-    """Where an array is, if that is part of its type (on an explicit mesh), or None."""
+    """An array's sharding where types have one (on an explicit mesh), else None."""
     sharding = jax.typeof(x).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None

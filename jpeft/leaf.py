@@ -119,7 +119,7 @@ def adapted_leaf(cls: type[T]) -> type[T]:
         data_fields=[n for n, r in roles.items() if r != STATIC],
         meta_fields=statics,
     )
-    with contextlib.suppress(ValueError):  # the name is known, of a cell run before
+    with contextlib.suppress(ValueError):  # a notebook cell that runs again
         _let_export(cls, statics)
     let_serialize(cls, stored)
     KINDS[cls.__name__] = cls  # type: ignore[assignment]
@@ -187,8 +187,8 @@ class AdaptedLeaf:
     __array_priority__ = 100
 
     def instead(self, name: str) -> str:
-        """For a refusal: what to type where a model uses the weight `name` in a way
-        that the leaf has no form for."""
+        """What a refusal tells the user to type, where a model uses the weight `name`
+        in a way for which the leaf has no rule."""
         leave = f"Leave it out (exclude={name!r})"
         if not all(map(merges, layers(self))):
             return leave
@@ -265,8 +265,8 @@ class AdaptedLeaf:
         return None
 
     def for_shards(self, spec: PartitionSpec, mesh: Any) -> Self | None:
-        """The leaf with arrays that can be cut as `spec` cuts the weight, whose static
-        fields speak of one shard.  None: they cannot."""
+        """The leaf as one shard sees it, if its arrays can be sharded as `spec` shards
+        the weight: its static fields describe one shard.  None: they cannot be."""
         if not is_leaf(self.base):
             return self
         base = self.base.for_shards(spec, mesh)
@@ -362,14 +362,14 @@ class StoredWeight(AdaptedLeaf):
 
 
 class Linked:
-    """A leaf that hands something to another one of its sub-layer, or takes it."""
+    """A leaf that hands a value to another leaf of its sub-layer, or receives one."""
 
     def opens(self) -> frozenset[str]:
-        """Names of the links this leaf leaves for a later weight of its sub-layer."""
+        """Names of the links that this leaf opens for a later one of its sub-layer."""
         return frozenset()
 
     def closes(self) -> frozenset[str]:
-        """Names of the links this leaf takes up."""
+        """Names of the links that this leaf closes."""
         return frozenset()
 
 
@@ -398,11 +398,13 @@ class Several:
 
 
 class OfText:
-    """A leaf that asks which rows of a text are virtual tokens, or tells it."""
+    """A leaf that needs to know which positions of a text are virtual tokens, or
+    that finds them."""
 
     def enters(self, program: Any, k: int) -> None:
-        """Told before anything acts of the traced program (`adapt.entry.Program`) whose
-        k-th input it is.  Raises where the model cannot be adapted so."""
+        """`adapt` calls it before any leaf acts, with the traced program
+        (`adapt.entry.Program`) whose k-th input the leaf is.  Raises where the model
+        cannot be adapted in this way."""
 
 
 # --- values with something owed ------------------------------------------------------
@@ -442,13 +444,13 @@ class Carried:
         raise NotImplementedError
 
     def through(self, it: Any, eqn: Any, ins: list[Any]) -> Any:
-        """What the equation makes of it (a list for several outputs), or None: every
-        carried operand is settled first."""
+        """What the equation makes of it (a list for several outputs).  None: the
+        interpreter first settles every carried operand."""
         return None
 
     def as_constant(self, it: Any, eqn: Any) -> Any:
-        """What stands for it in an equation of a derivative: nothing may be owed there,
-        for that derivative knows nothing of it."""
+        """What replaces it in an equation of a derivative.  Nothing may be owed there,
+        since the derivative does not see what is owed."""
         return self.settle()
 
     def on_value(self, f: Callable[[Any], Any]) -> Any:
@@ -467,7 +469,7 @@ class Carried:
     def ndim(self) -> int:
         return len(self.shape)
 
-    # A method over another one adds to what that one's leaf makes, or scales it.
+    # The outer method's leaf adds to what the inner method's leaf makes, or scales it.
 
     def __add__(self, other: Any) -> Any:
         return self.on_value(lambda x: x + other)
@@ -484,7 +486,7 @@ def is_carried(x: Any) -> bool:
 
 
 def is_node(x: Any) -> bool:
-    """Of values in a program: not an array, but a leaf or a carried value."""
+    """Whether a value in a program is no array but a leaf or a carried value."""
     return isinstance(x, (AdaptedLeaf, Carried))
 
 
@@ -604,7 +606,7 @@ def disabled(x: Any) -> Any:
 
 
 def transients(leaf: AdaptedLeaf) -> dict[str, Any]:
-    """What `adapt` put into the leaf for this call."""
+    """The fields that `adapt` sets for one call."""
     fields = {n: getattr(leaf, n) for n, r in roles(leaf).items() if r == TRANSIENT}
     return {n: x for n, x in fields.items() if x is not None}
 
@@ -629,7 +631,8 @@ def check_whole(x: Any, path: str, caller: str) -> None:
 def fold_key(x: Any, of: int, n: Any) -> Any:
     """The value with the n-th of a kind folded into the dropout key of each leaf in it.
 
-    of: what is counted, so that the second use and the second step differ.
+    of: the name of what n counts, so that the second use of a weight and the second
+        step of a loop get different keys.
     """
     if not is_leaf(x):
         return x

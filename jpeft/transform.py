@@ -48,7 +48,7 @@ def method(name: str) -> Callable[[T], T]:
 
 
 def _naming_arguments(cls: type[Transform]) -> Callable[..., None]:
-    """Its `__init__`, which says of arguments that do not fit which ones there are."""
+    """An `__init__` whose error, where an argument does not fit, lists them all."""
     init = cls.__init__
 
     @functools.wraps(init)
@@ -63,8 +63,10 @@ def _naming_arguments(cls: type[Transform]) -> Callable[..., None]:
 def _misfit(
     cls: type[Transform], by_place: int, named: Mapping[str, Any], item: str, whole: str
 ) -> str:
-    """What is wrong with a transform's arguments, of which the first `by_place` have no
-    names, or "".  item, whole: what the message calls one of them, and all."""
+    """What is wrong with a transform's arguments, or "".
+
+    by_place: how many of them are given without a name.  item, whole: what the message
+    calls one of them, and all of them."""
     fields = dataclasses.fields(cls)
     known = [f.name for f in fields]
     for key in named:
@@ -94,8 +96,10 @@ def _misfit(
 
 
 def written(default: Any, *, unless: Any = dataclasses.MISSING) -> Any:
-    """A field that a configuration leaves out at the value `unless`, not at its default
-    as other fields; without `unless` it is always written."""
+    """A field that a configuration leaves out where its value is `unless`.
+
+    Other fields are left out at their default.  Without `unless` it is always written.
+    """
     return dataclasses.field(default=default, metadata={"unless": unless})
 
 
@@ -133,7 +137,7 @@ class Transform:
         return {"method": self.name, **self._fields(_refuse_callable)}
 
     def describe(self) -> dict[str, Any]:
-        """As `to_config`, with the names of functions where it has any."""
+        """As `to_config`, but a Python function is written by its name."""
         return {"method": self.name, **self._fields(_name_callable)}
 
     def origin(self) -> str:
@@ -145,8 +149,8 @@ class Transform:
         return f"{self.name}-{zlib.crc32(text.encode()):08x}"
 
     def origins(self) -> frozenset[str]:
-        """The marks of all leaves this transform makes, or made when 8.0 and 8 still
-        had marks of their own."""
+        """The marks of the leaves that this transform makes, and of those that it made
+        when 8.0 and 8 still gave different marks."""
         return frozenset({self.origin(), self._mark(self.describe())})
 
     def parts(self) -> tuple[Transform, ...]:
@@ -210,7 +214,7 @@ def _data(x: Any, of_callable: Callable[[Any], Any]) -> Any:
 
 
 def _whole_as_int(x: Any) -> Any:
-    """Equal numbers alike, 8.0 and 8: transforms that are equal have one mark."""
+    """Writes equal numbers alike (8.0 as 8), so that equal transforms have one mark."""
     if isinstance(x, dict):
         return {k: _whole_as_int(v) for k, v in x.items()}
     if isinstance(x, list):
@@ -301,7 +305,7 @@ def chain(*transforms: Transform) -> Chain:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(Transform):
-    """A transform that is what `composed` says."""
+    """A transform that acts as the transform `composed()`."""
 
     def composed(self) -> Transform:
         raise NotImplementedError

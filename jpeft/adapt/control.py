@@ -64,8 +64,8 @@ def _jit(it: Interpreter, eqn: Any, ins: list[Any]) -> list[Any]:
     return _handed_back(closed.jaxpr, ins, outs)
 
 
-# An inner program gets the links and the rows that its leaves ask for, and returns
-# those they leave: (links by name, rows).
+# An inner program receives the links and rows that its leaves ask for, and returns
+# those that its leaves make: (links by name, rows).
 
 
 def _handed_in(it: Interpreter, ins: Sequence[Any]) -> tuple[Links, Rows]:
@@ -168,8 +168,10 @@ def _left_out(outs: Sequence[Any], ins: Sequence[Any], on: Sequence[int | None])
 
 @control_rule("custom_jvp_call", "custom_vjp_call")
 def _custom(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    """A gradient rule of the user's own that receives the weight: to look inside would
-    replace that rule by autodiff in silence, so only the full value will do.
+    """A gradient rule of the user's own that receives the weight.
+
+    Entering its program would silently replace the rule by autodiff, so the rule gets
+    the weight's full value.
 
     What is owed on a carried value is owed inside, so there the rule is left out and
     its program differentiated.

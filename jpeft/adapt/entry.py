@@ -110,7 +110,7 @@ def evaluate(
 
 
 def prepare(x: Any, key: jax.Array | None) -> Any:
-    """A leaf ready to be evaluated: values taken, keys handed out."""
+    """The leaf ready to act: values are taken, and it has its dropout key."""
     if not is_leaf(x):
         return x
     base = prepare(x.base, key)
@@ -204,7 +204,7 @@ _RETURNED = _Returned()
 
 
 def stand_in(x: Any) -> Any:
-    """What the model is traced with: an abstract value of the weight's shape."""
+    """The abstract value that the model is traced with in place of the leaf."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return x
     if is_leaf(x):
@@ -223,8 +223,7 @@ def stand_in(x: Any) -> Any:
 def with_path(leaf: AdaptedLeaf, name: str) -> AdaptedLeaf:
     """The leaf out of its boxes, knowing its path for messages and keys.
 
-    In `shard_map` its arrays vary along the same axes, as the one array does whose
-    place it takes.
+    In `shard_map` all its arrays vary along the same axes, as one array would.
     """
 
     def down(x: Any) -> Any:

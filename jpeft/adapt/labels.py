@@ -48,7 +48,7 @@ class Labelled(AdaptedLeaf):
 
     axes: str = static()
 
-    # The label of an axis that a movement makes of nothing.
+    # The label of a new axis of size 1.
     spare: ClassVar[str] = "o"
 
     def move(self, base: Any, f: Moving, axes: str | None = None) -> Self:
@@ -60,7 +60,7 @@ class Labelled(AdaptedLeaf):
         return self.replace(base=base, axes=axes, **arrays)
 
     def unstack(self) -> tuple[Any, Any, Callable[[Any, Any], Any]] | None:
-        """An array without axis 0 is the same in every step."""
+        """An array that lacks axis 0 is the same in every step."""
         labels = self.labels()
         scanned = {
             n: jnp.moveaxis(getattr(self, n), k.index(0), 0)
@@ -106,8 +106,8 @@ def contract(
 ) -> tuple[jax.Array, list[Label]]:
     """Sums x*y over the labels that are not in `keep`.
 
-    Labels come back in the order of `dot_general`: batch, x's own, y's own.  place: the
-    sharding of a result with these labels, where the mesh is explicit.
+    Labels come back in the order of `dot_general`: batch, x's own, y's own.
+    place: a function from these labels to the result's sharding, on an explicit mesh.
     """
     keep = set(keep)
     x, xl = _sum_lone(x, list(xl), yl, keep)
@@ -156,7 +156,7 @@ def expanded(
 
 
 def as_matrices_here(x: Any) -> bool:
-    """Whether products with a rank are to be those of matrices: on a CPU.
+    """Whether products with a rank become products of matrices: on a CPU they do.
 
     There XLA copies a gradient of several axes before it multiplies it by the rank's
     few columns, which takes ten times as long as the product.  Elsewhere it does not,
@@ -168,7 +168,7 @@ def as_matrices_here(x: Any) -> bool:
 def _sum_lone(
     x: jax.Array, xl: list[Label], yl: Labels, keep: set[Label]
 ) -> tuple[jax.Array, list[Label]]:
-    """A label of one operand that nobody needs is summed first."""
+    """Sums first over the labels that only one operand has and the result lacks."""
     lone = [k for k, n in enumerate(xl) if n not in yl and n not in keep]
     if not lone:
         return x, xl
@@ -197,8 +197,8 @@ def relabel(leaf: Labelled, axis: int, label: str) -> Labelled:
 def moved(it: Interpreter, move: Move, ins: list[Any], *, fill: float = 0) -> Any:
     """The weight's axes moved about, and so those of each array that has some.
 
-    fill: what is put beside an array where something is put beside the weight, which
-        for a delta is nothing, whatever the base gets.
+    fill: what a padding puts beside the arrays where it puts something beside the
+        weight.  For a delta that is zero, whatever the base is padded with.
     """
     leaf, *more = ins
     if not is_leaf(leaf) or any(map(is_leaf, more)):
@@ -209,7 +209,7 @@ def moved(it: Interpreter, move: Move, ins: list[Any], *, fill: float = 0) -> An
         return leaf.move(it.base(move.eqn, ins), lambda x, *_: it.like(move.eqn, x))
     axes = move.labels(leaf.axes, leaf.spare)
     if axes is None:
-        return None  # input and output axes in one: the rank would have to grow
+        return None  # inputs and outputs in one axis: the rank would grow
     bases = it.base(move.eqn, ins)
     done: dict[Any, Any] = {}
 
@@ -250,8 +250,10 @@ def _barrier(it: Interpreter, barrier: Barrier, ins: list[Any]) -> list[Any]:
 def factor_of(
     it: Interpreter, by: Scale, ins: list[Any]
 ) -> tuple[Any, jax.Array, set[int]] | None:
-    """(leaf, what scales it, the axes along which that varies), of one weight that is
-    no divisor and keeps its shape."""
+    """(leaf, what scales it, the axes along which the scale varies).
+
+    None unless exactly one operand is a weight, is no divisor and keeps its shape.
+    """
     side = 0 if is_leaf(ins[0]) else 1
     if all(map(is_leaf, ins)) or (side == 1 and by.divides):
         return None

@@ -284,7 +284,7 @@ def describe(
             }
             if is_stored(layer):
                 about["holds"] = sorted(fields)
-            # Of a base how it is stored, not what is stored, if its weight gives that.
+            # A base's arrays are not written if its weight gives them.
             if not isinstance(layer, StoredWeight) or layer.keeps_arrays:
                 about["arrays"] = {n: _about(x) for n, x in fields.items()}
                 arrays |= {array_name(path, k, n): x for n, x in fields.items()}
@@ -314,7 +314,7 @@ def describe(
             p: _about(x) | {"digest": found[array_name(p, *_OF_STATISTIC)]}
             for p, x in moved.items()
         },
-        # So that a tree whose boxes or names do not say so knows them too.
+        # For trees whose boxes or names do not mark them.
         "passing": [p for p in kinds if p not in moved],
     }
     return manifest, arrays
@@ -412,7 +412,9 @@ def _made(
     base = None if issubclass(kind, StoredWeight) else base
     try:
         return kind(base=base, **static, **fields)
-    except Exception as error:  # whatever a class says of what it cannot be
+    except (
+        Exception
+    ) as error:  # a class may raise anything for fields that it cannot have
         raise CheckpointError(
             f"{path}: the saved {layer['kind']} is none that this jpeft can make: "
             f"{error}"
@@ -478,7 +480,7 @@ def check_shapes(path: str, leaf: AdaptedLeaf, shape: tuple[int, ...]) -> None:
 
 
 class _Arrays:
-    """The arrays of a folder, each where it is told to go or beside its base."""
+    """The arrays of a folder, each with the sharding asked for, or beside its base."""
 
     def __init__(
         self, saved: Saved, at: Mapping[str, Any], grown: Mapping[str, int], told: Told
@@ -526,7 +528,7 @@ class _Arrays:
                     f"{self.saved.folder}: {p}/{field} is damaged: its bits differ "
                     "from those saved"
                 )
-        # What was read into the host's memory JAX may move, as it may the base.
+        # JAX may move what was read into the host's memory, as it may move the base.
         self.found = {place: jnp.asarray(arrays[name]) for place, name in names.items()}
 
     def _check_fit(self) -> None:
@@ -556,8 +558,8 @@ class _Arrays:
         return array_name(stored, layer, field, self.saved.version)
 
     def _places(self) -> dict[Place, Sharding]:
-        """Where the arrays are read to; for others, and for those that are to grow, it
-        is the host's memory."""
+        """The shardings with which arrays are read.  Other arrays, and those that will
+        grow, are read into the host's memory."""
         found: dict[Place, Sharding] = {}
         for p, described in self.saved.leaves.items():
             for k, layer in enumerate(described):
@@ -579,7 +581,7 @@ def _own_place(slot: Any) -> Sharding | None:
 
 
 def _beside(path: str, layer: Mapping[str, Any], base: Any) -> dict[str, Sharding]:
-    """The place of each array of a described layer over this base."""
+    """The sharding of each array of a described layer over this base."""
     shapes = _shapes(layer)
     return beside(_made(path, layer, base, shapes), base) if shapes else {}
 

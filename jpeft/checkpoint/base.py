@@ -154,8 +154,8 @@ class Saved:
     leaves: the adapted and quantised weights, layer by layer.  base: a fingerprint.
     statistics: shape, dtype and digest of those saved with the adapter.  passing: paths
     that were seen to be no weights.  name: the path that the folder has for one here.
-    unplaced: saved paths that are none here, with the word that would allow that.
-    lost: of the statistics those that have no place here.
+    unplaced: saved paths that this tree lacks, with the word that would allow that.
+    lost: the saved statistics that this tree lacks.
     """
 
     folder: Folder
@@ -324,8 +324,8 @@ def _quantized(
 def _longer(saved: Saved, path: str, x: Any) -> Quantized:
     """A weight that has grown, whose old part has the values of the training.
 
-    Blocks are for themselves, but scales that are quantised in turn are so across the
-    matrix: here they all stay plain.
+    Blocks do not depend on each other.  But nested scales are quantised across the
+    matrix, so here all scales stay plain.
     """
     layer = saved.storage(path)
     assert layer is not None
@@ -419,7 +419,7 @@ def check_values(saved: Saved, given: Slots, met: Slots) -> None:
     """Raises, naming the leaves, unless the weights have the values that were saved, as
     far as those here tell.
 
-    given: the base as it came; met: as `as_met` makes it.
+    given: the base as the caller passed it.  met: what `as_met` makes of it.
     """
     here = _weights(saved, given)
     for p, x in here.items():
@@ -559,7 +559,7 @@ def _other_values(
 
 
 def _tells_nothing(saved: Saved, path: str, x: Any) -> bool:
-    """Whether nothing can be said of the saved values from those here."""
+    """Whether the values here cannot tell anything about the saved ones."""
     told, dtype = saved.base[path]["digest"], saved.base[path]["dtype"]
     layer = saved.storage(path)
     if told is None:

@@ -1,4 +1,4 @@
-"""`shardings=`: where the arrays of an adapter are told to go."""
+"""`shardings=`: the shardings that a caller asks for, for the arrays of an adapter."""
 
 from __future__ import annotations
 

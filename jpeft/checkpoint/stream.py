@@ -123,8 +123,8 @@ def load_from(
     """The arrays of a source as parameters, those that `formats` select quantised.
 
     opened: makes the source, once the other arguments are seen to be sound.
-    ready: gives {path: what makes its leaf, of the slot and its place} of leaves that
-        are not read as arrays.
+    ready: gives {path: a function of the slot and the sharding, which makes the leaf}
+        for leaves that are not read as arrays.
     """
     flat = slots(like)
     if any(is_leaf(x) for x in flat.values):
@@ -302,7 +302,7 @@ def _find(source: Source, name: str) -> str | None:
 
 
 def _spellings(source: Source, name: str) -> list[str]:
-    """The names under which it is stored, as it was typed first."""
+    """The names under which it may be stored, as the user typed it first."""
     spelled = (name, name.replace("/", "."), name.replace(".", "/"))
     known = (n if n in source.stored else source.boxed.get(n) for n in spelled)
     return [n for n in dict.fromkeys(known) if n is not None]
@@ -353,9 +353,9 @@ _AVERAGES = re.compile(r"(.*_)?(ema|swa|averaged?|polyak|shadow|slow)(_.*)?", re
 
 
 def _levels(source: Source, names: Sequence[str]) -> list[str]:
-    """What stands before every one of these names, that of weights first.
+    """The prefixes under which all these names are stored, that of weights first.
 
-    Under what only a training keeps they are not looked for.
+    It skips what only a training keeps (moments, averages).
     """
     first = "/" + _bare(names[0])
     ends = [n for n in (*source.stored, *source.boxed) if _bare(n).endswith(first)]
@@ -592,9 +592,9 @@ def _taken_over(w: _Weight, source: Source) -> Quantized:
 
 
 def placed(leaf: Quantized, place: Sharding | None) -> Quantized:
-    """The leaf where its weight was to be."""
+    """The leaf on the devices on which its weight was to be."""
     if isinstance(place, NamedSharding):
-        # There is no array to stand beside; its sharding is all that is looked at.
+        # There is no array of the weight: only its sharding is read.
         found = place_beside(leaf, SimpleNamespace(sharding=place))
         assert isinstance(found, Quantized)
         return found
@@ -602,11 +602,11 @@ def placed(leaf: Quantized, place: Sharding | None) -> Quantized:
 
 
 def _transposes(w: _Weight, shape: tuple[int, ...], source: Source) -> bool:
-    """Whether the function in names= transposes: codes can be used so and as they are,
-    and in no other way."""
+    """Whether the function in names= transposes.  Codes can be used transposed or
+    unchanged; any other function is refused."""
     if w.origin.function is None:
         return False
-    # Arrays that tell their own places along each axis: views, of no size.
+    # Arrays of their own indices along each axis: views, which take no memory.
     places = [np.arange(n, dtype=np.int32) for n in shape]
     probes = np.meshgrid(*places, indexing="ij", copy=False)
     made = [_applied(w, [x], source) for x in probes]

@@ -3,7 +3,7 @@
 Run by itself, a random draw compiles a program for each shape, and for three axes XLA
 for CPU takes three to six times as long as for one.  JAX's default generator numbers
 the entries of an array in order, whatever its shape, and what an entry becomes depends
-on its number alone (`jax_threefry_partitionable`).  So the same bits come out of a
+on its position alone (`jax_threefry_partitionable`).  So the same bits come out of a
 longer flat draw, whose length many arrays share.
 """
 
@@ -30,8 +30,8 @@ def drawn(
 ) -> jax.Array:
     """`draw(key, shape)`, bit for bit.
 
-    draw: such as `jax.random.normal`, and what is done to each entry by itself: a
-        scale, a cast.
+    draw: a function such as `jax.random.normal`, which may also change each entry by
+        itself: scale it, cast it.
     """
     n = math.prod(shape)
     if jax.random.key_impl(key) != _COUNTS:
@@ -54,7 +54,8 @@ def filled(shape: tuple[int, ...], value: float, dtype: Any) -> jax.Array:
 
 
 def _is_free(x: jax.Array) -> bool:
-    """Whether NumPy may take it further: a CPU's, not traced, told no place to be."""
+    """Whether NumPy may go on with it: an array on a CPU, not traced, of no declared
+    sharding."""
     if isinstance(x, compat.Tracer) or x.committed:
         return False
     return all(d.platform == "cpu" for d in x.devices())

@@ -3,10 +3,9 @@
     row(id) = E[id]        id < V
     row(id) = P[id - V]    from V on, wherever the id stands
 
-It acts as a table with more rows would, whatever the model does to the table, save that
-a tied head has no column for them: logits keep the vocabulary's size.  What it finds it
-tells (`it.add_rows`), so that weights further on know which rows of the text are
-virtual.
+It acts as a table with more rows would, whatever the model does to the table.  Only a
+tied head has no columns for virtual tokens: logits keep the vocabulary's size.  For
+later weights the leaf records which positions of the text are virtual (`it.add_rows`).
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class VirtualEmbedding(Labelled, OfText):
 
     vocab: rows of the table; virtual ids begin there.  tokens: how many there are.
     one_hot: whether a row of zeros in a one-hot lookup is a virtual token.
-    silent: whether another table is looked up by the same ids and tells of them.
+    silent: True if another table is looked up by the same ids and records them.
     """
 
     vocab: int = static()
@@ -116,7 +115,8 @@ class Prompt(VirtualEmbedding):
 
 
 def beneath(leaf: VirtualEmbedding) -> bool:
-    """Whether a leaf below knows virtual ids too: it gets them, and it tells."""
+    """Whether a leaf below knows virtual ids too: then that leaf looks them up and
+    records them."""
     return any(isinstance(x, VirtualEmbedding) for x in layers(leaf.base))
 
 
@@ -178,7 +178,7 @@ def _moved(it: Interpreter, move: Move, ins: list[Any]) -> Any:
 
 
 def _one_row(it: Interpreter, eqn: Any, ins: list[Any]) -> Any:
-    """By its number, which is a lookup too."""
+    """One row taken by its number, which is a lookup too."""
     leaf, *start = ins
     if any(map(is_leaf, start)):
         return None
@@ -211,10 +211,10 @@ def _looked_up(it: Interpreter, eqn: Any, leaf: VirtualEmbedding, sizes: Any) ->
 def _told(
     it: Interpreter, leaf: VirtualEmbedding, ids: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(which ids are virtual, the number of each one, 0 for real ones); told to `it`.
+    """(which ids are virtual, the number of each one, 0 for real ones).
 
-    Where the ids can be looked at, virtual ones must be among them, unless the model is
-    asked for one position, as in generation.
+    Records them with `it`.  Where the values of the ids are known, some must be
+    virtual, unless the model is asked for one position, as in generation.
     """
     wide = ids if ids.dtype.itemsize >= 4 else ids.astype(jnp.int32)
     first = jnp.asarray(leaf.vocab, wide.dtype)
@@ -250,7 +250,8 @@ def _check_ids(it: Interpreter, leaf: VirtualEmbedding, ids: Any) -> None:
 
 @acts(Contract, kind=VirtualEmbedding)
 def _contract(it: Interpreter, verb: Contract, ins: list[Any]) -> Any:
-    """A tied head scores real tokens; a one-hot lookup is one only on request."""
+    """A tied head scores real tokens.  A product with one-hot vectors is a lookup only
+    where `one_hot` says so."""
     side = next(k for k, x in enumerate(ins) if isinstance(x, VirtualEmbedding))
     leaf, x, eqn = ins[side], ins[1 - side], verb.eqn
     contracting, batch = verb.contracting, verb.batch
@@ -292,7 +293,7 @@ def _contract(it: Interpreter, verb: Contract, ins: list[Any]) -> Any:
 
 @acts(Scale, kind=VirtualEmbedding)
 def _scale(it: Interpreter, by: Scale, ins: list[Any]) -> Any:
-    """Times a number or a vector of features, the virtual rows as the others."""
+    """Scales all rows, the virtual ones too, by a number or a vector of features."""
     at = factor_of(it, by, ins)
     if at is None or at[0].axis in at[2]:
         return None

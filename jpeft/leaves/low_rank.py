@@ -3,7 +3,7 @@
     x W  ->  x W + scale (x A) B     A (*stack, *in, rank)   B (*stack, rank, *out)
 
 Where a model consumes the weight, the delta acts as two small contractions beside the
-base's own; what moves the weight about before that moves the factors.
+base's own.  An equation that moves the weight before that moves the factors.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class LowRank(Labelled):
 class ActsAsLowRank(Labelled):
     """A leaf whose delta is one product, made of other arrays than a `LowRank`'s.
 
-    It is moved about as it is.  Consumed, changed or joined, it acts as the `LowRank`
-    that it makes.
+    Equations that move the weight move these arrays.  Where the weight is consumed,
+    changed or joined, the leaf acts as the `LowRank` that it makes.
     """
 
     def as_low_rank(self) -> LowRank:
@@ -120,7 +120,7 @@ def _conv(it: Interpreter, conv: Convolve, ins: list[Any]) -> Any:
     groups, of_batch = conv.groups
     a, b, rest = leaf.a, leaf.b, leaf.axes[:out_axis] + leaf.axes[out_axis + 1 :]
     if leaf.axes[out_axis] == "i" and set(rest) == {"o"}:
-        # Labelled the other way round: the same two factors, in the other order.
+        # Labels in the other direction: the same two factors, in the other order.
         a, b, rest = jnp.moveaxis(leaf.b, 0, -1), leaf.a.T, "i" * len(rest)
     elif leaf.axes[out_axis] != "o":
         return None
@@ -153,7 +153,7 @@ def _conv(it: Interpreter, conv: Convolve, ins: list[Any]) -> Any:
 
 @acts(LookUp, kind=LowRank)
 def _look_up(it: Interpreter, at: LookUp, ins: list[Any]) -> Any:
-    """Rows of A (or columns of B) are gathered; the product is made of those rows."""
+    """Gathers rows of A (or columns of B), and makes the product of those rows only."""
     leaf, indices = ins
     if is_leaf(indices) or not is_leaf(leaf):
         return None
@@ -228,7 +228,7 @@ def _negate(it: Interpreter, verb: Negate, ins: list[Any]) -> Any:
 
 @acts(Scale, kind=LowRank)
 def _scale(it: Interpreter, by: Scale, ins: list[Any]) -> Any:
-    """Times a number, or a vector along axes that one factor has to itself."""
+    """Scales by a number, or by a vector along axes that only one factor has."""
     at = factor_of(it, by, ins)
     if at is None:
         return None
@@ -244,7 +244,7 @@ def _scale(it: Interpreter, by: Scale, ins: list[Any]) -> Any:
 
 @acts(Sum, kind=LowRank)
 def _sum(it: Interpreter, over: Sum, ins: list[Any]) -> Any:
-    """jnp.einsum sums a lone axis of the weight before the product."""
+    """jnp.einsum first sums an axis that only the weight has."""
     leaf, gone = ins[0], over.axes
     if any(leaf.axes[k] == "s" for k in gone):
         return None
@@ -258,10 +258,10 @@ def _sum(it: Interpreter, over: Sum, ins: list[Any]) -> Any:
 
 @acts(Join, kind=LowRank, joins=True)
 def _join(it: Interpreter, join: Join, ins: list[Any]) -> Any:
-    """Weights side by side; leaves of other kinds lie below.
+    """Joins weights; leaves of other kinds have joined below.
 
-    Along an input or output axis ranks add and one factor is block diagonal; along a
-    stack, a new one or one that is there, both factors are stacked.
+    Along an input or output axis the ranks add up and one factor is block diagonal.
+    Along a stack axis, new or not, both factors are stacked.
     """
     axis, leaves = join.axis, [x for x in ins if isinstance(x, LowRank)]
     if join.new:
@@ -283,7 +283,8 @@ def _fit(leaf: LowRank, axis: int, axes: str) -> LowRank:
 
 
 def _lifted(x: Any, axis: int) -> Any:
-    """With a stack axis of size 1.  Of what has no factors the shape alone counts."""
+    """The leaf with a new stack axis of size 1; of an operand without factors only the
+    shape is used."""
     plain = jax.ShapeDtypeStruct(_with(jnp.shape(x), axis), x.dtype)
     if not isinstance(x, LowRank):
         return plain

@@ -66,10 +66,11 @@ NETWORK_ELSEWHERE = (
 class OfKernel(Labelled):
     """On a kernel whose output features are keys, values, or both among others.
 
-    on: 1, or 0 where the prefix is switched off.  runs: what the output features are;
-    () means that all are what `role` says: keys, values, or both at once.  features:
-    where the output features have gone since (`Index` over the output axes), if the
-    kernel was moved about.
+    on: 1, or 0 where the prefix is switched off.
+    runs: what the output features are; () means that all are what `role` says: keys,
+        values, or both at once.
+    features: which of the kernel's original output features stand where (`Index` over
+        the output axes), if an equation moved the kernel.
     """
 
     on: Any = frozen("s", off=0)
@@ -129,7 +130,7 @@ class Prefix(OfKernel, Several):
     """Learned keys, values, or both, beside what a kernel makes.
 
     keys, values: (*stack, length, features), or (*stack, tasks, length, features).
-    task: with several tasks, that of each example; put there by `jpeft.select`.
+    task: with several tasks, the task of each example; `jpeft.select` sets it.
     """
 
     keys: Any = trainable(("s", "length", "feature"), default=None)
@@ -156,8 +157,8 @@ class MadePrefix(OfKernel, Sharing):
     """A prefix made by a network; `lends` the part that all layers share.
 
     w (*stack, width, features) and c (*stack, features): the last layer, its own.
-    start (*stack, length, features), or None: what the network's output is added to;
-    set by `prefix_from_text`.  embedding (length, d), w1 (d, width), b1 (width): held
+    start (*stack, length, features), or None: the network's output is added to it;
+    `prefix_from_text` sets it.  embedding (length, d), w1 (d, width), b1 (width): held
     by one leaf for all.  Of an LSTM: w1 (2, d, 2 width), r1 (2, width / 2, 2 width),
     b1 (2, 2 width).
     """
@@ -189,7 +190,7 @@ class MadePrefix(OfKernel, Sharing):
         return self.replace(hidden=lent["hidden"])
 
     def finalize(self) -> AdaptedLeaf:
-        """What the network makes, without the network."""
+        """The `Prefix` that the network makes, which needs the network no longer."""
         if self.hidden is None:
             raise ValueError(f"{whose(self)}{NETWORK_ELSEWHERE}")
         w, c = unbox(self.w), unbox(self.c)
@@ -275,7 +276,7 @@ def _project(it: Interpreter, at: Product) -> Any:
 def _for_examples(
     leaf: Prefix, shape: Sequence[int], out: Sequence[Label]
 ) -> tuple[Any, Any, Index]:
-    """Each example's own rows, and which axis of the output counts examples."""
+    """(the rows of each example, the axis of the output that counts examples)."""
     if leaf.task is None:
         raise ValueError(
             f"{whose(leaf)}this prefix holds {leaf.tasks} tasks; say which one each "
@@ -298,8 +299,8 @@ def _for_examples(
 
 @acts(Cast, Negate, kind=OfKernel)
 def _of_the_base(it: Interpreter, verb: Verb, ins: list[Any]) -> Any:
-    """The learned rows are no product of the kernel, so what changes its values leaves
-    them alone."""
+    """Leaves the learned rows alone: the kernel does not make them, so what changes its
+    values does not change them."""
     return ins[0].replace(base=it.base(verb.eqn, ins))
 
 

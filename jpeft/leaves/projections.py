@@ -28,12 +28,12 @@ def targets(
 ) -> dict[str, tuple[str, Runs]]:
     """For each kernel that makes keys or values: (which, what its features are).
 
-    known: how the weights are used; what is found out about their axes is added.
+    known: how the weights are used; this function adds what it finds out about axes.
     """
     out: dict[str, tuple[str, Runs]] = {}
     for part in parts:
         for path in dict.fromkeys((*part.key, *part.value)):
-            use = known[path] = told_by_output(part, path, known)
+            use = known[path] = axes_from_output(part, path, known)
             if use.axes is None or use.doubt:
                 raise ValueError(in_doubt(path, use, part))
             shape = use.sizes("o")
@@ -105,9 +105,13 @@ def chosen_layers(
     return on
 
 
-def told_by_output(part: SubLayer, path: str, known: Mapping[str, LeafUse]) -> LeafUse:
-    """The use of a projection whose own shape leaves its axes in doubt: the kernels of
-    queries (*stack, in, *out) and output (*stack, *out, in) explain each other."""
+def axes_from_output(
+    part: SubLayer, path: str, known: Mapping[str, LeafUse]
+) -> LeafUse:
+    """The use of a projection whose own shape leaves its axes in doubt.
+
+    The kernel of queries (*stack, in, *out) and that of the output (*stack, *out, in)
+    have the same sizes in opposite order, which tells the axes of both."""
     use = known[path]
     if use.uses or not use.doubt or not part.last or not part.query:
         return use

@@ -4,9 +4,10 @@
     input:   x (W * l) = (x * l) W     l (*stack, *in)
 
 Where a model consumes the weight, its base acts and the result or the activation is
-scaled.  Used the other way round (a tied table) the two change places, so either leaf
-is exact in either direction.  The scaling is done in float32 and rounded once: beside
-bfloat16 activations a vector near one would lose what it learned.
+scaled.  Where a model uses the weight transposed (a tied table), `ScaledOutput` scales
+the activation and `ScaledInput` the result, so each is exact in either direction.  The
+scaling is done in float32 and rounded once: beside bfloat16 activations a vector near
+one would lose what it learned.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Scaled(Labelled, Sharing):
         return {self.link: self.scale} if self.link else None
 
     def borrow(self, lent: Mapping[str, Any]) -> Self:
-        # Names that differ from layer to layer would make each layer its own program.
+        # Trap: names that differ from layer to layer make each layer its own program.
         return self.replace(link="")
 
     def wide_labels(self) -> set[Label]:
@@ -155,8 +156,10 @@ def _look_up(it: Interpreter, at: LookUp, ins: list[Any]) -> Any:
 
 
 def _inside(leaf: Scaled, at: LookUp, indices: jax.Array) -> jax.Array | None:
-    """Where rows out of range are filled with a number, which is not the weight's: one
-    for each row that is in range, else zero."""
+    """1 for each row in range, 0 for one out of range.
+
+    For lookups that fill rows out of range with a number, which must not be scaled.
+    """
     p, fill = at.eqn.params, at.eqn.params["fill_value"]
     is_nan = fill is None or np.isnan(fill)
     if p["mode"] != lax.GatherScatterMode.FILL_OR_DROP or is_nan:
@@ -200,7 +203,7 @@ def _route(it: Interpreter, at: Route, ins: list[Any]) -> Any:
 
 @acts(Scale, Negate, kind=Scaled)
 def _below(it: Interpreter, by: Scale | Negate, ins: list[Any]) -> Any:
-    """What scales the weight scales its base."""
+    """Scales the base, where an equation scales the weight."""
     leaves = list(filter(is_leaf, ins))
     if len(leaves) > 1 or by.eqn.outvars[0].aval.shape != leaves[0].shape:
         return None
@@ -232,7 +235,7 @@ def _is_zero(var: Any) -> bool:
 
 @acts(Sum, kind=Scaled)
 def _sum(it: Interpreter, over: Sum, ins: list[Any]) -> Any:
-    """jnp.einsum sums a lone axis of the weight before the product."""
+    """jnp.einsum first sums an axis that only the weight has."""
     leaf, gone = ins[0], over.axes
     if leaf.wide_labels() & set(gone):
         return None
@@ -246,8 +249,9 @@ def _sum(it: Interpreter, over: Sum, ins: list[Any]) -> Any:
 
 @acts(Join, kind=Scaled, joins=True)
 def _join(it: Interpreter, join: Join, ins: list[Any]) -> Any:
-    """Weights become a stack, or lie side by side along an axis that the vector has;
-    others get ones."""
+    """Joins weights to a stack, or along an axis that the vector has.
+
+    A weight without a vector gets one of ones."""
     axis, leaves = join.axis, [x for x in ins if isinstance(x, Scaled)]
     first, axes = leaves[0], leaves[0].axes
     if any(type(x) is not type(first) or x.axes != axes for x in leaves):

@@ -3,10 +3,10 @@
     y = x W + b          keys or values, (..., features)
     y[t] = P[n(t)]       where position t holds virtual token n(t)
 
-The token embedding tells which positions those are (`_virtual`); nothing else of the
-model is asked, so any attention will do.  The leaf stands on the bias, whose sum is the
-finished projection, and on the kernel where there is none.  In a fused projection it
-overwrites the features of keys and values alone.
+The token embedding records which positions those are (`leaves.embedding`).  The method
+needs nothing else of the model, so any attention will do.  The leaf stands on the bias,
+whose sum is the finished projection, and on the kernel where there is no bias.  In a
+fused projection it overwrites the features of keys and values alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from jpeft.types import PromiseError
 
 Columns = tuple[tuple[bool, int], ...]
 Draw = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
-# An axis of the activation, which a bias gets where it is broadcast.
+# The label of an axis of the activation, which a bias gets when it is broadcast.
 _OTHER = "n"
 
 
@@ -65,7 +65,7 @@ class TokenRows(AdaptedLeaf, OfText):
         return {"rows": [*stack, TOKENS, features[0] if whole else None]}
 
     def begin(self) -> AdaptedLeaf:
-        """With rows of every feature, which move as the weight's own axes do."""
+        """With rows of every feature, so that they move as the weight's own axes do."""
         *stack, tokens, _ = self.rows.shape
         features = [n for n, c in zip(self.shape, self.axes, strict=True) if c == "o"]
         rows, cut = self.rows, None
@@ -88,7 +88,8 @@ class TokenRows(AdaptedLeaf, OfText):
 class ActingRows(Labelled, OfText):
     """`TokenRows` in a call.
 
-    rows: (*stack, tokens, *out).  cut: (*out), 1 for features overwritten; None: all.
+    rows: (*stack, tokens, *out).  cut: (*out), 1 for features that are overwritten,
+        None if all are.
     """
 
     rows: Any = trainable(("s", "tokens", "o"))
@@ -184,7 +185,7 @@ def virtual_rows(
 
 
 def _fits(ids: Sequence[int], sizes: Sequence[int]) -> bool:
-    """The same axes, but for those of size 1, or all of them as one."""
+    """Whether the axes are the same but for axes of size 1, or are joined into one."""
     wide = lambda s: [n for n in s if n != 1]
     return wide(ids) == wide(sizes) or wide(sizes) == wide([math.prod(ids)])
 
@@ -201,7 +202,7 @@ def _reshaped(dst: Sequence[int]) -> Any:
 
 @acts(Move, kind=ActingRows)
 def _moved(it: Interpreter, move: Move, ins: list[Any]) -> Any:
-    """The rows are not spread: what is new belongs to the activation."""
+    """A broadcast leaves the rows alone: its new axes belong to the activation."""
     leaf = ins[0]
     if not move.spreads:
         return moved(it, move, ins)

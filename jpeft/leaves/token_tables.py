@@ -39,7 +39,7 @@ def token_embedding(
 
 
 def looked_up_together(path: str, known: Mapping[str, LeafUse]) -> list[str]:
-    """Further tables whose rows the same ids of the text choose, as `find_uses` saw."""
+    """Other tables that the model looks up by the same ids, as `find_uses` saw."""
     ids = {u.ids for u in known[path].uses if u.lookup == DIRECT and u.ids}
     # Positions made of ids may look as if they were clipped to their table.
     may_hold = lambda p, u: (
@@ -101,7 +101,8 @@ def _asking(candidates: Mapping[str, LeafUse]) -> str:
 
 
 def _token_tables(candidates: Mapping[str, LeafUse]) -> list[str]:
-    """By how the model uses it, where `find_uses` says so, and by its name."""
+    """The token embeddings among them: by their use, where `find_uses` knows it, and by
+    their names."""
     tables = {
         p: u
         for p, u in candidates.items()

@@ -177,7 +177,7 @@ def _of_examples(it: Interpreter, at: Product) -> jax.Array:
 
 
 def check_inner(method: str, name: str, value: Any) -> LoRA | PrefixTuning | Adapter:
-    """A transform that has gates, as it is or as a configuration has it."""
+    """A transform that has gates, given as it is or as a configuration."""
     made = transform_from_config(value) if isinstance(value, Mapping) else value
     if not isinstance(made, (LoRA, PrefixTuning, Adapter)):
         raise ValueError(
@@ -190,7 +190,7 @@ def check_inner(method: str, name: str, value: Any) -> LoRA | PrefixTuning | Ada
 @method("gated")
 @dataclasses.dataclass(frozen=True)
 class Gated(Transform):
-    """A transform as given, each of whose adapters an example gets by a gate.
+    """The given transform, with a gate that says how much of it each example gets.
 
     Mao et al. 2022, arXiv:2110.07577; see the module's docstring for the formulas.
 

@@ -3,7 +3,7 @@ KronA: Edalati et al. 2022, arXiv:2212.10650.
 
     W' = W + s W1 x W2     W1 (*stack, i1, o1)   W2 (*stack, i2, o2)   s = alpha / rank
 
-with i1 i2 inputs and o1 o2 outputs, split as evenly as they divide or by `factor`.  A
+with i1 i2 inputs and o1 o2 outputs, split as evenly as possible or by `factor`.  A
 large factor is low-rank itself, W2 = A2 B2 with A2 (i2, rank), B2 (rank, o2).  One of
 them starts at zero, so the model starts as its base.
 
@@ -137,7 +137,7 @@ def _contract(it: Interpreter, at: Product) -> Any:
         g: [k for k, c in enumerate(leaf.axes) if c == g and leaf.shape[k] > 1]
         for g in "io"
     }
-    # What is summed: all inputs, or (a tied weight) all outputs.
+    # The sum runs over all inputs, or (a tied weight) over all outputs.
     for g, other in ("io", "oi"):
         if set(wide[g]) <= set(xl) - set(out) and not set(wide[other]) & set(xl):
             return it.with_delta(at, _product(leaf, at.x, xl, out, g, **at.options))
@@ -196,8 +196,9 @@ def _sizes(leaf: Kronecker) -> dict[Label, int]:
 
 
 def _order(leaf: Kronecker, split: Sequence[str]) -> list[str]:
-    """The arrays in the order in which the activation meets them: the one that leaves
-    least to do.  What stands between the two halves of a factor meets few values."""
+    """The cheapest order in which the activation can be multiplied by the arrays.
+
+    Between the two halves of a factor the activation has few values (the rank)."""
     labels, sizes = leaf.labels(), _sizes(leaf)
     pairs = {n: {k for k in of if isinstance(k, str)} for n, of in labels.items()}
 
@@ -238,7 +239,7 @@ def _route(it: Interpreter, at: Route, ins: list[Any]) -> Any:
 
 @acts(Move, kind=Kronecker)
 def _moved(it: Interpreter, move: Move, ins: list[Any]) -> Any:
-    """Inputs, and outputs, must be counted through as before."""
+    """The equation must keep the order in which inputs, and outputs, are counted."""
     if move.step in (Split, Reverse, Repeat):
         return None
     leaf = ins[0]
@@ -256,7 +257,7 @@ def _negate(it: Interpreter, verb: Negate, ins: list[Any]) -> Any:
 
 @acts(Scale, kind=Kronecker)
 def _scale(it: Interpreter, by: Scale, ins: list[Any]) -> Any:
-    """Times a number for each matrix of a stack; times a vector it is rescaled."""
+    """By a number for each matrix of a stack; by a vector, a `Scaled` leaf over it."""
     at = factor_of(it, by, ins)
     if at is None:
         return None

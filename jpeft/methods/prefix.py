@@ -6,8 +6,8 @@ Li & Liang 2021, arXiv:2101.00190.
 
 Mode "kv": P_k and P_v are trained, one for the kernel that makes keys and one for that
 which makes values.  The model's own attention runs unchanged, whatever it is made of
-(`_attention` says how); there are no extra positions, masks or cache slots.  Learned
-keys enter after the model's rotary positions and key norms.
+(`leaves.attention` says how); there are no extra positions, masks or cache slots.
+Learned keys enter after the model's rotary positions and key norms.
 
 Mode "tokens": the text gets virtual tokens (`jpeft.prepend_virtual_tokens`), whose keys
 and values are overwritten by learned ones where they are projected.  Any attention
@@ -318,7 +318,7 @@ def tokens_prefix(
 ) -> Any:
     """The tree with a prefix of `tokens` virtual tokens in the attentions `parts`.
 
-    known: the use of every weight, axes of the projections told.
+    known: the use of every weight; those of projections have their axes.
     draw: (key, shape, dtype) -> the first values.
     """
     at = dict(flat.items())
@@ -344,7 +344,7 @@ def tokens_prefix(
         )
         made[path] = _put(transform, path, slot, leaf)
     tables = {p: u for p, u in known.items() if is_table(u) and p not in places}
-    heard: set[str] = set()  # tables whose ids another one tells of
+    heard: set[str] = set()  # tables whose ids another table records
     for path in token_embeddings(tables, name, known):
         silent = path in heard
         heard.update(looked_up_together(path, tables))

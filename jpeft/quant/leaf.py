@@ -77,8 +77,8 @@ class Quantized(QuantizedValue, StoredWeight):
     book: float32 (*stack, 2^bits), a code book learned from the weight.
     order: the weight's axes in the order above; lead: how many are stack or rows.
     inner: the sizes of the blocked axes.  element: the dtype the weight has.
-    names: of the weight's axes, if it was boxed.  searched: the codes are not those of
-    the weight itself but of what LoftQ came to, which only they tell.
+    names: of the weight's axes, if it was boxed.
+    searched: the codes cannot be recomputed from the weight (LoftQ searched for them).
 
     >>> import jax, jax.numpy as jnp, jpeft
     >>> params = jpeft.quantize("nf4")(jax.random.key(0), {"kernel": jnp.ones((64, 5))})
@@ -140,13 +140,13 @@ class Quantized(QuantizedValue, StoredWeight):
 
     @property
     def bits_per_parameter(self) -> float:
-        """What is stored, in bits, over the parameters it stands for."""
+        """Stored bits for each parameter of the weight."""
         stored = sum(unbox(x).nbytes for x in array_fields(self).values())
         return 8.0 * stored / self.size
 
     @property
     def sharding(self) -> Any:
-        """Where the weight would be, from where its codes are."""
+        """The sharding of the weight, from that of its codes."""
         codes = unbox(self.codes)
         found = getattr(codes, "sharding", None)
         if not isinstance(found, NamedSharding):
@@ -169,7 +169,7 @@ class Quantized(QuantizedValue, StoredWeight):
         return PartitionSpec(*map(at.get, range(self.ndim)))
 
     def _axes_of_codes(self) -> tuple[int, ...]:
-        """The weight's axis behind each axis of the codes; K stands for its first."""
+        """For each axis of the codes the weight's axis; for K the first blocked one."""
         return (*self.order[: self.lead + 1], *self.order[self.after :])
 
     def labels(self) -> dict[str, list[Hashable]]:
@@ -182,7 +182,7 @@ class Quantized(QuantizedValue, StoredWeight):
             found[name] = (
                 [*stack, *own]
                 if of_matrix
-                # An axis of one scale is shared: it has nothing to shard.
+                # One scale for the whole axis: there is nothing to shard.
                 else [k if n > 1 else None for k, n in zip(axes, sizes, strict=True)]
             )
         return found
@@ -251,10 +251,10 @@ class Quantized(QuantizedValue, StoredWeight):
     def with_value(self, x: jax.Array) -> Self:
         """x, (float32) of the weight's shape, in this leaf's format and boxes.
 
-        A matrix that is this leaf's own, but for rounding, keeps its codes and scales:
-        to quantise what was quantised would move it where no code stands for -1
-        ("dynamic8") or scales are quantised too.  Of a learned format the book is used
-        again where a new one is no nearer.
+        A matrix that is this leaf's own, but for rounding, keeps its codes and scales.
+        Trap: quantising it again would move it, in formats without a code for -1
+        ("dynamic8") and where scales are quantised too.  A learned format's book is
+        used again where a new one is no nearer.
         """
         own: Any = unboxed(self)
         make = functools.partial(
@@ -306,7 +306,7 @@ class Quantized(QuantizedValue, StoredWeight):
         return self.replace(**{n: f(x, at) for n, x in array_fields(self).items()})
 
     def without_stack_axis(self, axis: int) -> Self:
-        """The same leaf with one stack axis less; its arrays have lost theirs."""
+        """The leaf with one stack axis less, where its arrays have lost that axis."""
         order = tuple(k - (k > axis) for k in self.order if k != axis)
         return self.replace(order=order, stack=self.stack - 1, lead=self.lead - 1)
 

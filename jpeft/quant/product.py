@@ -52,7 +52,7 @@ def product(how: How, leaf: Quantized, x: jax.Array) -> jax.Array:
     k and n are W's rows and columns, each flattened: for a table the rows are its
     vocabulary.  One leading axis if W is a stack, the stack's axes as one.
     """
-    # Before the gradient rule, so that it is JAX that adds up over shards.
+    # Before the gradient rule, so that JAX itself sums gradients over shards.
     x, *_ = compat.varying_alike((x, leaf.codes, leaf.scales))
     return _product(how, leaf, x)
 
@@ -63,7 +63,7 @@ def _product(how: How, leaf: Quantized, x: jax.Array) -> jax.Array:
     run = functools.partial(_one, how, leaf)
     if leaf.stack:
         run = jax.vmap(run)
-    with _whereabouts(leaf):
+    with _declared_shardings(leaf):
         return run(matrices, x)
 
 
@@ -82,7 +82,7 @@ _product.defvjp(_forward, _backward)
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where an operand is, where that is part of its type."""
+    """An operand's sharding, if it is part of its type."""
 
     sharding: Any
 
@@ -103,8 +103,8 @@ def shape_of(leaf: Quantized) -> tuple[int, int]:
     return rows, leaf.length
 
 
-def _whereabouts(leaf: Quantized) -> contextlib.AbstractContextManager[None]:
-    """What was declared of the weight and of activations (`jpeft.sharding.declare`)."""
+def _declared_shardings(leaf: Quantized) -> contextlib.AbstractContextManager[None]:
+    """The shardings that `jpeft.sharding.declare` was given, for this weight."""
     declared = plan.declared()
     nothing = contextlib.nullcontext()
     if declared is None:
@@ -186,7 +186,7 @@ def _kernel_block(leaf: Quantized) -> int | None:
 
 
 def _by_tiles(how: How, leaf: Quantized, q: Blocks, x: jax.Array) -> jax.Array:
-    """In plain JAX, on each device of a mesh for its part (`jpeft.sharding.plan`)."""
+    """In plain JAX; on a mesh each device computes its part (`jpeft.sharding.plan`)."""
     kind, size = leaf.kind, leaf.block_size
     axis = 0 if leaf.is_matrix else 1
     per_byte = kind.per_byte
@@ -207,7 +207,7 @@ def _by_tiles(how: How, leaf: Quantized, q: Blocks, x: jax.Array) -> jax.Array:
             return tiled.matmul_transposed(x, n, rows, outside)
         if leaf.is_matrix:
             return tiled.matmul(x, part.codes.shape[1], columns, outside)
-        # A table's features are stored in whole groups; some may be filled up.
+        # A table's features are padded to whole groups.
         n = part.codes.shape[1] * per_byte
         y = tiled.matmul(x, n, columns, outside)
         return lax.slice_in_dim(y, 0, length, axis=1)
@@ -237,7 +237,7 @@ def _by_tiles(how: How, leaf: Quantized, q: Blocks, x: jax.Array) -> jax.Array:
         whole=whole,
         dims=[dims(name) for name in names],
         sizes={blocked: length, other: q.codes.shape[1 - axis]},
-        # Where features were filled up to whole groups, no part would be the other's.
+        # With padded features the parts of the operands would not match.
         units={blocked: length if filled_up else GROUP if kind.packed else 1},
         transposed=how.transposed,
     )
@@ -255,10 +255,12 @@ def linear(
 ) -> jax.Array:
     """f(value of the leaf, x, *more) for an f that is linear in x.
 
-    The weight is made whole, in `dtype`, once in each direction and not in between.
-    What is kept is the leaf's arrays; if real arrays wait in it (a scaling vector, a
-    mask), x too, for their gradients.  more: integers, such as the sizes of groups;
-    the backward pass may be traced elsewhere, so f must not close over them.
+    The full weight is made in `dtype`, once forwards and once backwards, and not kept
+    in between.  What is kept are the leaf's arrays, and x if real arrays wait in the
+    leaf (a scaling vector, a mask), for their gradients.
+
+    more: integers, such as the sizes of groups.  Trap: the backward pass may be traced
+    elsewhere, so f must not close over them.
     """
     data, real, put = leaf.parts()
 

@@ -68,7 +68,7 @@ def _contract(it: Interpreter, at: Product) -> Any:
 
 
 def _asks_more(at: Product) -> bool:
-    """Whether the product must keep to more than the kernels promise."""
+    """Whether the product asks for more than the kernels promise."""
     return at.options["precision"] not in (
         None,
         lax.Precision.DEFAULT,
@@ -209,7 +209,7 @@ def _whole_rows(eqn: Any, leaf: Quantized) -> int | None:
 def _looked_up(
     it: Interpreter, eqn: Any, leaf: Quantized, axis: int, indices: jax.Array
 ) -> Any:
-    """Rows of a table: the same lookup in the codes and in the scales of those rows."""
+    """Takes rows of a table, by the same lookup in the codes and in the scales."""
     at = leaf.order.index(axis)
     if leaf.lead - leaf.stack != 1 or leaf.stack or leaf.codes.ndim != 2:
         return None
@@ -259,7 +259,7 @@ def _take(eqn: Any, x: jax.Array, indices: jax.Array, axis: int) -> jax.Array:
 
 
 def _scales_of_rows(leaf: Quantized, rows: jax.Array, codes: jax.Array) -> jax.Array:
-    """The nested scales of some rows of a table, and of no others."""
+    """The nested scales of the rows that are taken, decoded for those rows only."""
     per = leaf.scales.shape[-1]
     rows = jnp.clip(rows, 0, leaf.codes.shape[0] - 1)
     block = jnp.arange(per, dtype=rows.dtype).reshape(*(1,) * rows.ndim, per)
@@ -290,7 +290,7 @@ def _picked(verb: LookUp, leaf: Quantized, axis: int, indices: jax.Array) -> Any
     out = leaf.along_stack(lambda x, at: _take(eqn, x, flat, at), axis)
     if not sizes:
         return out.without_stack_axis(axis)
-    # The picked matrices are a stack in the place of the old one, in front.
+    # The picked matrices become the stack axis, in front.
     order = (0, *(k + (k < axis) for k in leaf.order[1:]))
     out = out.replace(order=order)
     if len(sizes) == 1:
@@ -311,7 +311,7 @@ def _cast(it: Interpreter, cast: Cast, ins: list[Any]) -> Any:
 
 @acts(Move, kind=QuantizedValue)
 def _moved(it: Interpreter, move: Move, ins: list[Any]) -> Any:
-    """The codes stay where they are, whatever is said of the weight."""
+    """Keeps the codes where they are, whatever the equation says of the weight."""
     if isinstance(move, Same) and not isinstance(move, Round):
         return ins[0]
     return None if move.step is Gather else deferred(move, ins)
@@ -342,7 +342,7 @@ def _moved_codes(it: Interpreter, move: Move, ins: list[Any]) -> Any:
 
 @acts(Join, kind=Quantized)
 def _join(it: Interpreter, join: Join, ins: list[Any]) -> Any:
-    """Matrices of one kind become a stack, or a longer one; else it waits."""
+    """Joins matrices of one format to a stack or a longer one; other joins wait."""
     axis, first, new = join.axis, ins[0], ins[0]
     alike = (
         all(isinstance(x, Quantized) for x in ins)
@@ -433,7 +433,7 @@ def _all_gather(move: Move, leaf: Quantized) -> Any:
     names = set(names if isinstance(names, tuple) else (names,))
     varying = lambda n: names & set(compat.varying_axes(arrays[n]))
     if of_all and (not varying("codes") or any(map(varying, of_all))):
-        return None  # a scale or a book of each shard's own, for all that is known
+        return None  # each shard may have a scale or a book of its own
     sent = {n: whole(x, place) for n, x in arrays.items() if n not in of_all}
     return leaf.replace(**sent, inner=inner)
 

@@ -1,9 +1,9 @@
 """Meshes: where adapters go, given where their base is; how operations are cut up.
 
-    specs      the place of each array of a leaf, from that of its weight
+    specs      the sharding of each array of a leaf, from that of its weight
     plan       an operation on quantised matrices, one shard a device
     explicit   where a product goes, on meshes whose axes are part of types
-    adapted    whole adapted trees, and what a compiler for TPU has to be told of them
+    adapted    whole adapted trees, and shardings declared for a TPU's compiler
 
 The last stands above the other rooms, which stand on the first three.
 """

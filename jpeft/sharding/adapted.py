@@ -1,5 +1,5 @@
-"""Where adapters go on a mesh, given where their base is; and what a compiler for TPU
-has to be told of it."""
+"""The shardings of adapted trees, from those of their base; and `declare`, which tells
+them to products that are compiled for TPUs."""
 
 from __future__ import annotations
 

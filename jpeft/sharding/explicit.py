@@ -1,5 +1,5 @@
-"""Explicit meshes, where the place of an array is part of its type: where a product
-goes, told by the labels of its axes.
+"""Explicit meshes, on which an array's sharding is part of its type: the sharding of a
+product, from the labels of its axes.
 
 JAX asks of every product whose operands are cut along an axis that it sums, or along
 axes that it merges, where the result goes (`out_sharding=`).
@@ -36,8 +36,8 @@ class Places:
 
 
 def places(sharding: Any, labels: Sequence[Hashable]) -> Places | None:
-    """Every label where an array with this sharding and these labels has it; None
-    without a sharding."""
+    """For each label the mesh axes that cut it in an array with this sharding and these
+    labels; None without a sharding."""
     if sharding is None:
         return None
     return Places(sharding.mesh, tuple(itertools.zip_longest(labels, sharding.spec)))
@@ -66,7 +66,7 @@ def cut(x: jax.Array) -> Any:
 
 
 def whole(x: jax.Array) -> jax.Array:
-    """Whole on every device, as decompositions need it.
+    """The full array on every device, which matrix decompositions need.
 
     On an automatic mesh the compiler gathers what it needs, a matrix at a time.
     """

@@ -1,8 +1,8 @@
 """Operations on quantised matrices, one shard a device.
 
-XLA cannot see into a Pallas kernel, so it cannot cut one up; and the loops of the plain
-form it cuts up badly, since each step slices along an axis that is spread over devices.
-So an operation says here how it splits, in terms of the axes of its equation,
+XLA cannot see into a Pallas kernel, so it cannot cut one up.  It cuts up the loops of
+the plain form badly, since each step slices along an axis that is cut over devices.  So
+an operation says here how it splits, in terms of the axes of its equation,
 
     y[m, n] = sum over k of x[m, k] * W[k, n]      (transposed: k and n exchanged)
 
@@ -58,8 +58,8 @@ class Dim(NamedTuple):
     """An axis of an array.
 
     letter: the axis of the equation that it is, or None for one that is never cut.
-    per: elements of that axis to one entry of the array: 2 for packed codes, the block
-        size for scales.
+    per: elements of the equation's axis for each stored entry: 2 for packed codes, the
+        block size for scales.
     """
 
     letter: str | None
