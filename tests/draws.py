@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jpeft
+from jpeft.leaf import is_leaf
+from jpeft.tree.paths import map_slots, slots
 
 
 def normal(seed, *shape, dtype=jnp.float32):
@@ -31,3 +33,17 @@ def moved(params, by=0.3):
     """The same of every trainable array, so that an adapter acts."""
     trainable, frozen = jpeft.partition(params)
     return jpeft.combine(noisy(trainable, by), frozen)
+
+
+def drawn_like(shapes, base):
+    """Adapted weights of these shapes around those of `base`, drawn without compiling
+    anything."""
+    rng, at = np.random.default_rng(8), dict(slots(base).items())
+
+    def one(path, x):
+        if not is_leaf(x):
+            return at[path]
+        draw = lambda s: jnp.asarray(0.5 * rng.normal(size=s.shape), s.dtype)
+        return jax.tree.map(draw, x).replace(base=at[path])
+
+    return map_slots(one, shapes)

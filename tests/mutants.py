@@ -41,6 +41,7 @@ FILES = """
 LAWS = "tests/methods/test_laws.py"
 COST = "tests/methods/test_cost.py"
 IDIOMS = "tests/adapt/test_idioms.py"
+DELTAS = "tests/leaves/test_weight_deltas.py"
 PREFIX = "tests/methods/test_prefix.py"
 INPUT = "tests/methods/test_bad_input.py"
 # A file or folder of jpeft -> tests by which its faults are likely to be seen, after
@@ -50,7 +51,7 @@ LIKELY = {
     "methods/lora": ["tests/leaves/test_first_factors.py"],
     "methods/quantize": ["tests/quant/test_bad_weights.py", f"{LAWS} -k qlora"],
     "methods/prefix_text": ["tests/methods/test_prefix_tokens.py"],
-    "methods/": [INPUT, IDIOMS, COST],
+    "methods/": [COST, INPUT, DELTAS],
     "leaves/attention": ["tests/methods/test_prefix_rows.py", PREFIX],
     "leaves/bottleneck": [f"{LAWS} -k adapter"],
     "leaves/embedding": ["tests/methods/test_prompt.py", f"{LAWS} -k prompt"],
@@ -58,9 +59,9 @@ LIKELY = {
         "tests/methods/test_diff_pruning.py",
         "tests/methods/test_gated.py",
     ],
-    "leaves/low_rank": ["tests/leaves/test_weight_deltas.py", IDIOMS, COST],
+    "leaves/low_rank": [f"{IDIOMS} -k each_idiom_acts", DELTAS, COST, IDIOMS],
     "leaves/networks": ["tests/methods/test_p_tuning.py"],
-    "leaves/scaled": ["tests/methods/test_ia3.py", f"{LAWS} -k ia3", IDIOMS, COST],
+    "leaves/scaled": [DELTAS, "tests/methods/test_ia3.py", f"{LAWS} -k ia3", COST],
     "leaves/first_factors": [f"{LAWS} -k pissa"],
     "leaves/prefix": [f"{LAWS} -k prefix"],
     "leaves/projections": [PREFIX],
@@ -71,7 +72,7 @@ LIKELY = {
     "quant/": ["tests/quant/test_arrays.py", f"{LAWS} -k qlora"],
     "optim/allocator": ["tests/optim/test_adalora_allocator.py"],
     "optim/": [f"{LAWS} -k frozen"],
-    "adapt/": [IDIOMS, COST],
+    "adapt/": [f"{IDIOMS} -k each_idiom_acts", DELTAS, COST, IDIOMS],
     "tree/layout": ["tests/adapt/test_uses.py"],
     "tree/merge": [f"{LAWS} -k merged"],
     "tree/change": ["tests/quant/test_cast.py"],
@@ -294,7 +295,7 @@ def run(tests, output):
     return os.waitstatus_to_exitcode(status), output.read_text()
 
 
-def stages(path, most, wide):
+def stages(path, args):
     """What is run, one after the other."""
     _, room, file = path.split("/")
     stem = file.removesuffix(".py").strip("_")
@@ -307,11 +308,11 @@ def stages(path, most, wide):
         own.append(f"{LAWS} -k {stem}")
     likely = [x for prefix, x in LIKELY.items() if path[6:].startswith(prefix)]
     every = dict.fromkeys(own + sum(likely, []))
-    narrow = [part.split(maxsplit=2) for part in every]
-    return narrow[:most] + [WIDE[room].split()] * wide
+    narrow = [x.split(maxsplit=2) for x in args.tests or [*every][: args.stages]]
+    return narrow + [WIDE[room].split()] * args.wide
 
 
-def judge(mutant, copied, most, wide):
+def judge(mutant, copied, args):
     file = copied / mutant.path
     source = file.read_text()
     at = sum(map(len, source.splitlines(keepends=True)[: mutant.line - 1]))
@@ -324,7 +325,7 @@ def judge(mutant, copied, most, wide):
         return
     mutant.state, mutant.by = "survived", ""
     file.write_text(changed)
-    for tests in stages(mutant.path, most, wide):
+    for tests in stages(mutant.path, args):
         code, said = run(tests, copied / "output")
         if code == 4:
             sys.exit(said)
@@ -359,6 +360,7 @@ def main():
     parser.add_argument("--log", type=pathlib.Path, help="a line of JSON for each")
     parser.add_argument("--again", type=pathlib.Path, help="a log, whose survivors run")
     parser.add_argument("--stages", type=int, default=99, help="parts of LIKELY to run")
+    parser.add_argument("--tests", action="append", help="these in place of LIKELY")
     parser.add_argument("--wide", action="store_true", help="all tests of the folder")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
@@ -380,7 +382,7 @@ def main():
         copied = pathlib.Path(folder).resolve()
         prepare(copied)
         for n, x in enumerate(drawn):
-            judge(x, copied, args.stages, args.wide)
+            judge(x, copied, args)
             print(f"{n:3} {time.time() - start:5.0f} {x.state:8} {x.name()} {x.by}")
             sys.stdout.flush()
             if log:

@@ -397,7 +397,7 @@ def through(
     inline=True,
 )
 def _two_steps(
-    x: Float[Array, "..."],
+    x: Num[Array, "..."],
     f: Float[Array, "..."],
     g: Float[Array, "..."],
     *,

@@ -258,6 +258,13 @@ def test_a_bias_beside_a_quantised_weights_scale_is_of_no_norm():
         assert known["bias"].kind == "bias" and not known["bias"].of_norm
 
 
+def test_a_products_bias_beside_its_scale_is_of_no_norm():
+    at = lambda v: v[None, None]
+    fn = lambda p, x: (x @ p["w"]) * at(p["m"]["scale"]) + at(p["m"]["bias"])
+    uses = jpeft.find_uses(fn, {"w": a(D, D), "m": {"scale": a(D), "bias": a(D)}}, X)
+    assert uses["m/bias"].kind == "bias" and not uses["m/bias"].of_norm
+
+
 def test_a_bias_repeated_for_the_tokens_of_each_expert():
     def fn(p, x):
         sizes = jnp.bincount(jnp.argmax(x @ p["router"], -1), length=3)
@@ -456,6 +463,16 @@ def test_latents_and_what_a_norm_makes_of_them_are_no_kernels():
     assert (got["latents"], got["queries"], got["v"]) == ("other", "other", "bias")
     assert (got["u"], got["c"]) == ("norm", "bias")
     jpeft.lora(rank=2)(jax.random.key(0), params, uses=jpeft.find_uses(fn, params, X))
+
+
+def test_a_row_written_changes_a_weight_and_a_sum_makes_none():
+    x = X[0]
+    written = lambda p, x: x @ p["w"].at[2].set(x[0])
+    use = jpeft.find_uses(written, {"w": a(D, D)}, x)["w"]
+    assert use.kind == "linear" and "the model changes it" in use.doubt
+    summed = lambda p, x: (x + p["table"]) @ p["w"]
+    params = {"table": a(*x.shape), "w": a(D, D)}
+    assert kinds(summed, params, x) == {"table": "other", "w": "linear"}
 
 
 def test_a_changed_weight_may_be_named_and_then_gives_its_full_value():

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from draws import moved
+from draws import drawn_like, moved
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from speed import slow_but
 
 import jpeft
+from jpeft.methods.dora import norm_of
 from jpeft.tree.layout import LeafUse
 
 
@@ -144,13 +145,42 @@ CASES = {
 }
 
 
-def attached(method, w, axes):
+def attached(method, w, axes, move=True):
     use = LeafUse("w", w.shape, "linear", axes)
     transform = METHODS[method].make()
-    return moved(transform(jax.random.key(4), {"w": w}, uses={"w": use}))
+    tree = transform(jax.random.key(4), {"w": w}, uses={"w": use})
+    return moved(tree) if move else tree
 
 
-@pytest.mark.sample(6)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_use_is_that_of_the_merged_weight_or_is_refused(method):
+    """In one program, which compiles sooner than many."""
+    trees = {}
+    for name, c in CASES.items():
+        attach = lambda w, axes=c.axes: attached(method, w, axes, move=False)
+        trees[name] = drawn_like(jax.eval_shape(attach, c.w), {"w": c.w})
+
+    @jax.jit
+    def run(trees):
+        both = {}
+        for name, c in CASES.items():
+            tree = trees[name]
+            if method == "dora":
+                tree = {"w": tree["w"].replace(norm=norm_of(c.w, c.axes))}
+            apply = jpeft.adapt(lambda p, *args, f=c.fn: f(p["w"], *args))
+            if name in METHODS[method].refused:
+                with pytest.raises(jpeft.DensifyError, match="w: "):
+                    apply(tree, *c.args)
+                continue
+            both[name] = apply(tree, *c.args), c.fn(jpeft.merge(tree)["w"], *c.args)
+        return both
+
+    for name, (got, want) in run(trees).items():
+        # Sums in another order.
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=5e-5, err_msg=name)
+
+
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", slow_but([*CASES][:4], CASES))
 def test_it_acts_as_its_merged_weight_or_is_refused(name, method):
