@@ -60,8 +60,9 @@ class Entries(NamedTuple):
 
 
 class AllocatorState(NamedTuple):
-    """inner: the wrapped optimiser's.  step: updates made.  sensitivity, uncertainty,
-    keep: one item a leaf; keep is what the last allocation chose, (*stack, rank)."""
+    """inner: the wrapped optimiser's state.  step: updates made.  sensitivity,
+    uncertainty, keep: one item a leaf; keep is what the last allocation chose, (*stack,
+    rank)."""
 
     inner: Any
     step: jax.Array
@@ -320,7 +321,7 @@ def _smoothed(
 
 
 def _pruned(move: jax.Array, lam: jax.Array, stays: jax.Array) -> jax.Array:
-    """The update of lam; where it does not stay, the one that makes it exactly zero."""
+    """The update of lam.  Where a triplet is pruned, the update makes lam exactly 0."""
     dtype = jnp.promote_types(move.dtype, lam.dtype)
     return jnp.where(stays, move.astype(dtype), -lam.astype(dtype))
 

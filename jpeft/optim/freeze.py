@@ -1,7 +1,7 @@
 """Freezing for code that keeps one parameter tree.
 
-`jpeft.partition` is the recommended way: two trees, gradients and state for one.  Here
-are the two others, on Optax's own partitioning.
+`jpeft.partition` is the recommended way: two trees, with gradients and state for
+one.  Here are two other ways, `freeze` and `value_and_grad`, on Optax's partitioning.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
 
 
 def _state(inner: Any) -> Any:
-    """As `optax.partition` over the two kinds has it, which checkpoints hold."""
+    """`optax.partition`'s state: checkpoints hold its structure, so it must stay."""
     still = optax.MaskedState(optax.EmptyState())
     states: Any = {True: optax.MaskedState(inner), False: still}
     return optax.transforms.PartitionState(states)

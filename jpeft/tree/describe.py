@@ -71,7 +71,7 @@ def _arrays(slot: Any) -> list[tuple[str, int, int]]:
     """(role, parameters, bytes) of every array of a slot that the model uses."""
     out = []
     for leaf in layers(slot):
-        if is_stored(leaf):  # counted as the weight it stands for
+        if is_stored(leaf):  # counted as the weight that it stores
             size = sum(_bytes(unbox(x)) for x in array_fields(leaf).values())
             return [*out, (FROZEN, leaf.size, size)]
         for name, role in roles(leaf).items():
@@ -93,7 +93,7 @@ def _bytes(x: Any) -> int:
 def summary(params: PyTree) -> str:
     """A table: path, shape, method, trainable and frozen parameters, bytes; totals.
 
-    Of parameters alone, as `count` counts them.
+    It lists parameters only, as `count` counts them.
 
     >>> import jax, jax.numpy as jnp, jpeft
     >>> base = {"bias": jnp.ones(3), "kernel": jnp.ones((5, 3))}

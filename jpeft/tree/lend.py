@@ -1,8 +1,8 @@
 """Arrays that all leaves of one transform share and one of them holds.
 
-VeRA's random matrices, the network that makes every layer's prefix: they train, are
-counted and are saved once, in the leaf that lends them.  Before anything acts, each
-leaf of the same transform borrows them into its transient fields.
+VeRA's random matrices, or the network that makes every layer's prefix.  One leaf holds
+and lends them: there they are trained, counted and saved, once.  Before any leaf acts,
+`adapt` puts them into transient fields of every leaf of the same transform.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jpeft.tree.paths import Slots
 
 
 def resolve(values: Sequence[Any]) -> list[Any]:
-    """The same values, where every leaf has what the leaves of its transform share."""
+    """The same values; each leaf now has what the leaves of its transform share."""
     lent: dict[str, dict[str, Any]] = {}
     for x in values:
         for leaf in layers(x):

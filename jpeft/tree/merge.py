@@ -95,9 +95,9 @@ def unload(params: PyTree) -> PyTree:
 def finalize(params: PyTree) -> PyTree:
     """The same adapters without what was only there to train them.
 
-    The encoder of `p_tuning` and the network of a reparametrised `prefix` give way to
-    the vectors they make.  What is trained or saved from here on is these.  Everything
-    else stays as it is.
+    The vectors that they make replace the encoder of `p_tuning` and the network of a
+    reparametrised `prefix`.  From here on those vectors are trained and saved.
+    Everything else stays as it is.
 
     >>> import jax, jax.numpy as jnp, jpeft
     >>> table = {"embed": {"embedding": jnp.ones((11, 6))}}
@@ -116,7 +116,7 @@ def _finalized(slot: Any, leaf: Any) -> Any:
     if not is_leaf(slot) or is_stored(slot):
         return slot
     base = _finalized(slot.base, leaf.base)
-    done = leaf.finalize()  # borrowing may have made another kind of leaf already
+    done = leaf.finalize()  # Trap: borrowing may already have made another kind of leaf
     if type(done) is type(slot):
         return slot.replace(base=base)
     changes = {"base": base, "path": slot.path, **dict.fromkeys(transients(done))}

@@ -59,14 +59,14 @@ def trainable_mask(params: PyTree) -> PyTree:
 
 
 def is_placeholder(tree: PyTree) -> bool:
-    """Whether it is what `optax.tree_map_params` calls `init` with, to see where in a
-    state the parameters stand: a node of Optax' own without an array."""
+    """Whether it is the placeholder with which `optax.tree_map_params` calls `init`, to
+    learn where a state holds parameters: a node of Optax' own without an array."""
     return type(tree).__module__.startswith("optax.") and not jax.tree.leaves(tree)
 
 
 def beside(params: PyTree) -> str:
-    """The end of a message of an optimiser that asks the adapted leaves, which
-    `nnx.Optimizer` takes away."""
+    """How the message ends when an optimiser needs adapted leaves and gets none, as
+    inside `nnx.Optimizer`, which takes them away."""
     if not is_nnx_state(params):
         return ""
     return (

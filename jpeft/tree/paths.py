@@ -87,7 +87,7 @@ def segment(key: Any) -> str:
 
 
 def segment_key(key: Any) -> Any:
-    """What the tree itself calls the place: a name, a number, a key of a dict."""
+    """What the tree itself calls a child: a name, a number, a key of a dict."""
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return getattr(key, attribute)
@@ -113,11 +113,11 @@ def segments(paths: Sequence[Sequence[Any]]) -> tuple[Keys, ...]:
 
 
 def spelled(keys: Sequence[Keys]) -> tuple[str, ...]:
-    """The path of each place: its keys with '/' between them, told apart.
+    """The path of each slot: its keys with '/' between them.  No two are equal.
 
-    Nodes that read alike are told apart too, and what is below one is spelled as it is:
-    a bias is found beside its kernel, and beside no other.  Places of the same keys,
-    which a node of someone's own may have, are numbered.
+    Nodes that would read alike get different paths too, and everything below a node
+    begins with the node's path: so a bias is found beside its own kernel.  Slots with
+    the same keys, which a user's own node class may have, are numbered.
     """
     marked: set[Keys] = set()  # the nodes in whose keys a slash is written /%/
     if any("/" in x for k in keys for x in k):
@@ -128,7 +128,7 @@ def spelled(keys: Sequence[Keys]) -> tuple[str, ...]:
 
 
 def _alike(places: Iterable[Keys], marked: Collection[Keys]) -> set[Keys]:
-    """Of places that are spelled alike, the nodes to mark that are not yet."""
+    """The nodes that need a mark and have none, among slots that are spelled alike."""
     met: dict[str, set[Keys]] = {}
     for k in places:
         met.setdefault(_spelled(k, marked), set()).add(k)

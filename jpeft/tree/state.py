@@ -42,7 +42,7 @@ _CACHED = re.compile(r"cached_(key|value|bias|mask)s?|cache_index")
 def states(flat: Slots) -> dict[str, str]:
     """The path of everything that is no weight -> STATISTIC or PASSING.
 
-    Of an array that carries an adapter the type and the name count for nothing.
+    An array that carries an adapter is a weight, whatever its type and its name.
     """
     shapes = {
         k: (tuple(x.shape), x.dtype)
