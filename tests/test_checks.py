@@ -20,7 +20,9 @@ NEEDS = {
     "gated": {"transform": LORA},
     "chain": {"transforms": (LORA,)},
     "bitfit": {"add": ".*"},
-    **dict.fromkeys(["lora", "dora", "adalora", "vera", "loha", "lokr"], {"rank": 2}),
+    **dict.fromkeys(
+        ["lora", "dora", "adalora", "vera", "loha", "lokr", "hira"], {"rank": 2}
+    ),
     **dict.fromkeys(["prefix", "p_tuning", "p_tuning_v2", "prompt"], {"length": 2}),
     "loftq": {"rank": 2},
 }
