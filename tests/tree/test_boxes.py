@@ -29,6 +29,17 @@ class Layer(nn.Module):
         return jnp.tanh(nn.Dense(8, kernel_init=init, name="dense")(x)), None
 
 
+def test_codes_and_scales_in_boxes_have_the_weights_axes():
+    w = jnp.linspace(-1, 1, 64 * 6).reshape(64, 6)
+    t = jpeft.quantize("nf4", double=False)
+    leaf = t(KEY, {"kernel": nn.Partitioned(w, ("in", "out"))})["kernel"]
+    assert leaf.codes.names == ("in", "out") and leaf.scales.names == (None, "out")
+    plain = t(KEY, {"kernel": w})["kernel"]
+    np.testing.assert_array_equal(leaf.codes.value, plain.codes)
+    np.testing.assert_array_equal(leaf.scales.value, plain.scales)
+    assert jpeft.merge({"kernel": leaf})["kernel"].names == ("in", "out")
+
+
 @pytest.mark.parametrize(
     "partition", [nn.with_partitioning, nn.with_logical_partitioning]
 )
