@@ -64,8 +64,8 @@ def quantize(
 
 
 def dequantize(
-    codes: UInt8[Array, "*stack half n"],
-    scales: Float[Array, "*stack blocks n"],
+    codes: UInt8[Array | np.ndarray, "*stack half n"],
+    scales: Float[Array | np.ndarray, "*stack blocks n"],
     book: Float[Array | np.ndarray, "*#stack 16"],
     *,
     block_size: int = 64,
@@ -90,8 +90,8 @@ def dequantize(
 
 def matmul(
     x: Float[Array, "*batch k"],
-    codes: UInt8[Array, "*stack half n"],
-    scales: Float[Array, "*stack blocks n"],
+    codes: UInt8[Array | np.ndarray, "*stack half n"],
+    scales: Float[Array | np.ndarray, "*stack blocks n"],
     book: Float[Array | np.ndarray, "*#stack 16"],
     *,
     block_size: int = 64,
@@ -127,8 +127,8 @@ def matmul(
 
 def matmul_transposed(
     g: Float[Array, "*batch n"],
-    codes: UInt8[Array, "*stack half n"],
-    scales: Float[Array, "*stack blocks n"],
+    codes: UInt8[Array | np.ndarray, "*stack half n"],
+    scales: Float[Array | np.ndarray, "*stack blocks n"],
     book: Float[Array | np.ndarray, "*#stack 16"],
     *,
     block_size: int = 64,
@@ -160,8 +160,8 @@ def matmul_transposed(
 def _product_of_rows(
     transposed: bool,
     x: jax.Array,
-    codes: jax.Array,
-    scales: jax.Array,
+    codes: Any,
+    scales: Any,
     book: Any,
     out: int,
     block_size: int,
@@ -181,8 +181,8 @@ def _product_of_rows(
 def _over_stack(
     one: Callable[..., jax.Array],
     x: jax.Array,
-    codes: jax.Array,
-    scales: jax.Array,
+    codes: Any,
+    scales: Any,
     book: Any,
 ) -> jax.Array:
     if x.ndim < 2 or x.shape[0] != codes.shape[0]:
@@ -204,7 +204,7 @@ def _check_floating(name: str, x: Any) -> None:
         raise ValueError(f"{name} is {x.dtype}, expected real floating-point numbers")
 
 
-def _checked_rows(rows: int, codes: jax.Array) -> int:
+def _checked_rows(rows: int, codes: Any) -> int:
     stored = 2 * codes.shape[0]
     if not stored - GROUP < rows <= stored:
         raise ValueError(
@@ -214,9 +214,7 @@ def _checked_rows(rows: int, codes: jax.Array) -> int:
     return rows
 
 
-def _check(
-    shape: tuple[int, ...], block_size: int, scales: jax.Array | None = None
-) -> None:
+def _check(shape: tuple[int, ...], block_size: int, scales: Any = None) -> None:
     if len(shape) != 2 or shape[0] % GROUP or 0 in shape:
         raise ValueError(
             f"shape {shape}: expected (k, n), none of them 0, and codes of whole "
