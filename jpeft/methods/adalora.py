@@ -44,6 +44,7 @@ from jpeft.leaf import (
     shapes_beside,
     static,
     trainable,
+    wide_dtype,
 )
 from jpeft.leaves.draw import drawn, filled
 from jpeft.leaves.low_rank import ActsAsLowRank, LowRank
@@ -215,7 +216,7 @@ NO_TRIPLETS = (
 def _off_orthonormal(leaf: Triplets) -> Float[Array, "2 m"]:
     s = leaf.stack_ndim
     p, q = (
-        jnp.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+        jnp.asarray(x).astype(wide_dtype(x.dtype))
         for x in (unbox(leaf.p), unbox(leaf.q))
     )
     columns = p.reshape(-1, int(np.prod(p.shape[s:-1])), leaf.rank)

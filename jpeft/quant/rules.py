@@ -46,7 +46,7 @@ from jpeft.formats import blocks
 from jpeft.formats.blocks import TENSOR, Blocks
 from jpeft.formats.double import NESTED_BLOCK, dequantize_codes
 from jpeft.formats.packing import GROUP
-from jpeft.leaf import array_fields, is_leaf
+from jpeft.leaf import array_fields, is_leaf, wide_dtype
 from jpeft.quant.deferred import deferred
 from jpeft.quant.leaf import Quantized, QuantizedValue
 from jpeft.quant.product import How, linear, product
@@ -145,8 +145,7 @@ def _general(at: Product, leaf: QuantizedValue, x: jax.Array) -> jax.Array:
     inside = _inside(leaf, x)
 
     def f(w: jax.Array, x: jax.Array) -> jax.Array:
-        wide = jnp.promote_types(inside, jnp.float32)
-        options = {**at.options, "preferred_element_type": wide}
+        options = {**at.options, "preferred_element_type": wide_dtype(inside)}
         left, right = at.ins(leaf=w, x=x.astype(inside))
         numbers = at.verb.contracting, at.verb.batch
         y = lax.dot_general(left, right, numbers, **options)
