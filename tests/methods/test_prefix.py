@@ -115,6 +115,29 @@ def test_equals_keys_and_values_put_before_the_real_ones(case):
     assert_same(value_and_grads(ours, prefix), value_and_grads(hand, prefix))
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"qkv": (8, 24), "out": (8, 8)},
+        {"q": (8, 2, 4), "kv": (8, 2, 2, 4), "out": (2, 4, 8)},
+        {"q": (8, 8), "k": (8, 8), "v": (8, 8), "out": (8, 8)},
+    ],
+    ids=["all three", "keys and values", "apart"],
+)
+def test_a_fused_kernel_makes_keys_and_values_of_its_own_columns(shapes):
+    attn = {n: {"kernel": jnp.ones(s)} for n, s in shapes.items()}
+    made = jpeft.prefix(LENGTH)(KEY, {"attn": attn})["attn"]
+    rows = lambda x: [n for n in ("keys", "values") if getattr(x, n, None) is not None]
+    found = {n: (rows(x["kernel"]), x["kernel"]) for n, x in made.items()}
+    for names, leaf in found.values():
+        assert all(getattr(leaf, n).shape == (LENGTH, 8) for n in names)
+    want = {"k": ["keys"], "v": ["values"]}
+    want |= dict.fromkeys(("qkv", "kv"), ["keys", "values"])
+    assert {n: names for n, (names, _) in found.items()} == {
+        n: want.get(n, []) for n in shapes
+    }
+
+
 # ------------------------------------------------------------------- other attentions
 
 
