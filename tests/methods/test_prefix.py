@@ -375,6 +375,21 @@ def test_a_network_is_shared_and_dropped_after_the_training(network, mode, tmp_p
     np.testing.assert_array_equal(apply(again), apply(done))
 
 
+def test_first_values_are_as_wide_as_they_should_be():
+    w = {"kernel": jnp.ones((64, 64))}
+    tree = {"attn": dict.fromkeys(("q", "k", "v", "out"), w)}
+    for init, std in (("gaussian", 0.02), ("unit", 1.0)):
+        leaf = jpeft.prefix(50, init=init)(KEY, tree)["attn"]["k"]["kernel"]
+        np.testing.assert_allclose(np.std(leaf.keys), std, rtol=0.05)
+    leaf = jpeft.prefix(50, reparametrization="mlp", width=40)(KEY, tree)
+    leaf = leaf["attn"]["k"]["kernel"]
+    np.testing.assert_allclose(np.std(leaf.embedding), 1.0, rtol=0.05)
+    # U(-1, 1) / sqrt(inputs) has a third of the variance.
+    for x, inputs in ((leaf.w1, 64), (leaf.w, 40)):
+        np.testing.assert_allclose(np.std(x), (3 * inputs) ** -0.5, rtol=0.05)
+        np.testing.assert_allclose(np.max(np.abs(x)), inputs**-0.5, rtol=0.01)
+
+
 def test_a_network_equals_its_formula():
     w = lambda *shape: {"kernel": jnp.ones(shape)}
     attn = {n: w(8, 2, 4) for n in ("query", "key", "value")} | {"out": w(2, 4, 8)}
