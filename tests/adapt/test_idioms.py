@@ -887,6 +887,18 @@ def test_what_has_no_cheap_form_is_refused_by_name(name):
     assert "test_idioms.py:" in message and 'materialize="allow"' in message
 
 
+def test_a_weight_that_is_cast_acts_up_to_its_rounding():
+    fn = lambda p, x: x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)
+    tree = {"w": n(8, 6)}
+    leaf = jpeft.lora(rank=2)(jax.random.key(0), tree)["w"]
+    tree = {"w": leaf.replace(b=n(2, 6, k=1))}
+    got = jpeft.adapt(fn)(tree, X)
+    assert got.dtype == jnp.bfloat16
+    want = X @ jpeft.merge(tree)["w"]
+    error = np.linalg.norm(np.float32(got) - want) / np.linalg.norm(want)
+    assert error < 3 * 2**-8  # a few roundings to 8 bits
+
+
 def test_vmap_over_adapters():
     fn = lambda p, x: x @ p["w"]
     params = jpeft.lora(rank=2)(jax.random.key(0), {"w": n(8, 6)})

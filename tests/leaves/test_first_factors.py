@@ -36,6 +36,15 @@ def attach(weight, axes="io", kind=LINEAR, **options):
     return jpeft.lora(where="w", **options)(KEY, {"w": weight}, uses=uses)
 
 
+@pytest.mark.parametrize(("init", "std"), [("gaussian", 0.1), ("kaiming", 0)])
+def test_a_is_drawn_as_wide_as_its_inputs_ask_for(init, std):
+    a = np.asarray(attach(jnp.ones((100, 60)), rank=50, init=init)["w"].a)
+    # A uniform on +-1/10 has a third of the variance.
+    np.testing.assert_allclose(a.std(), std or 0.1 / 3**0.5, rtol=0.03)
+    assert std or np.abs(a).max() <= 0.1
+    np.testing.assert_allclose(a.mean(), 0, atol=5e-3)
+
+
 def moved(params, by=0.3):
     """A and B somewhere else than at the start."""
     leaf = params["w"]

@@ -115,6 +115,29 @@ def test_equals_keys_and_values_put_before_the_real_ones(case):
     assert_same(value_and_grads(ours, prefix), value_and_grads(hand, prefix))
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"qkv": (8, 24), "out": (8, 8)},
+        {"q": (8, 2, 4), "kv": (8, 2, 2, 4), "out": (2, 4, 8)},
+        {"q": (8, 8), "k": (8, 8), "v": (8, 8), "out": (8, 8)},
+    ],
+    ids=["all three", "keys and values", "apart"],
+)
+def test_a_fused_kernel_makes_keys_and_values_of_its_own_columns(shapes):
+    attn = {n: {"kernel": jnp.ones(s)} for n, s in shapes.items()}
+    made = jpeft.prefix(LENGTH)(KEY, {"attn": attn})["attn"]
+    rows = lambda x: [n for n in ("keys", "values") if getattr(x, n, None) is not None]
+    found = {n: (rows(x["kernel"]), x["kernel"]) for n, x in made.items()}
+    for names, leaf in found.values():
+        assert all(getattr(leaf, n).shape == (LENGTH, 8) for n in names)
+    want = {"k": ["keys"], "v": ["values"]}
+    want |= dict.fromkeys(("qkv", "kv"), ["keys", "values"])
+    assert {n: names for n, (names, _) in found.items()} == {
+        n: want.get(n, []) for n in shapes
+    }
+
+
 # ------------------------------------------------------------------- other attentions
 
 
@@ -350,6 +373,21 @@ def test_a_network_is_shared_and_dropped_after_the_training(network, mode, tmp_p
     jpeft.save(tmp_path / "a", done, transform)
     again = jpeft.load(tmp_path / "a", params)
     np.testing.assert_array_equal(apply(again), apply(done))
+
+
+def test_first_values_are_as_wide_as_they_should_be():
+    w = {"kernel": jnp.ones((64, 64))}
+    tree = {"attn": dict.fromkeys(("q", "k", "v", "out"), w)}
+    for init, std in (("gaussian", 0.02), ("unit", 1.0)):
+        leaf = jpeft.prefix(50, init=init)(KEY, tree)["attn"]["k"]["kernel"]
+        np.testing.assert_allclose(np.std(leaf.keys), std, rtol=0.05)
+    leaf = jpeft.prefix(50, reparametrization="mlp", width=40)(KEY, tree)
+    leaf = leaf["attn"]["k"]["kernel"]
+    np.testing.assert_allclose(np.std(leaf.embedding), 1.0, rtol=0.05)
+    # U(-1, 1) / sqrt(inputs) has a third of the variance.
+    for x, inputs in ((leaf.w1, 64), (leaf.w, 40)):
+        np.testing.assert_allclose(np.std(x), (3 * inputs) ** -0.5, rtol=0.05)
+        np.testing.assert_allclose(np.max(np.abs(x)), inputs**-0.5, rtol=0.01)
 
 
 def test_a_network_equals_its_formula():

@@ -65,6 +65,14 @@ def test_trls_layout():
     close(rewards, [-0.01, 0.025, -0.01, 0.685])
 
 
+def test_trls_layout_of_an_answer_of_one_token_and_of_none():
+    mask = np.array([[1, 0, 0], [0, 0, 0]])
+    zeros, scores = np.zeros((2, 3), np.float32), np.float32([5, 7])
+    rewards, longer = place_scores_after_end(zeros, scores, mask)
+    assert rewards.tolist() == [[0, 5, 0], [0, 0, 0]]
+    assert longer.tolist() == [[True, True, False], [False, False, False]]
+
+
 def loop(rewards, values, mask, gamma, lam):
     """Of one row, over the policy's tokens alone."""
     advantages = np.zeros_like(rewards)

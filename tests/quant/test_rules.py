@@ -163,6 +163,17 @@ def test_a_lookup_by_ids_of_any_dtype_and_in_a_table_of_any_size(
     assert got.dtype == want.dtype and got.tobytes() == want.tobytes()
 
 
+def test_rows_beyond_the_tables_width_have_their_own_nested_scales():
+    table = {"embedding": idioms.n(300, 64) * jnp.arange(1.0, 301)[:, None]}
+    params = jpeft.quantize("nf4", True, 32, where="embedding")(
+        jax.random.key(0), table
+    )
+    fn = lambda p, ids: jnp.take(p["embedding"], ids, axis=0)
+    ids = jnp.array([0, 40, 150, 299])
+    got, want = jpeft.adapt(fn)(params, ids), fn(jpeft.merge(params), ids)
+    assert got.tobytes() == want.tobytes()
+
+
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("program", ["jit", "checkpoint", "scan"])
 def test_groups_of_a_ragged_product_whose_sizes_are_data(program):
