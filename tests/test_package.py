@@ -92,7 +92,7 @@ def test_the_installed_wheel_runs_the_readme(built):
         shutil.copytree(ROOT / room, apart / room)
     for file in (*ROOT.glob("*.*ml"), *ROOT.glob("*.md"), ROOT / "LICENSE"):
         shutil.copy(file, apart)
-    for name in ("conftest.py", "test_readme.py"):
+    for name in ("conftest.py", "shapes.py", "test_readme.py"):
         shutil.copy(ROOT / "tests" / name, apart / "tests")
     lines = (
         "import jpeft; print(jpeft.__file__);"
