@@ -68,6 +68,7 @@ from jpeft.virtual import virtual_template as virtual_template
 # Rooms that a program may never enter would take an eighth of this import's time, so
 # they are imported with the first name that is asked of them.
 if TYPE_CHECKING:
+    from jpeft import checkpoint as checkpoint
     from jpeft import hf as hf
     from jpeft import objectives as objectives
     from jpeft import optim as optim
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from jpeft.optim.freeze import value_and_grad as value_and_grad
 
 _LATE = {
+    "checkpoint": "jpeft.checkpoint",
     "hf": "jpeft.hf",
     "objectives": "jpeft.objectives",
     "optim": "jpeft.optim",

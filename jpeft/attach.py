@@ -132,10 +132,13 @@ class LeafMethod(Transform):
         """The slot with this method's leaf over it, in the box and the sharding of its
         base."""
         base = weight(slot)
-        leaf = self.attach(path_key(key, path), path, base, use)
-        leaf = place_beside(leaf, unbox(innermost(slot)))
-        leaf = leaf.replace(base=slot, origin=self.origin())
-        return boxed_like(box_of(slot), leaf)
+        return over(self, slot, self.attach(path_key(key, path), path, base, use))
+
+
+def over(transform: Transform, slot: Any, leaf: AdaptedLeaf) -> AdaptedLeaf:
+    """A transform's leaf over what stands in the tree, boxed and placed as its base."""
+    leaf = place_beside(leaf, unbox(innermost(slot)))
+    return boxed_like(box_of(slot), leaf.replace(base=slot, origin=transform.origin()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,18 +241,23 @@ def check_target(
             f"{path}: {name} cannot tell input from output axes of shape {use.shape} "
             f"({use.doubt}); {remedy}"
         )
+    check_new(transform, path, slot)
     for leaf in layers(slot):
-        if leaf.origin == transform.origin():
-            raise ValueError(
-                f"{path}: this very {name} transform is already applied here; apply it "
-                "to the base, jpeft.unload(params), or change where= or exclude="
-            )
         if leaf.replaces_base:
             raise ValueError(
                 f"{path}: this leaf trains whole ({type(leaf).__name__}), so {name} "
                 f"would add nothing; exclude={path!r}"
             )
     return True
+
+
+def check_new(transform: Transform, path: str, slot: Any) -> None:
+    """Raises if this very transform stands here already."""
+    if any(leaf.origin == transform.origin() for leaf in layers(slot)):
+        raise ValueError(
+            f"{path}: this very {transform.name} transform is already applied here; "
+            "apply it to the base, jpeft.unload(params), or change where= or exclude="
+        )
 
 
 def check_finite(targets: Mapping[str, Any], name: str) -> None:

@@ -289,7 +289,7 @@ METHODS = {
         ),
     ),
 }
-FORMULAS = {kind: f for m in METHODS.values() for kind, f in m.formula.items()}
+FORMULAS = {k: of for m in METHODS.values() for k, of in m.formula.items()}
 KEY = jax.random.key(3)
 # A delta of zero is exact, but XLA fuses and so rounds the two programs differently.
 ONE_ULP = {"rtol": 1e-6, "atol": 1e-7}

@@ -189,8 +189,12 @@ class Interpreter:
 
     def varying(self, var: Any) -> set[int]:
         """See `equations.varying`."""
-        made = self.producer
-        return varying(var, lambda v: None if made(v) is None else read(made(v)))
+
+        def made_by(v: Any) -> Verb | None:
+            eqn = self.producer(v)
+            return None if eqn is None else read(eqn)
+
+        return varying(var, made_by)
 
     def source(self, var: Any) -> Any:
         """The variable or literal that stands for `var` outside of a program that was

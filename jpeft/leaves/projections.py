@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jpeft.attach import check_new
 from jpeft.leaf import layers
 from jpeft.leaves.attention import BOTH, ELSEWHERE, KEY, VALUE
 from jpeft.transform import Transform
@@ -129,13 +130,8 @@ def axes_from_output(
 
 
 def check_free(transform: Transform, path: str, slot: Any) -> None:
+    check_new(transform, path, slot)
     for leaf in layers(slot):
-        if leaf.origin == transform.origin():
-            raise ValueError(
-                f"{path}: this very {transform.name} transform is already applied "
-                "here; apply it to the base, jpeft.unload(params), or change where= or "
-                "exclude="
-            )
         if leaf.replaces_base:
             raise ValueError(
                 f"{path}: this leaf trains whole ({type(leaf).__name__}); train it "

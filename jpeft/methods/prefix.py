@@ -38,14 +38,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpeft.attach import check_finite, path_key
-from jpeft.boxes import unbox
+from jpeft.attach import check_finite, check_new, over, path_key
 from jpeft.checks import Count, Floating, one_of, plain, refusal
 from jpeft.leaf import (
     AdaptedLeaf,
-    box_of,
-    boxed_like,
-    innermost,
     layers,
     wide_dtype,
 )
@@ -68,7 +64,6 @@ from jpeft.leaves.token_tables import (
     looked_up_together,
     token_embeddings,
 )
-from jpeft.sharding.specs import place_beside
 from jpeft.transform import Transform, method
 from jpeft.tree.layout import LeafUse, layouts
 from jpeft.tree.paths import Slots, slots, weight
@@ -226,7 +221,6 @@ class PrefixTuning(Transform):
             "on": jnp.asarray(on, dtype),
             "role": role,
             "runs": runs,
-            "origin": self.origin(),
         }
         shape = OfKernel(**common)
         n = {r: shape.count(r) for r in (KEY, VALUE)}
@@ -248,8 +242,7 @@ class PrefixTuning(Transform):
                 **self._shared(shared, math.prod(use.sizes("i")), dtype),
             }
             leaf = MadePrefix(**common, **arrays)
-        leaf = place_beside(leaf, unbox(innermost(slot))).replace(base=slot)
-        return boxed_like(box_of(slot), leaf)
+        return over(self, slot, leaf)
 
     def _shared(self, key: Any, d: int, dtype: Any) -> dict[str, Any]:
         if key is None:
@@ -342,7 +335,8 @@ def tokens_prefix(
             columns=columns,
             stream=stream,
         )
-        made[path] = _put(transform, path, slot, leaf)
+        check_new(transform, path, slot)
+        made[path] = over(transform, slot, leaf)
     tables = {p: u for p, u in known.items() if is_table(u) and p not in places}
     heard: set[str] = set()  # tables whose ids another table records
     for path in token_embeddings(tables, name, known):
@@ -371,17 +365,6 @@ def tokens_prefix(
         )
         made[path] = leaf.replace(origin=origin)
     return flat.rebuild(made.get(p, x) for p, x in flat.items())
-
-
-def _put(transform: Transform, path: str, slot: Any, leaf: AdaptedLeaf) -> AdaptedLeaf:
-    for below in layers(slot):
-        if below.origin == transform.origin():
-            raise ValueError(
-                f"{path}: this very {transform.name} transform is already applied "
-                "here; apply it to the base, jpeft.unload(params), or change where="
-            )
-    leaf = place_beside(leaf, unbox(innermost(slot)))
-    return boxed_like(box_of(slot), leaf.replace(base=slot, origin=transform.origin()))
 
 
 def _places(
