@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from speed import slow_but
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "docs/notebooks").glob("*.ipynb"))
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?"
@@ -44,7 +45,9 @@ def numbers(text):
     return [float(x.replace(",", "")) for x in re.findall(NUMBER, text)]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", slow_but(NOTEBOOKS[-1:], NOTEBOOKS), ids=lambda p: p.stem
+)
 def test_a_notebook_prints_what_is_written_in_it(path):
     texts = 0
     # With the promotion that a reader has, not the tests' own.

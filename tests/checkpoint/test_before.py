@@ -25,7 +25,7 @@ def test_there_is_one_of_each_method_that_there_was():
     assert len(SAVED) == 36 and set(SAVED) <= set(METHODS)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("method", SAVED)
 def test_an_adapter_saved_by_version_0_1_loads(method, saved):
     name = METHODS[method].forms + "scan"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from speed import slow_but
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NUMBER = r"\d[\d.,]*(?:e-?\d+)?"
@@ -31,7 +32,7 @@ def printed(capsys):
     return run
 
 
-@pytest.mark.parametrize("name", ["linen.py", "nnx.py"])
+@pytest.mark.parametrize("name", slow_but(["linen.py"], ["linen.py", "nnx.py"]))
 def test_an_adapter_is_trained_saved_loaded_and_merged(name, printed):
     text, number = printed(name)
     rows = [x.split() for x in text.splitlines() if "LowRank" in x]
@@ -43,6 +44,7 @@ def test_an_adapter_is_trained_saved_loaded_and_merged(name, printed):
     assert number("merged: max difference") < 1e-5  # sums of 64, values of some ones
 
 
+@pytest.mark.slow
 def test_a_quantised_base_takes_an_eighth_and_trains(printed):
     text, number = printed("quantised.py")
     before, after = number("base in float32"), number("base in 4 bits")
@@ -57,6 +59,7 @@ def test_a_quantised_base_takes_an_eighth_and_trains(printed):
     assert number("merged bfloat16") == pytest.approx(before / 2, abs=0.02)
 
 
+@pytest.mark.slow
 def test_each_row_of_a_batch_has_its_own_prefix(printed):
     text, number = printed("serve.py")
     rows = re.findall(rf"row (\d), task (\d): .* by ({NUMBER})", text)
